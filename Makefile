@@ -1,0 +1,55 @@
+# Every target sets itself up: it makes .venv when it is missing or older than what it is made from.
+PYTHON ?= $(shell command -v python3.11 || echo python3)
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+READY_BENCH := $(VENV)/.ready-bench
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+INSTALL := $(PIP) install --quiet --constraint constraints.txt --build-constraint constraints.txt
+
+.PHONY: help demo test check slow bench cartpole clean
+
+help:
+	@echo "make demo      train TRPO on CartPole-v1 and draw its learning curve"
+	@echo "make test      the fast tests"
+	@echo "make check     format, lint, types, tests and doctests"
+	@echo "make slow      the tests that learn to a target"
+	@echo "make bench     timings against peers, in one run"
+	@echo "make cartpole  the ten-seed CartPole table of docs/cartpole.md"
+	@echo "make clean     remove what the targets made"
+
+$(READY): pyproject.toml constraints.txt
+	@echo "Setting up $(VENV) (once; a few minutes where torch has to be downloaded)"
+	@$(PYTHON) -m venv $(VENV)
+	@$(PIP) install --quiet --constraint constraints.txt --upgrade pip
+	@$(INSTALL) --editable ".[rl]" --group test --group lint
+	@touch $@
+
+$(READY_BENCH): $(READY)
+	@$(INSTALL) --group bench
+	@touch $@
+
+demo: $(READY)
+	@$(BIN)/python -m rl train CartPole-v1 --total-timesteps 27000
+
+test: $(READY)
+	@$(BIN)/python -m pytest -q -m "not slow"
+
+check: $(READY)
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+	@$(BIN)/pyright
+	@$(BIN)/python -m pytest -q -m "not slow"
+
+slow: $(READY)
+	@$(BIN)/python -m pytest -q -m slow
+
+bench: $(READY_BENCH)
+	@$(BIN)/python -m pytest benchmarks -q --benchmark-only --benchmark-sort=name
+
+cartpole: $(READY)
+	@$(BIN)/python benchmarks/cartpole.py
+
+clean:
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis .benchmarks build dist
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

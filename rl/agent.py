@@ -1,0 +1,206 @@
+"""The loop that every algorithm shares: collect, update, report."""
+
+from __future__ import annotations
+
+import abc
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, ClassVar, Self, TypeAlias
+
+import numpy as np
+import torch
+from gymnasium.vector import VectorEnv
+from torch import Tensor, nn
+
+from . import checkpoint
+from .config import Config
+from .environments import env_id, make_envs, observation_dim
+from .policies import make_policy
+from .rollout import Collector, Rollout
+from .value import Critic
+
+Log: TypeAlias = dict[str, Any]
+Callback: TypeAlias = "Callable[[Agent, Log], bool | None]"
+
+
+class Agent(abc.ABC):
+    """A policy and a critic trained by rollouts; an algorithm is an :meth:`update`.
+
+    Args:
+        env: an environment id or a gymnasium vector environment.
+        options: fields of the algorithm's config, by name.
+
+    Raises:
+        TypeError: an unknown option.
+        ValueError: an option out of range, an unknown environment, an unsupported space.
+
+    """
+
+    config_class: ClassVar[type[Config]]
+    name: ClassVar[str]
+
+    def __init__(self, env: str | VectorEnv, **options: Any) -> None:
+        self.config = self.config_class(**options)
+        self.envs = make_envs(env, self.config.n_envs)
+        self.config.check_batch(self.envs.num_envs)
+        self.env_id = env_id(self.envs)
+        self.num_timesteps = 0
+        self.iterations = 0
+        self.generator = torch.Generator().manual_seed(self.config.seed)
+        dim, hidden = observation_dim(self.envs), self.config.hidden
+        with torch.random.fork_rng(devices=[]):  # leave the user's random state alone
+            torch.manual_seed(self.config.seed)
+            self.policy = make_policy(dim, self.envs.single_action_space, hidden)
+            self.critic = Critic(dim, hidden)
+        self._collector: Collector | None = None
+        self.setup()
+
+    @abc.abstractmethod
+    def setup(self) -> None:
+        """Make the optimizers."""
+
+    @abc.abstractmethod
+    def update(self, rollout: Rollout) -> Log:
+        """Improve policy and critic from one rollout; return what to log."""
+
+    @abc.abstractmethod
+    def optimizers(self) -> dict[str, torch.optim.Optimizer]:
+        """Return the optimizers, whose state a checkpoint keeps."""
+
+    def learn(
+        self, total_timesteps: int, progress: bool = True, callback: Callback | None = None
+    ) -> Self:
+        """Train until ``total_timesteps`` more environment steps are done.
+
+        Whole rollouts are collected, so the count may end up to one rollout above.
+
+        Args:
+            total_timesteps: environment steps to add; resets do not count.
+            progress: show a progress bar.
+            callback: called with the agent and the log after each update; False stops.
+
+        Returns:
+            The agent itself.
+
+        Raises:
+            ValueError: ``total_timesteps`` is not positive, or an environment gave a NaN.
+
+        """
+        from tqdm import tqdm
+
+        if total_timesteps <= 0:
+            raise ValueError(f"total_timesteps must be positive, got {total_timesteps}")
+        if self._collector is None:
+            self._collector = Collector(self.envs, seed=self.config.seed, generator=self.generator)
+        first, started = self.num_timesteps, time.perf_counter()
+        with tqdm(total=total_timesteps, unit="step", disable=not progress, leave=False) as bar:
+            while self.num_timesteps < first + total_timesteps:
+                rows = self.config.steps_per_update // self.envs.num_envs
+                rollout = self._collector.collect(self.policy, rows)
+                log = self.update(rollout)
+                steps = int(rollout.valid.sum())
+                self.num_timesteps += steps
+                self.iterations += 1
+                bar.update(min(steps, total_timesteps - bar.n))
+                elapsed = time.perf_counter() - started
+                log = self._progress(self.num_timesteps - first, elapsed) | log
+                if callback is not None and callback(self, log) is False:
+                    break
+        return self
+
+    def _progress(self, steps: int, elapsed: float) -> Log:
+        assert self._collector is not None
+        returns, lengths = self._collector.returns, self._collector.lengths
+        return {
+            "time/iterations": self.iterations,
+            "time/total_timesteps": self.num_timesteps,
+            "time/time_elapsed": elapsed,
+            "time/fps": steps / elapsed,
+            "rollout/ep_rew_mean": float(np.mean(returns)) if returns else float("nan"),
+            "rollout/ep_len_mean": float(np.mean(lengths)) if lengths else float("nan"),
+        }
+
+    @torch.no_grad()
+    def predict(self, obs: np.ndarray, deterministic: bool = False) -> tuple[np.ndarray, None]:
+        """Choose actions.
+
+        Args:
+            obs: one observation, or a batch of them in rows.
+            deterministic: take the most likely action instead of drawing one.
+
+        Returns:
+            The action or actions, and None: there is no recurrent state.
+
+        Raises:
+            ValueError: the shape is not that of the observation space.
+
+        """
+        shape = self.envs.single_observation_space.shape
+        assert shape is not None
+        obs = np.asarray(obs, dtype=np.float32)
+        single = obs.shape == shape
+        if not single and obs.shape[1:] != shape:
+            raise ValueError(f"obs must have shape {shape} or (batch, *{shape}), got {obs.shape}")
+        batch = torch.from_numpy(obs.reshape(1 if single else len(obs), -1))
+        if deterministic:
+            actions = self.policy.mode(batch)
+        else:
+            actions = self.policy.sample(batch, self.generator)
+        chosen = self.policy.to_env(actions)
+        return (chosen[0] if single else chosen), None
+
+    def modules(self) -> dict[str, nn.Module]:
+        """Return the modules whose weights a checkpoint keeps."""
+        return {"policy": self.policy, "critic": self.critic}
+
+    def save(self, path: str | Path) -> None:
+        """Write weights, optimizers, counters and random state to one file, atomically."""
+        tensors: dict[str, Tensor] = {"generator": self.generator.get_state()}
+        scalars: dict[str, Any] = {}
+        for name, module in self.modules().items():
+            tensors |= {f"{name}.{key}": t for key, t in module.state_dict().items()}
+        for name, optimizer in self.optimizers().items():
+            state, groups = checkpoint.flatten_optimizer(optimizer)
+            tensors |= {f"{name}.{key}": t for key, t in state.items()}
+            scalars[name] = groups
+        manifest = {
+            "algorithm": self.name,
+            "env_id": self.env_id,
+            "config": self.config.to_dict(),
+            "num_timesteps": self.num_timesteps,
+            "iterations": self.iterations,
+            "optimizers": scalars,
+        }
+        checkpoint.write(Path(path), manifest, tensors)
+
+    @classmethod
+    def load(cls, path: str | Path, env: str | VectorEnv | None = None) -> Self:
+        """Return the agent of a file written by :meth:`save`.
+
+        The environments start new episodes; everything else continues where it was.
+
+        Args:
+            path: the file.
+            env: environments to use instead of those of the saved id.
+
+        Raises:
+            CheckpointError: the file is truncated, damaged, of another format or algorithm.
+            FileNotFoundError: there is no such file.
+            ValueError: no ``env`` for an agent that was not made from an id.
+
+        """
+        manifest, tensors = checkpoint.read(Path(path))
+        if manifest.get("algorithm") != cls.name:
+            raise checkpoint.CheckpointError(
+                f"{path} holds an agent of {manifest.get('algorithm')!r}, not {cls.name!r}"
+            )
+        env = env if env is not None else manifest["env_id"]
+        if env is None:
+            raise ValueError(f"{path} does not name its environment: pass env=")
+        agent = cls(env, **cls.config_class.from_dict(manifest["config"]))
+        checkpoint.restore(path, agent.modules(), agent.optimizers(), manifest, tensors)
+        agent.generator.set_state(tensors["generator"])
+        agent.num_timesteps = manifest["num_timesteps"]
+        agent.iterations = manifest["iterations"]
+        return agent

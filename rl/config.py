@@ -1,0 +1,80 @@
+"""The options of an algorithm, as one frozen record."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Options every algorithm has."""
+
+    seed: int = 0
+    """Seed of weights, actions and environments; torch's global random state is not used."""
+
+    n_envs: int = 8
+    """Number of copies of the environment."""
+
+    steps_per_update: int = 2048
+    """Environment steps an update, over all copies."""
+
+    hidden: tuple[int, ...] = (64, 64)
+    """Widths of the hidden layers of policy and critic."""
+
+    gamma: float = 0.99
+    """Discount."""
+
+    gae_lambda: float = 0.95
+    """Trace decay of the advantage estimates."""
+
+    critic_lr: float = 1e-3
+    """Learning rate of the critic's Adam."""
+
+    critic_epochs: int = 10
+    """Passes over the rollout to fit the critic."""
+
+    critic_batch_size: int = 128
+    """Minibatch size of the critic."""
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        for name in ("n_envs", "steps_per_update", "critic_epochs", "critic_batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("gamma", "gae_lambda"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
+        if not self.critic_lr > 0:
+            raise ValueError(f"critic_lr must be positive, got {self.critic_lr}")
+        if self.seed < 0:
+            raise ValueError(f"seed must not be negative, got {self.seed}")
+        if any(width < 1 for width in self.hidden):
+            raise ValueError(f"hidden widths must be at least 1, got {self.hidden}")
+
+    def check_batch(self, num_envs: int) -> None:
+        """Raise a ValueError unless an update is a whole number of steps of each environment."""
+        if self.steps_per_update % num_envs:
+            down = self.steps_per_update // num_envs * num_envs
+            raise ValueError(
+                f"steps_per_update={self.steps_per_update} does not divide by {num_envs}"
+                f" environments: try {down or num_envs} or {down + num_envs}"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the options as plain values."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, options: dict[str, Any]) -> dict[str, Any]:
+        """Return options read from a file as keyword arguments.
+
+        Raises:
+            ValueError: an option this version does not know.
+
+        """
+        known = {field.name for field in fields(cls)}
+        unknown = sorted(set(options) - known)
+        if unknown:
+            raise ValueError(f"unknown option(s) {', '.join(unknown)} for {cls.__name__}")
+        return options | {"hidden": tuple(options["hidden"])}

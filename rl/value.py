@@ -1,0 +1,65 @@
+"""The critic and its regression."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from .policies import mlp
+
+
+class Critic(nn.Module):
+    """A state value ``V(s)``: observations ``(..., d)`` to values ``(...)``."""
+
+    def __init__(self, observation_dim: int, hidden: Sequence[int]) -> None:
+        super().__init__()
+        self.net = mlp([observation_dim, *hidden, 1], output_gain=1.0)
+
+    def forward(self, observations: Tensor) -> Tensor:
+        """Return the values."""
+        return self.net(observations).squeeze(-1)
+
+
+def fit(
+    critic: Critic,
+    optimizer: torch.optim.Optimizer,
+    observations: Tensor,
+    returns: Tensor,
+    *,
+    epochs: int,
+    batch_size: int,
+    generator: torch.Generator,
+) -> float:
+    """Regress the critic on returns by epochs of shuffled minibatches.
+
+    Args:
+        critic: the module to fit.
+        optimizer: over the critic's parameters.
+        observations: shape ``(B, d)``.
+        returns: targets, shape ``(B,)``.
+        epochs: passes over the data.
+        batch_size: samples a minibatch; the last one of a pass may be smaller.
+        generator: source of the shuffles.
+
+    Returns:
+        The mean squared error over the last pass, as it went.
+
+    """
+    squared_error = 0.0
+    for epoch in range(epochs):
+        order = torch.randperm(len(returns), generator=generator)
+        for rows in order.split(batch_size):
+            error = (critic(observations[rows]) - returns[rows]).square().mean()
+            optimizer.zero_grad()
+            error.backward()
+            optimizer.step()
+            if epoch == epochs - 1:
+                squared_error += error.item() * len(rows)
+    return squared_error / len(returns)
+
+
+def explained_variance(values: Tensor, returns: Tensor) -> float:
+    """Return 1 - Var(returns - values) / Var(returns); NaN where returns do not vary."""
+    return (1 - (returns - values).var() / returns.var()).item()

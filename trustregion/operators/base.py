@@ -1,0 +1,172 @@
+"""The abstract symmetric operator on flat vectors, and its algebra."""
+
+from __future__ import annotations
+
+import abc
+import math
+from collections.abc import Callable
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+
+class LinearOperator(abc.ABC):
+    """A symmetric linear map ``A`` on vectors of shape ``(n,)``, known by its products only.
+
+    ``A @ v`` and ``A.mv(v)`` are the product, ``A + B`` and ``2.0 * A`` are operators again.
+
+    Example:
+        >>> A = DenseOperator(torch.diag(torch.tensor([1.0, 2.0])))
+        >>> damped = A + 0.5 * Identity(2)
+        >>> damped @ torch.ones(2)
+        tensor([1.5000, 2.5000])
+
+    """
+
+    def __init__(self, n: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.shape = (n, n)
+        self.dtype = dtype
+        self.device = device
+
+    @abc.abstractmethod
+    def mv(self, v: Tensor) -> Tensor:
+        """Return the product ``A v`` of shape ``(n,)`` as a new tensor."""
+
+    def __matmul__(self, v: Tensor) -> Tensor:
+        """Return ``A v`` after checking the vector."""
+        if v.shape != self.shape[:1] or v.dtype != self.dtype:
+            raise ValueError(
+                f"the operator takes vectors of shape ({self.shape[0]},) and dtype {self.dtype},"
+                f" got shape {tuple(v.shape)} and dtype {v.dtype}"
+            )
+        return self.mv(v)
+
+    def __add__(self, other: LinearOperator) -> LinearOperator:
+        """Return the operator ``A + B``."""
+        if not isinstance(other, LinearOperator):
+            return NotImplemented
+        return _Sum(self, other)
+
+    def __mul__(self, factor: float) -> LinearOperator:
+        """Return the operator ``factor * A``."""
+        if not isinstance(factor, (int, float)):
+            return NotImplemented
+        return _Scaled(self, float(factor))
+
+    __rmul__ = __mul__
+
+
+OperatorLike: TypeAlias = "LinearOperator | Tensor | Callable[[Tensor], Tensor]"
+
+
+class DenseOperator(LinearOperator):
+    """The operator of a square matrix ``(n, n)``, which is taken to be symmetric."""
+
+    def __init__(self, matrix: Tensor) -> None:
+        if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
+            raise ValueError(f"a square matrix is needed, got shape {tuple(matrix.shape)}")
+        super().__init__(matrix.shape[0], matrix.dtype, matrix.device)
+        self.matrix = matrix
+
+    def mv(self, v: Tensor) -> Tensor:
+        """Return ``matrix @ v``."""
+        return self.matrix @ v
+
+
+class FunctionOperator(LinearOperator):
+    """The operator of a function ``v -> A v``; the shape of each product is checked."""
+
+    def __init__(
+        self,
+        fn: Callable[[Tensor], Tensor],
+        n: int,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | None = None,
+    ) -> None:
+        super().__init__(n, dtype, device or torch.device("cpu"))
+        self.fn = fn
+
+    def mv(self, v: Tensor) -> Tensor:
+        """Return ``fn(v)``."""
+        out = self.fn(v)
+        if not isinstance(out, Tensor) or out.shape != v.shape or out.dtype != v.dtype:
+            given = (
+                f"shape {tuple(out.shape)} and dtype {out.dtype}"
+                if isinstance(out, Tensor)
+                else type(out).__name__
+            )
+            raise ValueError(
+                f"the operator function must map a vector of shape {tuple(v.shape)} and dtype"
+                f" {v.dtype} to one alike, got {given}"
+            )
+        return out
+
+
+class Identity(LinearOperator):
+    """The identity on ``(n,)`` vectors."""
+
+    def __init__(
+        self, n: int, dtype: torch.dtype = torch.float32, device: torch.device | None = None
+    ) -> None:
+        super().__init__(n, dtype, device or torch.device("cpu"))
+
+    def mv(self, v: Tensor) -> Tensor:
+        """Return a copy of ``v``."""
+        return v.clone()
+
+
+class _Sum(LinearOperator):
+    def __init__(self, left: LinearOperator, right: LinearOperator) -> None:
+        if (left.shape, left.dtype) != (right.shape, right.dtype):
+            raise ValueError(
+                f"cannot add an operator of shape {left.shape}, {left.dtype}"
+                f" and one of shape {right.shape}, {right.dtype}"
+            )
+        super().__init__(left.shape[0], left.dtype, left.device)
+        self.left, self.right = left, right
+
+    def mv(self, v: Tensor) -> Tensor:
+        return self.left.mv(v) + self.right.mv(v)
+
+
+class _Scaled(LinearOperator):
+    def __init__(self, operator: LinearOperator, factor: float) -> None:
+        if not math.isfinite(factor):
+            raise ValueError(f"an operator can only be scaled by a finite number, got {factor}")
+        super().__init__(operator.shape[0], operator.dtype, operator.device)
+        self.operator, self.factor = operator, factor
+
+    def mv(self, v: Tensor) -> Tensor:
+        return self.factor * self.operator.mv(v)
+
+
+def as_operator(A: OperatorLike, like: Tensor) -> LinearOperator:
+    """Return an operator from an operator, a square tensor or a callable, fit for vectors ``like``.
+
+    Raises:
+        TypeError: ``A`` is none of the three.
+        ValueError: shape or dtype do not fit ``like``.
+
+    """
+    if isinstance(A, Tensor):
+        A = DenseOperator(A)
+    if not isinstance(A, LinearOperator):
+        if not callable(A):
+            raise TypeError(
+                "an operator must be a LinearOperator, a square tensor or a callable v -> A v,"
+                f" got {type(A).__name__}"
+            )
+        return FunctionOperator(A, like.numel(), like.dtype, like.device)
+    if A.shape != (like.numel(), like.numel()) or A.dtype != like.dtype:
+        raise ValueError(
+            f"the operator has shape {A.shape} and dtype {A.dtype}, which does not fit a vector of"
+            f" shape {tuple(like.shape)} and dtype {like.dtype}"
+        )
+    return A
+
+
+def to_dense(A: LinearOperator) -> Tensor:
+    """Return the matrix ``(n, n)`` of an operator, column by column. Cost: n products."""
+    basis = torch.eye(A.shape[0], dtype=A.dtype, device=A.device)
+    return torch.stack([A.mv(e) for e in basis], dim=1)

@@ -1,0 +1,151 @@
+"""The Fisher matrix of a model's predictions as an operator, from the graph that made them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from ..distributions import Joint, Prediction, joint_of
+from ..vector import ParameterVector
+from .base import LinearOperator
+
+
+class FisherOperator(LinearOperator):
+    r"""The Fisher matrix :math:`F = \frac1N \sum_i J_i' M_i J_i` of shape ``(n, n)``.
+
+    :math:`J_i` is the Jacobian of the distribution's parameters for sample *i* in the model's
+    parameters, and :math:`M_i` the Fisher matrix of the family there, in closed form. ``F`` is
+    symmetric positive semi-definite by construction, and equals the Hessian of
+    KL(old || new) at the current parameters.
+
+    The graph of the prediction is differentiated once, into ``w -> J'w``. Each product then runs
+    ``v -> Jv`` (a vector-Jacobian product of that map, which is linear in ``w``), ``M``, and
+    ``J'``: four matrix products a dense layer, no forward pass. A KL double backward costs six.
+
+    Parameters that are frozen or that the prediction does not use have rows of exact zeros.
+
+    Args:
+        distribution: the prediction, with its graph; a torch distribution, or a dict, list or
+            tuple of independent ones. Its graph is kept alive by the operator.
+        params: the parameters, in the order of the flat vector. An already built
+            :class:`ParameterVector` is taken as it is.
+
+    Raises:
+        TypeError: a family that is unknown or refused, or parameters of a wrong type.
+        ValueError: the prediction does not depend on the parameters.
+        RuntimeError: a part of the model cannot be differentiated twice, or its graph was freed.
+
+    Example:
+        >>> from torch.distributions import Normal
+        >>> mean = torch.zeros(3, requires_grad=True)
+        >>> F = FisherOperator(Normal(mean, torch.tensor([1.0, 2.0, 4.0])), [mean])
+        >>> 3 * (F @ torch.ones(3))
+        tensor([1.0000, 0.2500, 0.0625])
+
+    References:
+        Schulman et al., Trust Region Policy Optimization, 2015, appendix C.1.
+
+    """
+
+    def __init__(
+        self, distribution: Prediction | Joint, params: ParameterVector | Iterable[Tensor]
+    ) -> None:
+        vector = params if isinstance(params, ParameterVector) else ParameterVector(params)
+        super().__init__(vector.numel, vector.dtype, vector.device)
+        joint = distribution if isinstance(distribution, Joint) else joint_of(distribution)
+        self._vector = vector
+        self._outputs = joint.flat_parameters()
+        self._active = [i for i, y in enumerate(self._outputs) if y.requires_grad]
+        if not self._active:
+            raise ValueError(
+                "the distribution carries no graph: build it from the model's outputs with grad"
+                " enabled, without detach(), .item() or torch.no_grad()"
+            )
+        self._metric = joint.fisher()
+        self._linearise()
+
+    def _linearise(self) -> None:
+        """Record ``w -> J'w`` at ``w = 0``; its derivative in ``w`` along ``v`` is ``Jv``."""
+        self._y = [self._outputs[i] for i in self._active]
+        self._w = [torch.zeros_like(y, requires_grad=True) for y in self._y]
+        trainable = [i for i, p in enumerate(self._vector.params) if p.requires_grad]
+        if not trainable:
+            raise ValueError("no parameter requires a gradient: all of them are frozen")
+        inputs = [self._vector.params[i] for i in trainable]
+        with torch.enable_grad():
+            pullback = _differentiate(self._y, inputs, self._w, create_graph=True)
+        used = [
+            (i, jt_w)
+            for i, jt_w in zip(trainable, pullback, strict=True)
+            if jt_w is not None and jt_w.requires_grad
+        ]
+        if not used:
+            raise ValueError(
+                "the distribution does not depend on the parameters: its graph leads to none of"
+                f" the {len(self._vector.params)} given"
+            )
+        self.used = tuple(i for i, _ in used)  # positions of the parameters that F sees
+        self._inputs = [self._vector.params[i] for i in self.used]
+        self._pullback = [jt_w for _, jt_w in used]
+
+    def jvp(self, v: Tensor) -> tuple[Tensor, ...]:
+        """Return ``Jv``: the change of each parameter tensor of the distribution along ``v``."""
+        parts = self._vector.unravel(v)
+        tangents = _differentiate(self._pullback, self._w, [parts[i] for i in self.used])
+        slots: list[Tensor | None] = [None] * len(self._outputs)
+        for i, tangent in zip(self._active, tangents, strict=True):
+            slots[i] = tangent
+        pairs = zip(slots, self._outputs, strict=True)
+        return tuple(torch.zeros_like(y) if t is None else t for t, y in pairs)
+
+    def vjp(self, u: Sequence[Tensor]) -> Tensor:
+        """Return ``J'u`` of shape ``(n,)``."""
+        grads = _differentiate(self._y, self._inputs, [u[i] for i in self._active])
+        slots: list[Tensor | None] = [None] * len(self._vector.params)
+        for i, grad in zip(self.used, grads, strict=True):
+            slots[i] = grad
+        return self._vector.ravel(slots)
+
+    @torch.no_grad()
+    def mv(self, v: Tensor) -> Tensor:
+        """Return ``F v``. Cost: one product, no forward pass."""
+        return self.vjp(self._metric(self.jvp(v)))
+
+
+def _differentiate(
+    outputs: Sequence[Tensor],
+    inputs: Sequence[Tensor],
+    cotangents: Sequence[Tensor],
+    *,
+    create_graph: bool = False,
+) -> Sequence[Tensor | None]:
+    try:
+        return torch.autograd.grad(
+            outputs,
+            inputs,
+            cotangents,
+            create_graph=create_graph,
+            retain_graph=True,
+            allow_unused=True,
+        )
+    except RuntimeError as error:
+        raise RuntimeError(f"{explain(error)} (torch said: {error})") from error
+
+
+def explain(error: RuntimeError) -> str:
+    """Say what a failed differentiation of a model's graph means and how to mend it."""
+    text = str(error)
+    if "backward through the graph a second time" in text:
+        return (
+            "the graph of the loss or the distribution was already freed: return them from the"
+            " closure without calling backward()"
+        )
+    if "modified by an inplace operation" in text:
+        return "a tensor the graph needs was modified in place after the forward pass"
+    return (
+        "the model could not be differentiated twice: compiled modules and fused attention have no"
+        " double backward. Use the uncompiled module, and attention under"
+        " torch.nn.attention.sdpa_kernel(SDPBackend.MATH)"
+    )

@@ -1,0 +1,67 @@
+"""What an optimizer says about its last step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..status import Status
+
+
+@dataclass(frozen=True)
+class StepInfo:
+    """The account of one step.
+
+    Losses are the closure's own values; reductions are in the direction of optimisation, so that
+    positive is better also under ``maximize``.
+
+    Attributes:
+        status: how the step ended; ``Status.ACCEPTED`` if the parameters moved.
+        loss: loss before the step.
+        new_loss: loss after it; equal to ``loss`` if nothing moved.
+        kl: KL(old || new) after it in nats, from float64; 0 if nothing moved.
+        predicted_reduction: reduction the linear model promised for the last trial.
+        actual_reduction: reduction achieved; 0 if nothing moved.
+        cg_status: how the linear solve ended; None if it was not reached.
+        cg_iterations: iterations of the linear solve.
+        cg_residual: residual of the linear solve relative to the gradient's norm.
+        products: Fisher products spent in this step.
+        scale: the line search's factor on the full step, of the last trial.
+        backtracks: how often the line search shortened the step.
+        evaluations: calls of the closure, the first included.
+        detail: what to look at when the step failed, for example a parameter's name.
+
+    """
+
+    status: Status
+    loss: float
+    new_loss: float
+    kl: float = 0.0
+    predicted_reduction: float = 0.0
+    actual_reduction: float = 0.0
+    cg_status: Status | None = None
+    cg_iterations: int = 0
+    cg_residual: float = 0.0
+    products: int = 0
+    scale: float = 0.0
+    backtracks: int = 0
+    evaluations: int = 1
+    detail: str = ""
+
+    @property
+    def accepted(self) -> bool:
+        """Whether the parameters moved."""
+        return self.status is Status.ACCEPTED
+
+    @property
+    def rho(self) -> float:
+        """Actual over predicted reduction; 0 if nothing moved."""
+        return self.actual_reduction / self.predicted_reduction if self.accepted else 0.0
+
+    def __str__(self) -> str:
+        """Return one line to print in a training loop."""
+        if not self.accepted:
+            return f"{self.status.value}: {self.status}" + (f" ({self.detail})" * bool(self.detail))
+        return (
+            f"{self.status.value}: loss {self.loss:.6g} -> {self.new_loss:.6g}, kl {self.kl:.3g},"
+            f" rho {self.rho:.3g}, cg {self.cg_iterations}, backtracks {self.backtracks}"
+        )

@@ -1,0 +1,407 @@
+"""The natural gradient within a KL trust region, as a torch optimizer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..distributions import Joint
+from ..line_search import backtracking
+from ..operators.base import Identity, OperatorLike
+from ..operators.fisher import FisherOperator
+from ..solvers.cg import cg
+from ..status import Status
+from ..subproblem import kl_ball_step
+from ..vector import ParameterVector, dot, norm
+from .closure import Closure, evaluate, gradient
+from .info import StepInfo
+
+
+@dataclass(frozen=True)
+class _Options:
+    """The options that all parameter groups share."""
+
+    delta: float
+    damping: float
+    cg_max_iter: int
+    cg_rtol: float
+    backtrack_factor: float
+    max_backtracks: int
+    maximize: bool
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        object.__setattr__(self, "delta", float(self.delta))  # a schedule may write a tensor
+        if not (self.delta > 0 and math.isfinite(self.delta)):
+            raise ValueError(
+                f"delta must be a positive KL radius in nats, got {self.delta}; 0.01 is usual in"
+                " reinforcement learning, 0.1 to 1 in supervised learning"
+            )
+        if not (self.damping >= 0 and math.isfinite(self.damping)):
+            raise ValueError(f"damping must be finite and not negative, got {self.damping}")
+        if self.cg_max_iter < 1:
+            raise ValueError(f"cg_max_iter must be at least 1, got {self.cg_max_iter}")
+        if not 0 <= self.cg_rtol < 1:
+            raise ValueError(f"cg_rtol must lie in [0, 1), got {self.cg_rtol}")
+        if not 0 < self.backtrack_factor < 1:
+            raise ValueError(
+                f"backtrack_factor must lie between 0 and 1, got {self.backtrack_factor}"
+            )
+        if self.max_backtracks < 0:
+            raise ValueError(f"max_backtracks must not be negative, got {self.max_backtracks}")
+
+    @property
+    def sign(self) -> float:
+        """Factor that turns the user's objective into one to minimise."""
+        return -1.0 if self.maximize else 1.0
+
+
+_SHARED = tuple(field.name for field in fields(_Options))
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """One evaluation of the line search, in the direction of minimisation."""
+
+    objective: float
+    kl: float
+
+    @property
+    def finite(self) -> bool:
+        return math.isfinite(self.objective) and not math.isnan(self.kl)
+
+
+class NaturalTrustRegion(torch.optim.Optimizer):
+    r"""Minimise a loss by natural-gradient steps that stay within a KL ball.
+
+    Each step solves, matrix-free,
+
+    .. math:: \min_s\; g's \quad \text{subject to} \quad \tfrac12 s'Fs \le \delta
+
+    where ``g`` is the gradient of the loss and ``F`` the Fisher matrix of the model's predicted
+    distribution, then shortens ``s`` until the *measured* loss has fallen and the *measured*
+    KL(old || new) is at most ``delta``. A step that cannot have both leaves every parameter bit
+    for bit as it was; :attr:`info` says why.
+
+    The closure returns ``(loss, distribution)`` without calling ``backward()``. It is called once
+    with grad enabled and then once a trial under ``no_grad``; a closure that differentiates inside
+    wraps that part in ``torch.enable_grad()``. It must be reproducible: the same batch and the
+    same noise in every call of one step.
+
+    Several parameter groups share one KL ball. ``lr`` multiplies the step's length and is the only
+    option that may differ between groups, so every learning-rate scheduler works; ``delta`` may be
+    changed between steps too, in all groups at once.
+
+    Cost of a step: one forward and backward pass, ``cg_max_iter`` Fisher products at most, and one
+    forward pass a trial. Memory: about ten vectors of the parameters' size and the graph.
+
+    Args:
+        params: parameters or parameter groups, as for any torch optimizer. float32 or float64.
+        delta: KL radius in nats: joint over output dimensions, mean over the batch.
+        lr: factor on the length of the step to the ball's edge; 1 goes to the edge.
+        damping: lambda in ``(F + lambda I) x = -g``; it shapes the direction, not the length.
+        cg_max_iter: limit on conjugate-gradient iterations, one Fisher product each.
+        cg_rtol: relative residual at which conjugate gradients stop early.
+        preconditioner: an approximation of the inverse of ``F + lambda I``, positive definite: a
+            :class:`LinearOperator`, a square tensor or a callable.
+        backtrack_factor: factor between successive trials of the line search.
+        max_backtracks: limit on reductions; one more trial than this at most.
+        maximize: maximise the objective instead.
+
+    Raises:
+        ValueError: an option out of range, or groups that disagree on a shared option.
+
+    Example:
+        >>> from torch.distributions import Categorical
+        >>> _ = torch.manual_seed(0)
+        >>> model = torch.nn.Linear(4, 3)
+        >>> x, y = torch.randn(64, 4), torch.randint(3, (64,))
+        >>> optimizer = NaturalTrustRegion(model.parameters(), delta=0.01)
+        >>> def closure():
+        ...     distribution = Categorical(logits=model(x))
+        ...     return -distribution.log_prob(y).mean(), distribution
+        >>> loss = optimizer.step(closure)
+        >>> optimizer.info.status, optimizer.info.kl <= 0.01
+        (<Status.ACCEPTED: 'accepted'>, True)
+
+    References:
+        Amari, Natural Gradient Works Efficiently in Learning, 1998; Schulman et al., Trust Region
+        Policy Optimization, 2015, section 6 and appendix C.
+
+    """
+
+    info: StepInfo | None = None
+    """The account of the last step; None before the first."""
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        delta: float = 0.01,
+        *,
+        lr: float | Tensor = 1.0,
+        damping: float = 1e-3,
+        cg_max_iter: int = 10,
+        cg_rtol: float = 1e-3,
+        preconditioner: OperatorLike | None = None,
+        backtrack_factor: float = 0.8,
+        max_backtracks: int = 15,
+        maximize: bool = False,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "delta": delta,
+            "damping": damping,
+            "cg_max_iter": cg_max_iter,
+            "cg_rtol": cg_rtol,
+            "backtrack_factor": backtrack_factor,
+            "max_backtracks": max_backtracks,
+            "maximize": maximize,
+        }
+        self.preconditioner = preconditioner
+        super().__init__(params, defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group; its options must agree with the others', ``lr`` excepted."""
+        super().add_param_group(param_group)
+        try:
+            self._options()
+        except ValueError:
+            self.param_groups.pop()
+            raise
+
+    @torch.no_grad()
+    def step(  # pyright: ignore[reportIncompatibleMethodOverride] # the closure returns a pair
+        self, closure: Closure | None = None
+    ) -> Tensor | None:
+        """Take one step; :attr:`info` then says how it went.
+
+        Args:
+            closure: returns ``(loss, distribution)``. None is allowed only where there is nothing
+                to do: every ``.grad`` is None or zero (checkpointing libraries call it so).
+
+        Returns:
+            The loss before the step, detached; None without a closure.
+
+        Raises:
+            RuntimeError: no closure although there are gradients, inference mode, or a model whose
+                graph cannot be differentiated twice.
+            TypeError: the closure returned something else, or a distribution that is refused.
+            ValueError: parameters that are not finite, a loss or distribution without a graph.
+
+        """
+        options = self._options()
+        if closure is None:
+            self._require_no_gradient()
+            self._count_step()
+            return None
+        vector = self._vector()
+        theta = _entry_values(vector)
+        loss, joint = evaluate(closure, graph=True)
+        self.info = self._advance(closure, loss, joint, vector, theta, options)
+        self._count_step()
+        return loss.detach()
+
+    def _advance(
+        self,
+        closure: Closure,
+        loss: Tensor,
+        joint: Joint,
+        vector: ParameterVector,
+        theta: Tensor,
+        options: _Options,
+    ) -> StepInfo:
+        info = StepInfo(Status.NONFINITE_LOSS, loss=loss.item(), new_loss=loss.item())
+        if not math.isfinite(info.loss):
+            return info
+        g = options.sign * vector.ravel(gradient(loss, vector.params))
+        nonfinite = vector.name_nonfinite(g)
+        if nonfinite is not None:
+            detail = f"parameter {nonfinite}"
+            return replace(info, status=Status.NONFINITE_GRADIENT, detail=detail)
+        if not bool(g.any()):
+            return replace(info, status=Status.STATIONARY)
+        lr = self._lr(vector)
+        if not bool(lr.any()):
+            return replace(info, status=Status.ZERO_LENGTH)
+
+        F = FisherOperator(joint, vector)
+        _require_seen(F, vector, g)
+        A = F + options.damping * Identity(vector.numel, vector.dtype, vector.device)
+        rtol, max_iter = options.cg_rtol, options.cg_max_iter
+        solve = cg(A, -g, M=self.preconditioner, rtol=rtol, max_iter=max_iter)
+        info = replace(
+            info,
+            status=solve.status,
+            cg_status=solve.status,
+            cg_iterations=solve.iterations,
+            cg_residual=solve.residual_norm / norm(g),
+            products=solve.products,
+        )
+        if solve.iterations == 0:
+            return info
+        step = kl_ball_step(
+            solve.x, g, options.delta, damped_curvature=solve.curvature, damping=options.damping
+        )
+        if step.status is not Status.CONVERGED:
+            return replace(info, status=step.status)
+        s = lr * step.s
+        info = replace(info, predicted_reduction=-dot(g, s))
+        return _search(closure, joint.frozen(), vector, theta, s, options, info)
+
+    def _options(self) -> _Options:
+        """Return the options the groups share, checked anew since schedulers write them."""
+        first = self.param_groups[0]
+        for i, group in enumerate(self.param_groups):
+            lr = float(group["lr"])
+            if not (lr >= 0 and math.isfinite(lr)):
+                raise ValueError(f"lr must be finite and not negative, got {lr}")
+            for key in _SHARED:
+                if group[key] != first[key]:
+                    raise ValueError(
+                        f"all parameter groups share one KL ball: {key} is {first[key]} in group 0"
+                        f" and {group[key]} in group {i}. Only lr may differ"
+                    )
+        return _Options(**{key: first[key] for key in _SHARED})
+
+    def _vector(self) -> ParameterVector:
+        """Return the trainable parameters of all groups, with their names if they have any."""
+        params: list[Tensor] = []
+        names: list[str] = []
+        for i, group in enumerate(self.param_groups):
+            default = [f"{i}.{j}" for j in range(len(group["params"]))]
+            for name, p in zip(group.get("param_names", default), group["params"], strict=True):
+                if p.requires_grad:
+                    params.append(p)
+                    names.append(name)
+        if not params:
+            raise ValueError("no parameter requires a gradient: all of them are frozen")
+        return ParameterVector(params, names)
+
+    def _lr(self, vector: ParameterVector) -> Tensor:
+        """Return the learning rate: one number, or one an element where the groups differ."""
+        lrs = [float(group["lr"]) for group in self.param_groups]
+        if len(set(lrs)) == 1:
+            return torch.tensor(lrs[0], dtype=vector.dtype, device=vector.device)
+        pairs = zip(lrs, self.param_groups, strict=True)
+        trainable = ((lr, p) for lr, group in pairs for p in group["params"] if p.requires_grad)
+        return vector.ravel([torch.full_like(p, lr) for lr, p in trainable])
+
+    def _require_no_gradient(self) -> None:
+        grads = (p.grad for group in self.param_groups for p in group["params"])
+        if any(grad is not None and bool(grad.any()) for grad in grads):
+            raise RuntimeError(
+                "NaturalTrustRegion.step() needs a closure that returns (loss, distribution): the"
+                " gradients in .grad do not define a KL"
+            )
+
+    def _count_step(self) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                state = self.state[p]
+                state["step"] = state.get("step", torch.zeros(())) + 1
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what deepcopy and pickle keep: the base class's, and the attributes here."""
+        kept = {"info": self.info, "preconditioner": self.preconditioner}
+        return {**super().__getstate__(), **kept}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore; options that an older state does not know take their defaults."""
+        super().__setstate__(state)
+        for group in self.param_groups:
+            for key, value in self.defaults.items():
+                group.setdefault(key, value)
+
+
+def _entry_values(vector: ParameterVector) -> Tensor:
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError(
+            "step() cannot run under torch.inference_mode(), where no graph is recorded: leave it,"
+            " or use torch.no_grad() around the code that needs it"
+        )
+    theta = vector.values()
+    nonfinite = vector.name_nonfinite(theta)
+    if nonfinite is not None:
+        raise ValueError(
+            f"parameter {nonfinite} holds a NaN or an infinity before the step. This optimizer"
+            " never writes one: look at the initialisation, a loaded checkpoint or other code that"
+            " writes the parameters"
+        )
+    return theta
+
+
+def _require_seen(F: FisherOperator, vector: ParameterVector, g: Tensor) -> None:
+    """Refuse parameters that move the loss but not the distribution: no KL bounds them."""
+    parts = vector.unravel(g)
+    unseen = [i for i in range(len(parts)) if i not in F.used and bool(parts[i].any())]
+    if unseen:
+        names = ", ".join(vector.names[i] for i in unseen)
+        raise ValueError(
+            f"the loss depends on parameter(s) {names}, the distribution does not, so the KL radius"
+            " says nothing about them. Give them to another optimizer, or return a joint"
+            " distribution that covers them, for example {'action': ..., 'value': Normal(v, 1)}"
+        )
+
+
+def _search(
+    closure: Closure,
+    old: Joint,
+    vector: ParameterVector,
+    theta: Tensor,
+    s: Tensor,
+    options: _Options,
+    info: StepInfo,
+) -> StepInfo:
+    """Backtrack along ``s``; commit the accepted trial or restore ``theta`` bit for bit."""
+    start = options.sign * info.loss
+
+    def evaluate_trial(scale: float) -> _Trial:
+        trial = theta + scale * s
+        if not bool(trial.isfinite().all()):
+            return _Trial(math.nan, math.nan)
+        vector.assign(trial)
+        loss, new = evaluate(closure, graph=False)
+        return _Trial(options.sign * loss.item(), old.mean_kl(new).item())
+
+    def accept(trial: _Trial) -> bool:
+        return trial.finite and trial.objective < start and trial.kl <= options.delta
+
+    accepted = False
+    try:
+        search = backtracking(
+            evaluate_trial,
+            accept,
+            factor=options.backtrack_factor,
+            max_backtracks=options.max_backtracks,
+        )
+        accepted = search.accepted
+    finally:  # also on KeyboardInterrupt
+        if not accepted:
+            vector.assign(theta)
+    last = search.trial
+    info = replace(
+        info,
+        predicted_reduction=search.scale * info.predicted_reduction,
+        scale=search.scale,
+        backtracks=search.backtracks,
+        evaluations=search.backtracks + 2,
+    )
+    if accepted:
+        return replace(
+            info,
+            status=Status.ACCEPTED,
+            new_loss=options.sign * last.objective,
+            kl=last.kl,
+            actual_reduction=start - last.objective,
+        )
+    detail = f"at the last trial the loss was {options.sign * last.objective} and the KL {last.kl}"
+    if not last.finite:
+        return replace(info, status=Status.NONFINITE_TRIAL, detail=detail)
+    left_ball = last.kl > options.delta
+    status = Status.REJECTED_KL if left_ball else Status.REJECTED_LOSS
+    return replace(info, status=status, detail=detail)

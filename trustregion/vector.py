@@ -1,0 +1,127 @@
+"""A list of parameters seen as one flat vector; the only file that knows parameter shapes.
+
+Inner products of flat vectors stand here too.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+
+class ParameterVector:
+    """The flat view ``theta`` of shape ``(n,)`` of a list of parameters.
+
+    The vector keeps references, not copies: it reads and writes the parameters themselves.
+    Non-contiguous parameters are read and written in their logical order. Parameters must share
+    one real floating dtype (float32 or float64) and one device, and appear once each: a tied
+    parameter is one tensor used in several places, as ``module.parameters()`` lists it.
+
+    Args:
+        params: the parameters, in the order of their slices of the vector.
+        names: optional names for error messages; positions are used otherwise.
+
+    Raises:
+        TypeError: something in ``params`` is not a tensor of float32 or float64.
+        ValueError: no parameters, mixed dtypes or devices, the same memory listed twice.
+
+    Example:
+        >>> weight, bias = torch.zeros(2, 2), torch.ones(1)
+        >>> vector = ParameterVector([weight, bias])
+        >>> vector.assign(torch.arange(5.0))
+        >>> weight
+        tensor([[0., 1.],
+                [2., 3.]])
+        >>> vector.ravel([None, bias])
+        tensor([0., 0., 0., 0., 4.])
+
+    """
+
+    def __init__(self, params: Iterable[Tensor], names: Sequence[str] | None = None) -> None:
+        if isinstance(params, Tensor):
+            raise TypeError("params must be an iterable of tensors, got one tensor: wrap it as [p]")
+        self.params = tuple(params)
+        self.names = tuple(names) if names else tuple(f"{i}" for i in range(len(self.params)))
+        if not self.params:
+            raise ValueError("params is empty: pass at least one parameter")
+        for name, p in zip(self.names, self.params, strict=True):
+            self._check(name, p)
+        self._check_memory()
+        self.sizes = [p.numel() for p in self.params]
+        self.numel = sum(self.sizes)
+        self.dtype = self.params[0].dtype
+        self.device = self.params[0].device
+
+    def _check(self, name: str, p: Tensor) -> None:
+        if not isinstance(p, Tensor):
+            raise TypeError(f"parameter {name} must be a tensor, got {type(p).__name__}")
+        if p.dtype not in (torch.float32, torch.float64):
+            raise TypeError(
+                f"parameter {name} has dtype {p.dtype}: curvature needs float32 or float64."
+                " Keep the parameters in float32 and use torch.autocast in the closure for half"
+                " precision; write complex parameters as torch.view_as_real pairs"
+            )
+        first = self.params[0]
+        if (p.dtype, p.device) != (first.dtype, first.device):
+            raise ValueError(
+                "all parameters must share one dtype and one device:"
+                f" parameter {self.names[0]} is {first.dtype} on {first.device},"
+                f" parameter {name} is {p.dtype} on {p.device}"
+            )
+
+    def _check_memory(self) -> None:
+        seen: dict[int, str] = {}
+        for name, p in zip(self.names, self.params, strict=True):
+            if p.numel() == 0:
+                continue
+            other = seen.setdefault(p.data_ptr(), name)
+            if other != name:
+                raise ValueError(
+                    f"parameters {other} and {name} share the same memory: list a tied parameter"
+                    " once (module.parameters() does), and tie by sharing one nn.Parameter"
+                )
+
+    def ravel(self, tensors: Sequence[Tensor | None]) -> Tensor:
+        """Concatenate tensors shaped like the parameters to a new ``(n,)`` vector; None is zero."""
+        flat = [
+            p.new_zeros(p.numel()) if t is None else t.reshape(-1)
+            for t, p in zip(tensors, self.params, strict=True)
+        ]
+        return torch.cat(flat)
+
+    def unravel(self, vector: Tensor) -> list[Tensor]:
+        """Return views of an ``(n,)`` vector shaped like the parameters."""
+        parts = vector.split(self.sizes)
+        return [part.view(p.shape) for part, p in zip(parts, self.params, strict=True)]
+
+    @torch.no_grad()
+    def values(self) -> Tensor:
+        """Return a copy of the parameters as an ``(n,)`` vector, bit for bit."""
+        return self.ravel([p.detach() for p in self.params])
+
+    @torch.no_grad()
+    def assign(self, vector: Tensor) -> None:
+        """Write an ``(n,)`` vector into the parameters in place, bit for bit."""
+        for p, part in zip(self.params, self.unravel(vector), strict=True):
+            p.copy_(part)
+
+    def name_nonfinite(self, vector: Tensor) -> str | None:
+        """Return the name of the first parameter whose slice is not finite, or None."""
+        if bool(vector.isfinite().all()):
+            return None
+        parts = self.unravel(vector)
+        bad = (n for n, part in zip(self.names, parts, strict=True) if not part.isfinite().all())
+        return next(bad)
+
+
+def dot(u: Tensor, v: Tensor) -> float:
+    """Return the inner product ``u'v`` of two ``(n,)`` vectors, accumulated in float64."""
+    return torch.dot(u.double(), v.double()).item()  # host sync
+
+
+def norm(u: Tensor) -> float:
+    """Return the Euclidean norm of an ``(n,)`` vector, accumulated in float64."""
+    return math.sqrt(dot(u, u))
