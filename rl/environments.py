@@ -50,8 +50,8 @@ def _check(envs: VectorEnv) -> None:
     mode = envs.metadata.get("autoreset_mode")
     if mode is not AutoresetMode.NEXT_STEP:
         raise ValueError(
-            f"the vector environment has autoreset_mode {mode}: rollouts need AutoresetMode.NEXT_STEP,"
-            " gymnasium's default"
+            f"the vector environment has autoreset_mode {mode}: rollouts need"
+            " AutoresetMode.NEXT_STEP, gymnasium's default"
         )
     observation, action = envs.single_observation_space, envs.single_action_space
     if not (isinstance(observation, Box) and np.issubdtype(observation.dtype, np.number)):

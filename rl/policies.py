@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Sequence
+from itertools import pairwise
 
 import gymnasium
 import numpy as np
@@ -21,7 +22,7 @@ def mlp(sizes: Sequence[int], *, output_gain: float) -> nn.Sequential:
 
     """
     layers: list[nn.Module] = []
-    for i, (fan_in, fan_out) in enumerate(zip(sizes, sizes[1:], strict=False)):
+    for i, (fan_in, fan_out) in enumerate(pairwise(sizes)):
         linear = nn.Linear(fan_in, fan_out)
         last = i == len(sizes) - 2
         nn.init.orthogonal_(linear.weight, output_gain if last else 2**0.5)

@@ -20,7 +20,7 @@ from .value import explained_variance, fit
 
 @dataclass(frozen=True, kw_only=True)
 class TRPOConfig(Config):
-    """Options of :class:`TRPO`."""
+    """Options of TRPO."""
 
     delta: float = 0.01
     """Bound on KL(old || new) in nats: joint over action dimensions, mean over states."""
@@ -48,7 +48,7 @@ class TRPO(Agent):
 
     Example:
         >>> agent = TRPO("CartPole-v1", steps_per_update=256).learn(512, progress=False)
-        >>> action, _ = agent.predict(np.zeros(4), deterministic=True)
+        >>> action, _ = agent.predict(agent.envs.reset()[0][0], deterministic=True)
         >>> action in (0, 1)
         True
 

@@ -1,0 +1,47 @@
+"""Trust-region policy optimization for gymnasium environments, on top of ``trustregion``.
+
+>>> from rl import TRPO, evaluate
+>>> agent = TRPO("CartPole-v1", steps_per_update=256).learn(256, progress=False)
+>>> evaluate(agent, "CartPole-v1", episodes=2).mean > 0
+True
+
+"""
+
+from .advantages import gae as gae
+from .agent import Agent as Agent
+from .checkpoint import CheckpointError as CheckpointError
+from .config import Config as Config
+from .environments import make_envs as make_envs
+from .evaluation import Evaluation as Evaluation
+from .evaluation import evaluate as evaluate
+from .objectives import surrogate as surrogate
+from .policies import CategoricalPolicy as CategoricalPolicy
+from .policies import GaussianPolicy as GaussianPolicy
+from .policies import Policy as Policy
+from .rollout import Collector as Collector
+from .rollout import Rollout as Rollout
+from .trpo import TRPO as TRPO
+from .trpo import TRPOConfig as TRPOConfig
+from .value import Critic as Critic
+
+__all__ = [
+    # algorithms
+    "Agent",
+    "TRPO",
+    "Config",
+    "TRPOConfig",
+    # running
+    "evaluate",
+    "Evaluation",
+    "CheckpointError",
+    # parts
+    "gae",
+    "surrogate",
+    "make_envs",
+    "Collector",
+    "Rollout",
+    "Policy",
+    "CategoricalPolicy",
+    "GaussianPolicy",
+    "Critic",
+]

@@ -1,0 +1,103 @@
+"""What a run shows and keeps: a table in the terminal, a CSV file, a learning curve."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+from .agent import Log
+
+_COLUMNS = (  # title, key, width, format
+    ("steps", "time/total_timesteps", 9, ",d"),
+    ("return", "rollout/ep_rew_mean", 9, ".1f"),
+    ("length", "rollout/ep_len_mean", 8, ".1f"),
+    ("KL", "train/kl_divergence_loss", 9, ".5f"),
+    ("rho", "trust/rho", 6, ".2f"),
+    ("cg", "trust/cg_iterations", 4, "d"),
+    ("back", "trust/backtracks", 5, "d"),
+    ("value loss", "train/value_loss", 11, ".4g"),
+    ("steps/s", "time/fps", 9, ",.0f"),
+    ("step", "trust/status", 15, "s"),
+)
+_HEADER_EVERY = 25
+
+
+class Table:
+    """Prints one aligned row every ``every`` updates, above the progress bar."""
+
+    def __init__(self, every: int = 1) -> None:
+        self.every = every
+        self.rows = 0
+
+    def __call__(self, log: Log) -> None:
+        """Print a row, and the header from time to time."""
+        from tqdm import tqdm
+
+        if log["time/iterations"] % self.every:
+            return
+        if self.rows % _HEADER_EVERY == 0:
+            tqdm.write("".join(title.rjust(width) for title, _, width, _ in _COLUMNS))
+        cells = (format(log[key], form).rjust(width) for _, key, width, form in _COLUMNS)
+        tqdm.write("".join(cells))
+        self.rows += 1
+
+
+class CSVLog:
+    """Appends every log entry to a CSV file, one row an update."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __call__(self, log: Log) -> None:
+        """Append a row, and the header before the first one."""
+        new = not self.path.exists()
+        with self.path.open("a", newline="") as file:
+            writer = csv.DictWriter(file, fieldnames=list(log))
+            if new:
+                writer.writeheader()
+            writer.writerow(log)
+
+
+def read_csv(path: Path) -> dict[str, list[float]]:
+    """Return the numeric columns of a file written by :class:`CSVLog`."""
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    columns: dict[str, list[float]] = {}
+    for key in rows[0] if rows else ():
+        try:
+            columns[key] = [float(row[key]) for row in rows]
+        except ValueError:  # a column of words, such as the status
+            continue
+    return columns
+
+
+def plot_learning_curve(columns: dict[str, list[float]], path: Path, *, title: str) -> None:
+    """Draw return and KL against environment steps, the KL under its bound.
+
+    Args:
+        columns: as :func:`read_csv` returns them.
+        path: PNG file to write.
+        title: what the run was.
+
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # needs no display
+    from matplotlib.figure import Figure
+
+    steps = columns["time/total_timesteps"]
+    figure = Figure(figsize=(8, 5.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    above, below = figure.subplots(2, 1, sharex=True, height_ratios=[2, 1])
+    above.plot(steps, columns["rollout/ep_rew_mean"], color="#0072b2", linewidth=2)
+    above.set_ylabel("mean return of the last\n100 training episodes")
+    above.set_title(title, loc="left")
+    kl, delta = columns["train/kl_divergence_loss"], columns["trust/delta"]
+    below.plot(steps, kl, ".-", color="#0072b2", label="KL(old || new) of each update")
+    below.plot(steps, delta, "--", color="#d55e00", label="delta")
+    below.set_ylim(0, 1.35 * max([*kl, *delta]))
+    below.set_ylabel("KL [nats]")
+    below.set_xlabel("environment steps")
+    below.legend(loc="upper right", ncols=2, frameon=False)
+    for axes in (above, below):
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=120)

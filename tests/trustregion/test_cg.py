@@ -1,0 +1,386 @@
+"""Laws of conjugate gradients; numbers P1.. are those of the property list in the research."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+import oracles
+from strategies import DTYPES, systems
+from trustregion import DenseOperator, FunctionOperator, Status, cg
+
+
+class Counting(DenseOperator):
+    products = 0
+
+    def mv(self, v):
+        self.products += 1
+        return super().mv(v)
+
+
+def iterates(system, k=12, **options):
+    """The iterates until the system is solved to its attainable accuracy, k at most."""
+    seen = []
+    rtol = system.eps * system.condition
+    cg(system.A, system.b, rtol=rtol, max_iter=k, callback=seen.append, **options)
+    return [x.double() for x in seen]
+
+
+def energy(system, x):
+    return (0.5 * x @ system.exact @ x - system.b.double() @ x).item()
+
+
+@given(systems(max_log_condition=4, dtypes=[torch.float64]))
+def test_solution_matches_a_dense_solve(system):
+    solution = cg(system.A, system.b, rtol=1e-12)
+    exact = torch.linalg.solve(system.exact, system.b)
+    assert solution.status is Status.CONVERGED
+    residual = (system.b - system.A @ solution.x).norm()
+    # the recurrence and the true residual part by eps |A| |x|
+    assert residual <= (1e-12 + 100 * system.eps * system.condition) * system.b.norm()
+    # error <= condition * relative residual, with room for rounding
+    assert (solution.x - exact).norm() <= 1e-9 * system.condition * exact.norm()
+
+
+@given(systems(max_log_condition=3, dtypes=[torch.float64], max_n=12))
+def test_iterates_minimise_over_krylov_spaces(system):
+    k = min(4, len(system.b))
+    found = iterates(system, k)
+    expected = oracles.textbook_cg(system.exact / system.scale, system.b / system.scale, len(found))
+    for x, y in zip(found, expected, strict=True):
+        if not y.isfinite().all():  # the Krylov space is exhausted
+            break
+        gap = energy(system, x) - energy(system, y)
+        assert gap <= 1e-9 * abs(energy(system, y))
+
+
+@given(systems())
+def test_p1_the_quadratic_decreases(system):
+    values = [0.0] + [energy(system, x) for x in iterates(system)]
+    for before, after in zip(values, values[1:], strict=False):
+        assert after <= before + 4 * system.eps * abs(before)
+
+
+@given(systems())
+def test_p2_the_error_in_the_energy_norm_does_not_grow(system):
+    exact = torch.linalg.solve(system.exact, system.b.double())
+    errors = [(x - exact) @ system.exact @ (x - exact) for x in iterates(system)]
+    start = exact @ system.exact @ exact
+    for before, after in zip([start, *errors], errors, strict=False):
+        assert after <= before + 8 * system.eps * start
+
+
+@given(systems())
+def test_p3_the_iterates_grow(system):
+    norms = [0.0] + [x.norm().item() for x in iterates(system)]
+    for before, after in zip(norms, norms[1:], strict=False):
+        assert after >= before * (1 - 4 * system.eps)
+
+
+@given(systems())
+def test_p4_the_recurred_residual_is_the_true_one(system):
+    solution = cg(system.A, system.b, rtol=0.0, max_iter=12)
+    true = (system.b.double() - system.exact @ solution.x.double()).norm().item()
+    b, x = system.b.double().norm(), solution.x.double().norm()
+    gap = abs(true - solution.residual_norm)
+    assert gap <= 10 * 12 * system.eps * (b + system.scale * x)
+
+
+@pytest.mark.parametrize("power", [-40, -7, 3, 40])
+@given(system=systems(max_n=20))
+def test_p6_scaling_by_powers_of_two_is_exact(system, power):
+    factor = 2.0**power
+    x = cg(system.A, system.b).x
+    assert torch.equal(cg(system.A, system.b * factor).x, x * factor)
+    smaller = cg(system.A * factor, system.b)
+    assert torch.equal(smaller.x, x / factor)
+
+
+@pytest.mark.parametrize("power", [-140, -60, 60, 120])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_no_scale_of_the_right_hand_side_is_out_of_reach(power, dtype):
+    A = torch.diag(torch.tensor([1.0, 2.0, 4.0], dtype=dtype))
+    b = torch.ones(3, dtype=torch.float64)
+    solution = cg(A, (b * 2.0**power).to(dtype))
+    assert solution.status is Status.CONVERGED
+    torch.testing.assert_close(solution.x.double() * 2.0**-power, cg(A, b.to(dtype)).x.double())
+
+
+@given(systems(max_log_condition=3, dtypes=[torch.float64], kinds=["clustered"]))
+def test_p7_as_many_iterations_as_distinct_eigenvalues(system):
+    # three clusters; rounding may ask for one or two more at condition 1e3
+    assert cg(system.A, system.b, rtol=1e-7).iterations <= 5
+
+
+@given(systems(dtypes=[torch.float64], kinds=["log-uniform"], max_log_condition=4))
+def test_p8_chebyshev_bound(system):
+    exact = torch.linalg.solve(system.exact, system.b)
+    start = (exact @ system.exact @ exact).sqrt()
+    rate = (math.sqrt(system.condition) - 1) / (math.sqrt(system.condition) + 1)
+    for k, x in enumerate(iterates(system), 1):
+        error = ((x - exact) @ system.exact @ (x - exact)).clamp(min=0).sqrt()
+        assert error <= 2 * rate**k * start * (1 + 1e-8) + 1e-10 * start
+
+
+@given(systems())
+def test_p9_every_iterate_is_a_descent_direction(system):
+    for x in iterates(system):
+        assert x @ system.b.double() > 0
+        assert x @ system.exact @ x > 0
+
+
+@given(systems(), st.integers(1, 12))
+def test_p10_curvature_is_that_of_the_returned_x(system, k):
+    solution = cg(system.A, system.b, rtol=0.0, max_iter=k)
+    x = solution.x.double()
+    bound = 50 * system.eps * (system.b.double().norm() + system.scale * x.norm()) * x.norm()
+    assert abs(solution.curvature - x @ system.exact @ x) <= bound
+
+
+def test_p10_the_shortcut_would_be_wrong():
+    """The case for computing x'Ax: float32 at condition 1e5, where x'b is off by 1e-4 and more."""
+    worst_shortcut = worst_ours = 0.0
+    for seed in range(20):
+        g = torch.Generator().manual_seed(seed)
+        Q, _ = torch.linalg.qr(torch.randn(30, 30, generator=g, dtype=torch.float64))
+        exact = (Q * torch.logspace(0, -5, 30, dtype=torch.float64)) @ Q.T
+        A, b = exact.float(), torch.randn(30, generator=g)
+        solution = cg(A, b, rtol=0.0, max_iter=12)
+        x = solution.x.double()
+        true = (x @ A.double() @ x).item()
+        worst_shortcut = max(worst_shortcut, abs((x @ b.double()).item() / true - 1))
+        worst_ours = max(worst_ours, abs(solution.curvature / true - 1))
+    assert worst_ours < 1e-5 < worst_shortcut
+
+
+@given(systems(max_log_condition=3))
+def test_p12_an_exact_preconditioner_needs_one_iteration(system):
+    inverse = torch.linalg.inv(system.exact).to(system.A.dtype)
+    # the inverse is exact to eps * condition
+    rtol = max(1e-6, 50 * system.eps * system.condition)
+    assert cg(system.A, system.b, M=inverse, rtol=rtol).iterations <= 1
+
+
+@given(systems())
+def test_p12_the_identity_changes_nothing(system):
+    plain = cg(system.A, system.b, max_iter=10)
+    preconditioned = cg(system.A, system.b, M=lambda v: v, max_iter=10)
+    assert torch.equal(plain.x, preconditioned.x)
+
+
+@given(systems(), st.integers(-20, 20))
+def test_p12_the_scale_of_the_preconditioner_changes_nothing(system, power):
+    plain = cg(system.A, system.b, max_iter=10)
+    scaled = cg(system.A, system.b, M=lambda v: 2.0**power * v, max_iter=10)
+    assert torch.equal(plain.x, scaled.x)
+
+
+@given(systems(max_log_condition=4, dtypes=[torch.float64]))
+def test_jacobi_preconditioning_solves_the_same_system(system):
+    M = torch.diag(1 / system.A.diagonal())
+    solution = cg(system.A, system.b, M=M, rtol=1e-10)
+    residual = (system.b - system.A @ solution.x).norm()
+    assert residual <= (1e-10 + 100 * system.eps * system.condition) * system.b.norm()
+
+
+@given(systems(kinds=["sign-mixed"]))
+def test_p13_indefinite_operators_are_found_out(system):
+    solution = cg(system.A, system.b)
+    assert solution.x.isfinite().all()
+    assert solution.status in (Status.NEGATIVE_CURVATURE, Status.ZERO_CURVATURE, Status.CONVERGED)
+    if solution.status is Status.CONVERGED:
+        residual = (system.b.double() - system.exact @ solution.x.double()).norm()
+        x_norm = solution.x.double().norm()
+        slack = 1e3 * system.eps * (system.b.norm() + system.scale * x_norm)
+        assert residual <= 1e-5 * system.b.norm() + slack
+    else:
+        p = solution.direction.double()
+        assert p @ system.exact @ p <= 4 * system.eps * system.scale * (p @ p)
+
+
+@given(systems(kinds=["rank-deficient"], dtypes=[torch.float64], max_log_condition=3))
+def test_p14_consistent_singular_systems_give_the_minimum_norm_solution(system):
+    solution = cg(system.A, system.b, rtol=1e-10)
+    assert solution.x.isfinite().all()
+    if solution.status is Status.CONVERGED:
+        expected = torch.linalg.pinv(system.exact, rtol=1e-9, hermitian=True) @ system.b
+        assert (solution.x - expected).norm() <= 1e-6 * expected.norm()
+
+
+def test_p14_inconsistent_systems_end_without_claiming_success():
+    A = torch.diag(torch.tensor([1.0, 0.0]))
+    solution = cg(A, torch.ones(2))
+    assert solution.status is Status.ZERO_CURVATURE
+    assert solution.x.isfinite().all()
+
+
+def test_negative_curvature_comes_with_its_direction():
+    A = torch.diag(torch.tensor([1.0, -1.0]))
+    solution = cg(A, torch.tensor([1.0, 2.0]))
+    assert solution.status is Status.NEGATIVE_CURVATURE
+    assert solution.direction @ A @ solution.direction < 0
+
+
+@given(systems(), st.integers(0, 15))
+def test_one_product_an_iteration(system, k):
+    A = Counting(system.A)
+    solution = cg(A, system.b, rtol=0.0, max_iter=k)
+    assert A.products == solution.products
+    ended_early = solution.status in (Status.NEGATIVE_CURVATURE, Status.ZERO_CURVATURE)
+    assert solution.products == solution.iterations + ended_early
+    assert solution.iterations <= k
+
+
+@given(systems(max_log_condition=3, dtypes=[torch.float64]))
+def test_a_warm_start_costs_one_product_and_helps(system):
+    exact = torch.linalg.solve(system.exact, system.b)
+    A = Counting(system.A)
+    start = exact.clone()
+    solution = cg(A, system.b, start, rtol=1e-6)
+    assert (solution.status, solution.iterations) == (Status.CONVERGED, 0)
+    assert A.products == solution.products == 1
+    assert torch.equal(start, exact)  # not written to
+    far = cg(system.A, system.b, start + exact.roll(1), rtol=1e-10)
+    assert (far.x - exact).norm() <= 1e-6 * exact.norm() * (1 + system.condition * 1e-3)
+
+
+@given(systems(max_log_condition=3, dtypes=[torch.float64]), st.integers(1, 6))
+def test_curvature_with_a_warm_start(system, k):
+    start = torch.ones_like(system.b) / system.scale
+    solution = cg(system.A, system.b, start, rtol=0.0, max_iter=k)
+    x = solution.x
+    bound = 1e3 * system.eps * (system.b.norm() + system.scale * x.norm()) * x.norm()
+    assert abs(solution.curvature - x @ system.exact @ x) <= bound
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_zero_right_hand_side_has_the_zero_solution(dtype):
+    A = Counting(torch.eye(3, dtype=dtype))
+    solution = cg(A, torch.zeros(3, dtype=dtype), torch.ones(3, dtype=dtype))
+    assert torch.equal(solution.x, torch.zeros(3, dtype=dtype))
+    assert (solution.status, A.products) == (Status.CONVERGED, 0)
+
+
+def test_absolute_tolerance_is_in_the_units_of_b():
+    A, b = torch.diag(torch.tensor([1.0, 10.0, 100.0])), torch.full((3,), 1e-6)
+    assert cg(A, b, rtol=0.0, atol=1e-5).iterations == 0
+    assert cg(A, b, rtol=0.0, atol=1e-12).iterations > 0
+
+
+def test_max_iter_is_named_and_defaults_to_ten_n():
+    A, b = torch.diag(torch.logspace(0, 3, 50, dtype=torch.float64)), torch.ones(50).double()
+    assert cg(A, b, rtol=1e-12, max_iter=3).status is Status.MAX_ITER
+    noisy = FunctionOperator(lambda v: A @ v + 1e-3 * v.roll(1), 50, torch.float64)
+    assert cg(noisy, b, rtol=1e-15).iterations <= 500
+
+
+bad_numbers = pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+
+
+@bad_numbers
+def test_nonfinite_input_is_named(bad):
+    b = torch.tensor([1.0, bad])
+    solution = cg(torch.eye(2), b)
+    assert solution.status is Status.NONFINITE_INPUT
+    assert torch.equal(solution.x, torch.zeros(2))
+    solution = cg(torch.eye(2), torch.ones(2), b)
+    assert solution.status is Status.NONFINITE_INPUT
+    assert solution.x.isfinite().all()
+
+
+@bad_numbers
+@given(system=systems(max_n=12), at=st.integers(1, 8), warm=st.booleans(), where=st.booleans())
+def test_a_nonfinite_product_keeps_the_last_finite_iterate(bad, system, at, warm, where):
+    calls = 0
+
+    def poisoned(v):
+        nonlocal calls
+        calls += 1
+        out = v.clone() if where else system.A @ v
+        if calls == at:
+            out[0] = bad
+        return out
+
+    x0 = torch.zeros_like(system.b) if warm else None
+    if where:
+        solution = cg(system.A, system.b, x0, M=poisoned, rtol=0.0)
+    else:
+        solution = cg(poisoned, system.b, x0, rtol=0.0)
+    assert solution.x.isfinite().all()
+    assert math.isfinite(solution.curvature)
+    if calls >= at:
+        assert solution.status is Status.NONFINITE_OPERATOR
+
+
+def test_an_indefinite_preconditioner_is_named():
+    solution = cg(torch.eye(2), torch.ones(2), M=-torch.eye(2))
+    assert solution.status is Status.INDEFINITE_PRECONDITIONER
+    assert solution.x.isfinite().all()
+
+
+@pytest.mark.parametrize("scale", [1e-44, 1e-38, 1e-20, 1e20, 1e38])
+def test_operators_of_extreme_scale_never_give_a_nan(scale):
+    A = torch.eye(3) * scale
+    solution = cg(A, torch.ones(3))
+    assert solution.x.isfinite().all()
+    if solution.status is Status.CONVERGED:
+        torch.testing.assert_close(A @ solution.x, torch.ones(3), rtol=1e-4, atol=0)
+
+
+@given(
+    st.lists(st.floats(width=32), min_size=9, max_size=9),
+    st.lists(st.floats(width=32), min_size=3, max_size=3),
+    st.sampled_from(DTYPES),
+)
+@example([0.0] * 9, [1.0] * 3, torch.float32)
+def test_no_input_whatever_gives_a_nan(entries, b, dtype):
+    A = torch.tensor(entries, dtype=dtype).view(3, 3)
+    solution = cg(A, torch.tensor(b, dtype=dtype))
+    assert solution.x.isfinite().all()
+    assert not math.isnan(solution.residual_norm)
+
+
+def test_operator_tensor_and_callable_are_the_same():
+    A = torch.diag(torch.tensor([1.0, 2.0, 3.0]))
+    b = torch.ones(3)
+    x = cg(A, b).x
+    assert torch.equal(cg(DenseOperator(A), b).x, x)
+    assert torch.equal(cg(lambda v: A @ v, b).x, x)
+
+
+def test_the_inputs_are_not_written_to_and_no_graph_is_built():
+    A = torch.diag(torch.tensor([1.0, 2.0, 3.0])).requires_grad_()
+    b, x0 = torch.ones(3), torch.full((3,), 0.1)
+    solution = cg(A, b, x0)
+    assert torch.equal(b, torch.ones(3))
+    assert torch.equal(x0, torch.full((3,), 0.1))
+    assert not solution.x.requires_grad
+
+
+eye = torch.eye(2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "error", "words"),
+    [
+        ((eye, [1.0, 2.0]), {}, TypeError, "got list"),
+        ((eye, torch.ones(2, dtype=torch.complex64)), {}, TypeError, "complex64"),
+        ((eye, torch.ones(2, dtype=torch.int64)), {}, TypeError, "int64"),
+        ((eye, torch.ones(2, 2)), {}, ValueError, "vector of shape"),
+        ((eye, torch.ones(3)), {}, ValueError, "does not fit"),
+        ((torch.ones(2, 3), torch.ones(2)), {}, ValueError, "square"),
+        ((eye.double(), torch.ones(2)), {}, ValueError, "does not fit"),
+        (("A", torch.ones(2)), {}, TypeError, "got str"),
+        ((eye, torch.ones(2), torch.ones(3)), {}, ValueError, "x0 must"),
+        ((eye, torch.ones(2)), {"rtol": -1.0}, ValueError, "rtol"),
+        ((eye, torch.ones(2)), {"rtol": math.nan}, ValueError, "rtol"),
+        ((eye, torch.ones(2)), {"max_iter": -1}, ValueError, "max_iter"),
+        ((eye, torch.ones(2)), {"M": torch.eye(3)}, ValueError, "does not fit"),
+        ((lambda v: v[:1], torch.ones(2)), {}, ValueError, "must map"),
+    ],
+)
+def test_wrong_arguments_are_refused_in_words(arguments, options, error, words):
+    with pytest.raises(error, match=words):
+        cg(*arguments, **options)

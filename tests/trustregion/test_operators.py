@@ -1,0 +1,196 @@
+import pytest
+import torch
+from torch import distributions as td
+from torch.nn.functional import scaled_dot_product_attention
+
+import oracles
+from cases import N, cases
+from trustregion import (
+    DenseOperator,
+    FisherOperator,
+    FunctionOperator,
+    Identity,
+    KLHessianOperator,
+    to_dense,
+)
+
+CASES = {case.name: case for case in cases()}
+each_case = pytest.mark.parametrize("case", CASES.values(), ids=list(CASES))
+
+
+def check_operator(A, dense, *, rtol=1e-9, atol=1e-12):
+    """An operator equals a dense matrix, is symmetric, linear, and takes no part of its input."""
+    torch.testing.assert_close(to_dense(A), dense, rtol=rtol, atol=atol)
+    u, v = torch.randn(2, A.shape[0], dtype=A.dtype)
+    kept = v.clone()
+    product = A @ v
+    assert torch.equal(v, kept)
+    torch.testing.assert_close(u @ product, v @ (A @ u), rtol=rtol, atol=atol)
+    torch.testing.assert_close(A @ (u + 2 * v), A @ u + 2 * product, rtol=rtol, atol=atol)
+    assert torch.equal(A @ v, product)  # and again: products do not wear the graph
+
+
+@each_case
+def test_fisher_equals_the_hessian_of_torchs_kl(case):
+    F = FisherOperator(case.predict(case.params), case.params)
+    check_operator(F, oracles.kl_hessian(case.predict, case.params))
+
+
+@pytest.mark.parametrize(
+    "case", [c for c in CASES.values() if c.discrete], ids=[n for n, c in CASES.items() if c.discrete]
+)
+def test_fisher_equals_the_score_covariance_over_all_outcomes(case):
+    F = FisherOperator(case.predict(case.params), case.params)
+    check_operator(F, oracles.score_covariance(case.predict, case.params))
+
+
+@each_case
+def test_kl_hessian_operator_equals_the_fisher(case):
+    H = KLHessianOperator(case.predict(case.params), case.params)
+    F = FisherOperator(case.predict(case.params), case.params)
+    check_operator(H, to_dense(F))
+
+
+@each_case
+def test_fisher_is_positive_semidefinite(case):
+    dense = to_dense(FisherOperator(case.predict(case.params), case.params))
+    eigenvalues = torch.linalg.eigvalsh(dense)
+    assert eigenvalues[0] >= -1e-12 * eigenvalues[-1]
+
+
+@pytest.mark.parametrize("name", list(CASES))
+def test_float32_products_agree_with_float64(name):
+    small = next(c for c in cases(torch.float32) if c.name == name)
+    F = FisherOperator(small.predict(small.params), small.params)
+    exact = to_dense(FisherOperator(CASES[name].predict(CASES[name].params), CASES[name].params))
+    # 1e-5 of the largest entry: rounding of two chained float32 passes
+    atol = 1e-5 * exact.abs().max().item()
+    torch.testing.assert_close(to_dense(F).double(), exact, rtol=1e-4, atol=atol)
+
+
+def linear_policy(x, W):
+    return td.Categorical(logits=x @ W)
+
+
+def test_fisher_of_a_joined_batch_is_the_weighted_mean():
+    W = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+    x, y = torch.randn(5, 3, dtype=torch.float64), torch.randn(2, 3, dtype=torch.float64)
+    F_x, F_y, F = (to_dense(FisherOperator(linear_policy(b, W), [W])) for b in (x, y, torch.cat([x, y])))
+    torch.testing.assert_close(F, (5 * F_x + 2 * F_y) / 7, rtol=1e-12, atol=1e-15)
+
+
+def test_unused_and_frozen_parameters_have_rows_of_exact_zeros():
+    W = torch.randn(3, 4, requires_grad=True)
+    unused, frozen = torch.randn(2, requires_grad=True), torch.randn(4)
+    x = torch.randn(5, 3)
+    F = FisherOperator(td.Categorical(logits=x @ W + frozen), [unused, W, frozen])
+    dense = to_dense(F)
+    alone = to_dense(FisherOperator(td.Categorical(logits=x @ W + frozen), [W]))
+    assert torch.equal(dense[2:14, 2:14], alone)
+    dense[2:14, 2:14] = 0
+    assert torch.equal(dense, torch.zeros_like(dense))
+
+
+def test_noncontiguous_parameters():
+    storage = torch.randn(4, 3, dtype=torch.float64)
+    W = storage.t().requires_grad_()
+    x = torch.randn(5, 3, dtype=torch.float64)
+    assert not W.is_contiguous()
+    dense = to_dense(FisherOperator(linear_policy(x, W), [W]))
+    torch.testing.assert_close(
+        dense, oracles.kl_hessian(lambda p: linear_policy(x, p[0]), [W]), rtol=1e-9, atol=1e-12
+    )
+
+
+def test_shift_of_all_logits_is_in_the_null_space():
+    logits = torch.randn(6, 4, dtype=torch.float64, requires_grad=True)
+    F = FisherOperator(td.Categorical(logits=logits), [logits])
+    assert (F @ torch.ones(24, dtype=torch.float64)).abs().max() < 1e-16
+
+
+def test_no_forward_pass_is_run_for_a_product():
+    calls = 0
+    W = torch.randn(3, 4, requires_grad=True)
+    net = torch.nn.Linear(3, 3)
+
+    def count(*_):
+        nonlocal calls
+        calls += 1
+
+    net.register_forward_hook(count)
+    F = FisherOperator(linear_policy(net(torch.randn(5, 3)), W), [*net.parameters(), W])
+    for _ in range(5):
+        F @ torch.randn(F.shape[0])
+    assert calls == 1
+
+
+def test_products_build_no_graph_and_leave_grad_alone():
+    case = CASES["categorical"]
+    F = FisherOperator(case.predict(case.params), case.params)
+    product = F @ torch.randn(F.shape[0], dtype=torch.float64)
+    assert not product.requires_grad
+    assert all(p.grad is None for p in case.params)
+
+
+def test_a_prediction_without_a_graph_is_refused():
+    W = torch.randn(3, 4, requires_grad=True)
+    with pytest.raises(ValueError, match="carries no graph"):
+        FisherOperator(linear_policy(torch.randn(5, 3), W.detach()), [W])
+    other = torch.randn(3, 4, requires_grad=True)
+    with pytest.raises(ValueError, match="does not depend on the parameters"):
+        FisherOperator(linear_policy(torch.randn(5, 3), other), [W])
+    with pytest.raises(ValueError, match="all of them are frozen"):
+        FisherOperator(linear_policy(torch.randn(5, 3), other), [W.detach()])
+    for params in ([W.detach()], [W]):
+        with pytest.raises(ValueError, match="does not depend"):
+            KLHessianOperator(linear_policy(torch.randn(5, 3), W.detach()), params)
+
+
+def test_a_freed_graph_is_named():
+    W = torch.randn(3, 4, requires_grad=True)
+    distribution = td.Categorical(logits=torch.tanh(torch.randn(5, 3) @ W))
+    distribution.logits.sum().backward()
+    with pytest.raises(RuntimeError, match="without calling backward"):
+        FisherOperator(distribution, [W])
+
+
+def test_fused_attention_is_named_with_the_way_out():
+    W = torch.randn(8, 8, requires_grad=True)
+    x = torch.randn(N, 1, 5, 8)
+    attended = scaled_dot_product_attention(x @ W, x, x)
+    with pytest.raises(RuntimeError, match="MATH"):
+        FisherOperator(td.Normal(attended.flatten(1), 1.0), [W]) @ torch.ones(64)
+
+
+def matrix(n=4):
+    A = torch.randn(n, n, dtype=torch.float64)
+    return A + A.T
+
+
+def test_operator_algebra_matches_dense_algebra():
+    A, B = matrix(), matrix()
+    identity = Identity(4, torch.float64)
+    op = 2 * DenseOperator(A) + DenseOperator(B) * 0.5 + 0.1 * identity
+    check_operator(op, 2 * A + 0.5 * B + 0.1 * torch.eye(4, dtype=torch.float64))
+    check_operator(FunctionOperator(lambda v: A @ v, 4, torch.float64), A)
+
+
+def test_operators_refuse_what_does_not_fit():
+    A = DenseOperator(matrix())
+    with pytest.raises(ValueError, match=r"shape \(4,\)"):
+        A @ torch.ones(3, dtype=torch.float64)
+    with pytest.raises(ValueError, match="dtype"):
+        A @ torch.ones(4)
+    with pytest.raises(ValueError, match="cannot add"):
+        A + Identity(3, torch.float64)
+    with pytest.raises(ValueError, match="square"):
+        DenseOperator(torch.ones(2, 3))
+    with pytest.raises(ValueError, match="finite number"):
+        A * float("nan")
+    with pytest.raises(TypeError):
+        A + 3
+    with pytest.raises(TypeError):
+        A * "3"
+    for wrong in (lambda v: v[:2], lambda v: v.float(), lambda _: None):
+        with pytest.raises(ValueError, match="must map a vector"):
+            FunctionOperator(wrong, 4, torch.float64) @ torch.ones(4, dtype=torch.float64)
