@@ -62,9 +62,7 @@ def cases(dtype=torch.float64) -> list[Case]:
         Case(
             "normal, learned scale from the input",
             layers((2, 4)),
-            lambda p: td.Normal(
-                (_hidden(p) @ p[2].T)[:, 0], torch.exp(_hidden(p) @ p[2].T)[:, 1]
-            ),
+            lambda p: td.Normal((_hidden(p) @ p[2].T)[:, 0], torch.exp(_hidden(p) @ p[2].T)[:, 1]),
         ),
         Case(
             "normal over two dimensions, shared scale",
@@ -108,7 +106,10 @@ def cases(dtype=torch.float64) -> list[Case]:
         ),
         Case(
             "parameters without a network",
-            [torch.zeros(3, dtype=dtype).requires_grad_(), torch.ones(3, dtype=dtype).requires_grad_()],
+            [
+                torch.zeros(3, dtype=dtype).requires_grad_(),
+                torch.ones(3, dtype=dtype).requires_grad_(),
+            ],
             lambda p: td.Normal(p[0], p[1].exp()),
         ),
     ]

@@ -1,6 +1,7 @@
 """Laws of conjugate gradients; numbers P1.. are those of the property list in the research."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -21,9 +22,9 @@ class Counting(DenseOperator):
 
 
 def iterates(system, k=12, **options):
-    """The iterates until the system is solved to its attainable accuracy, k at most."""
+    """The iterates until the residual nears rounding, where laws of exact arithmetic end."""
     seen = []
-    rtol = system.eps * system.condition
+    rtol = max(system.eps**0.5, system.eps * system.condition)
     cg(system.A, system.b, rtol=rtol, max_iter=k, callback=seen.append, **options)
     return [x.double() for x in seen]
 
@@ -58,9 +59,13 @@ def test_iterates_minimise_over_krylov_spaces(system):
 
 @given(systems())
 def test_p1_the_quadratic_decreases(system):
-    values = [0.0] + [energy(system, x) for x in iterates(system)]
-    for before, after in zip(values, values[1:], strict=False):
-        assert after <= before + 4 * system.eps * abs(before)
+    before = 0.0
+    for x in iterates(system):
+        after = energy(system, x)
+        # attainable accuracy of an iterate without reorthogonalisation, seen through q
+        size = system.condition * system.b.double().norm() * x.norm()
+        assert after <= before + 16 * system.eps * size.item()
+        before = after
 
 
 @given(systems())
@@ -74,9 +79,10 @@ def test_p2_the_error_in_the_energy_norm_does_not_grow(system):
 
 @given(systems())
 def test_p3_the_iterates_grow(system):
-    norms = [0.0] + [x.norm().item() for x in iterates(system)]
-    for before, after in zip(norms, norms[1:], strict=False):
-        assert after >= before * (1 - 4 * system.eps)
+    norms = [0.0] + [x.norm().item() for x in iterates(system, k=3)]
+    for before, after in pairwise(norms):
+        # while orthogonality lasts: a few iterations
+        assert after >= before * (1 - 16 * system.eps * system.condition)
 
 
 @given(systems())
@@ -251,7 +257,8 @@ def test_curvature_with_a_warm_start(system, k):
     start = torch.ones_like(system.b) / system.scale
     solution = cg(system.A, system.b, start, rtol=0.0, max_iter=k)
     x = solution.x
-    bound = 1e3 * system.eps * (system.b.norm() + system.scale * x.norm()) * x.norm()
+    size = system.b.norm() + system.scale * (start.norm() + x.norm())
+    bound = 1e3 * system.eps * size * (start.norm() + x.norm())
     assert abs(solution.curvature - x @ system.exact @ x) <= bound
 
 

@@ -149,9 +149,7 @@ def test_a_registered_family_works_in_the_operator():
     """Poisson: M = rate in the log-rate; KL = r0 (log r0 - log r1) - r0 + r1."""
     family = Family(
         lambda d: (d.rate.log(),),
-        lambda old, new: (
-            old[0].exp() * (old[0] - new[0]) - old[0].exp() + new[0].exp()
-        ),
+        lambda old, new: old[0].exp() * (old[0] - new[0]) - old[0].exp() + new[0].exp(),
         lambda p: lambda d: (p[0].exp() * d[0],),
     )
     register_distribution(td.Poisson, family)

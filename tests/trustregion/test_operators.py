@@ -37,7 +37,9 @@ def test_fisher_equals_the_hessian_of_torchs_kl(case):
 
 
 @pytest.mark.parametrize(
-    "case", [c for c in CASES.values() if c.discrete], ids=[n for n, c in CASES.items() if c.discrete]
+    "case",
+    [c for c in CASES.values() if c.discrete],
+    ids=[n for n, c in CASES.items() if c.discrete],
 )
 def test_fisher_equals_the_score_covariance_over_all_outcomes(case):
     F = FisherOperator(case.predict(case.params), case.params)
@@ -75,7 +77,9 @@ def linear_policy(x, W):
 def test_fisher_of_a_joined_batch_is_the_weighted_mean():
     W = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
     x, y = torch.randn(5, 3, dtype=torch.float64), torch.randn(2, 3, dtype=torch.float64)
-    F_x, F_y, F = (to_dense(FisherOperator(linear_policy(b, W), [W])) for b in (x, y, torch.cat([x, y])))
+    F_x, F_y, F = (
+        to_dense(FisherOperator(linear_policy(b, W), [W])) for b in (x, y, torch.cat([x, y]))
+    )
     torch.testing.assert_close(F, (5 * F_x + 2 * F_y) / 7, rtol=1e-12, atol=1e-15)
 
 

@@ -148,7 +148,7 @@ class NaturalTrustRegion(torch.optim.Optimizer):
         cg_max_iter: int = 10,
         cg_rtol: float = 1e-3,
         preconditioner: OperatorLike | None = None,
-        backtrack_factor: float = 0.8,
+        backtrack_factor: float = 0.7,
         max_backtracks: int = 15,
         maximize: bool = False,
     ) -> None:
@@ -314,8 +314,8 @@ class NaturalTrustRegion(torch.optim.Optimizer):
         """Restore; options that an older state does not know take their defaults."""
         super().__setstate__(state)
         for group in self.param_groups:
-            for key, value in self.defaults.items():
-                group.setdefault(key, value)
+            for key in ("lr", *_SHARED):
+                group.setdefault(key, self.defaults[key])
 
 
 def _entry_values(vector: ParameterVector) -> Tensor:

@@ -1,0 +1,1 @@
+"""Timings against peers: ``python -m pytest benchmarks --benchmark-only``, or ``report.py``."""

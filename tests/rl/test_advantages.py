@@ -1,0 +1,120 @@
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import oracles
+from rl import gae
+from rl.objectives import normalise, surrogate
+
+
+@st.composite
+def batches(draw, dones=True):
+    T, N = draw(st.integers(1, 12)), draw(st.integers(1, 4))
+    g = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    rewards, values, next_values = torch.randn(3, T, N, generator=g, dtype=torch.float64)
+    terminated = torch.rand(T, N, generator=g) < (0.2 if dones else 0)
+    truncated = (torch.rand(T, N, generator=g) < (0.2 if dones else 0)) & ~terminated
+    return rewards, values, next_values, terminated, truncated
+
+
+factors = st.floats(0, 1)
+
+
+@given(batches(), factors, factors)
+def test_p28_the_scan_is_the_defining_sum(batch, gamma, gae_lambda):
+    advantages, returns = gae(*batch, gamma=gamma, gae_lambda=gae_lambda)
+    expected = oracles.gae(*batch, gamma, gae_lambda)
+    torch.testing.assert_close(advantages, expected, rtol=1e-12, atol=1e-12)
+    assert torch.equal(returns, advantages + batch[1])
+
+
+@given(batches(), factors)
+def test_p29_lambda_zero_is_the_one_step_error(batch, gamma):
+    rewards, values, next_values, terminated, _ = batch
+    advantages, _ = gae(*batch, gamma=gamma, gae_lambda=0.0)
+    expected = rewards + gamma * torch.where(terminated, 0.0, next_values) - values
+    assert torch.equal(advantages, expected)
+
+
+@given(batches(dones=False), st.floats(0.1, 1))
+def test_p29_lambda_one_is_the_discounted_return_minus_the_value(batch, gamma):
+    rewards, values, _, terminated, truncated = batch
+    next_values = torch.cat([values[1:], torch.zeros_like(values[:1])])
+    _, returns = gae(
+        rewards, values, next_values, terminated, truncated, gamma=gamma, gae_lambda=1.0
+    )
+    total = torch.zeros_like(rewards[0])
+    for t in reversed(range(len(rewards))):
+        total = rewards[t] + gamma * total
+        torch.testing.assert_close(returns[t], total, rtol=1e-10, atol=1e-10)
+
+
+@given(batches(), factors, factors, st.data())
+def test_p29_nothing_after_a_done_flows_back(batch, gamma, gae_lambda, data):
+    rewards, values, next_values, terminated, truncated = (x.clone() for x in batch)
+    t = data.draw(st.integers(0, len(rewards) - 1))
+    truncated[t], terminated[t] = True, False
+    before, _ = gae(
+        rewards, values, next_values, terminated, truncated, gamma=gamma, gae_lambda=gae_lambda
+    )
+    rewards[t + 1 :], values[t + 1 :] = 1e6, -1e6
+    after, _ = gae(
+        rewards, values, next_values, terminated, truncated, gamma=gamma, gae_lambda=gae_lambda
+    )
+    assert torch.equal(before[: t + 1], after[: t + 1])
+
+
+def test_p30_truncation_keeps_the_future_and_termination_does_not():
+    one, no, yes = torch.ones(1, 1), torch.tensor([[False]]), torch.tensor([[True]])
+    options = {"gamma": 0.5, "gae_lambda": 0.9}
+    assert gae(one, 0 * one, 4 * one, no, yes, **options)[0].item() == 3.0
+    assert gae(one, 0 * one, 4 * one, yes, no, **options)[0].item() == 1.0
+
+
+@given(st.floats(0.5, 0.99), factors, st.floats(-3, 3))
+def test_p30_a_critic_that_is_right_leaves_no_advantage(gamma, gae_lambda, c):
+    values = torch.full((6, 2), c, dtype=torch.float64)
+    no = torch.zeros(6, 2, dtype=torch.bool)
+    rewards = (1 - gamma) * values
+    advantages, _ = gae(rewards, values, values, no, no, gamma=gamma, gae_lambda=gae_lambda)
+    assert advantages.abs().max() <= 1e-14 * (1 + abs(c)) * 10
+
+
+@pytest.mark.parametrize(
+    ("shape", "options", "words"),
+    [
+        ((3, 2), {"gamma": 1.5, "gae_lambda": 0.9}, "gamma must lie"),
+        ((3, 2), {"gamma": 0.9, "gae_lambda": -0.1}, "gae_lambda must lie"),
+        ((2, 2), {"gamma": 0.9, "gae_lambda": 0.9}, "one shape"),
+    ],
+)
+def test_wrong_arguments_are_refused(shape, options, words):
+    x, no = torch.zeros(3, 2), torch.zeros(3, 2, dtype=torch.bool)
+    with pytest.raises(ValueError, match=words):
+        gae(x, torch.zeros(shape), x, no, no, **options)
+
+
+@given(st.lists(st.floats(-1e3, 1e3), min_size=2, max_size=20))
+def test_normalised_advantages_have_mean_zero_and_are_never_nan(values):
+    weights = normalise(torch.tensor(values, dtype=torch.float64))
+    assert weights.isfinite().all()
+    if weights.any():
+        # centring leaves a mean of eps times the values, seen through the spread
+        assert abs(weights.mean()) < 0.2
+        assert weights.square().mean().item() == pytest.approx(1, rel=1e-6)
+    else:
+        assert max(values) - min(values) < 1e-12 * max(map(abs, values), default=0) + 1e-300
+
+
+def test_advantages_that_do_not_vary_become_zero():
+    assert not normalise(torch.full((3,), 0.95)).any()
+
+
+def test_the_surrogate_at_the_old_policy_is_the_mean_advantage_with_the_policy_gradient():
+    log_prob = torch.randn(5, dtype=torch.float64, requires_grad=True)
+    advantages = torch.randn(5, dtype=torch.float64)
+    objective = surrogate(log_prob, log_prob.detach(), advantages)
+    torch.testing.assert_close(objective.detach(), advantages.mean())
+    objective.backward()
+    torch.testing.assert_close(log_prob.grad, advantages / 5)

@@ -1,0 +1,148 @@
+"""The command line as a user meets it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from rl.__main__ import main
+
+TINY = ["--n-envs", "4", "--steps-per-update", "128", "--hidden", "8", "--no-progress"]
+
+
+def train(out, *arguments, env="CartPole-v1", steps=400):
+    return main(
+        ["train", env, "--total-timesteps", str(steps), "--out", str(out), *TINY, *arguments]
+    )
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "run"
+    assert train(out, "--eval-episodes", "3") == 0
+    return out
+
+
+def test_train_leaves_a_run_folder(run):
+    files = {p.name: p.stat().st_size for p in run.iterdir()}
+    assert set(files) == {"config.json", "progress.csv", "checkpoint.zip", "learning_curve.png"}
+    assert (run / "learning_curve.png").read_bytes().startswith(b"\x89PNG")
+    config = json.loads((run / "config.json").read_text())
+    assert (config["env_id"], config["n_envs"], config["hidden"]) == ("CartPole-v1", 4, [8])
+    assert len((run / "progress.csv").read_text().splitlines()) >= 4
+
+
+def test_train_prints_a_table_and_a_summary(tmp_path, capsys):
+    assert train(tmp_path / "run", "--eval-episodes", "2", "--log-every", "2") == 0
+    printed = capsys.readouterr().out
+    header = next(line for line in printed.splitlines() if "value loss" in line)
+    rows = [line for line in printed.splitlines() if line.endswith("accepted") and "KL" not in line]
+    assert len(rows) == 2  # of four updates
+    assert all(len(row) == len(header) for row in rows)
+    for words in ("learning curve", "steps per second", "of delta = 0.01", "over 2 episodes"):
+        assert words in printed
+
+
+def test_runs_get_a_folder_of_their_own(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", "CartPole-v1", "--total-timesteps", "100", *TINY]) == 0
+    (folder,) = (tmp_path / "runs" / "CartPole-v1").iterdir()
+    assert folder.name.startswith("trpo-seed0-")
+    assert f"runs/CartPole-v1/{folder.name}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("what", ["folder", "file"])
+def test_eval_takes_a_run_or_a_checkpoint(run, capsys, what):
+    path = run if what == "folder" else run / "checkpoint.zip"
+    assert main(["eval", str(path), "--episodes", "3"]) == 0
+    first = capsys.readouterr().out
+    assert "over 3 episodes" in first
+    assert main(["eval", str(path), "--episodes", "3"]) == 0
+    assert capsys.readouterr().out == first
+
+
+def refused(capsys, code, words):
+    captured = capsys.readouterr()
+    assert code == 1
+    assert captured.err.startswith("error: ")
+    assert captured.err.count("\n") == 1  # one line
+    assert words in captured.err
+    assert captured.out == ""
+
+
+@pytest.mark.parametrize(
+    ("env", "arguments", "words"),
+    [
+        ("NoSuch-v1", [], "cannot make environment 'NoSuch-v1'"),
+        ("CartPole-v99", [], "v99"),
+        ("Blackjack-v1", [], "unsupported observation space"),
+        ("CartPole-v1", ["--delta", "0"], "delta must be a positive"),
+        ("CartPole-v1", ["--n-envs", "3"], "does not divide"),
+        ("CartPole-v1", ["--eval-episodes", "0"], "--eval-episodes must be at least 1"),
+        ("CartPole-v1", ["--total-timesteps", "0"], "--total-timesteps"),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, capsys, env, arguments, words):
+    out = tmp_path / "run"
+    refused(capsys, train(out, *arguments, env=env), words)
+    assert not out.exists()
+
+
+def test_an_existing_run_folder_is_kept(run, capsys):
+    before = {p.name: p.read_bytes() for p in run.iterdir()}
+    refused(capsys, train(run), "already exists and is kept as it is")
+    assert {p.name: p.read_bytes() for p in run.iterdir()} == before
+
+
+def test_bad_checkpoints_are_one_line(run, tmp_path, capsys):
+    refused(capsys, main(["eval", str(tmp_path / "absent")]), "no checkpoint at")
+    refused(capsys, main(["eval", str(tmp_path)]), "no checkpoint at")
+    cut = tmp_path / "cut.zip"
+    cut.write_bytes((run / "checkpoint.zip").read_bytes()[:1000])
+    refused(capsys, main(["eval", str(cut)]), "truncated, damaged or of another program")
+    refused(capsys, main(["eval", str(run / "progress.csv")]), "another program")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [(["--detla", "0.1"], "--delta"), (["--gamma", "2"], "gamma must lie"), (["--seed", "x"], "x")],
+)
+def test_usage_errors_exit_with_two_and_say_why(tmp_path, capsys, arguments, words):
+    with pytest.raises(SystemExit) as caught:
+        train(tmp_path / "run", *arguments)
+    assert caught.value.code == 2
+    assert words in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_interrupt_keeps_what_was_learnt(tmp_path):
+    out = tmp_path / "run"
+    command = [sys.executable, "-m", "rl", "train", "CartPole-v1", "--out", str(out), *TINY]
+    process = subprocess.Popen(
+        [*command, "--total-timesteps", "100000000"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+    )
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.rstrip().endswith("accepted"):
+            process.send_signal(signal.SIGINT)
+            break
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "interrupted" in err
+    assert main(["eval", str(out), "--episodes", "1"]) == 0
+
+
+def test_help_names_every_option(capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["train", "--help"])
+    assert caught.value.code == 0
+    printed = capsys.readouterr().out
+    for option in ("--delta", "--total-timesteps", "--out", "--gae-lambda"):
+        assert option in printed

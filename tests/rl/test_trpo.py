@@ -1,0 +1,301 @@
+import csv
+import json
+
+import gymnasium
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from rl import TRPO, CheckpointError, TRPOConfig, evaluate
+from rl.value import Critic, explained_variance, fit
+from toys import Bandit, Clock, vector
+
+SMALL = {"n_envs": 4, "steps_per_update": 256, "hidden": (16,)}
+
+
+def weights(agent):
+    return [p.detach().clone() for m in agent.modules().values() for p in m.parameters()]
+
+
+def same(a, b):
+    return all(torch.equal(x, y) for x, y in zip(weights(a), weights(b), strict=True))
+
+
+def test_it_learns_a_bandit():
+    agent = TRPO(vector(Bandit, 4), delta=0.1, **SMALL)
+    logs = []
+    agent.learn(2000, progress=False, callback=lambda _, log: logs.append(log))
+    assert evaluate(agent, vector(Bandit, 4), 8).mean == 1.0
+    assert logs[-1]["rollout/ep_rew_mean"] > 0.9 > logs[0]["rollout/ep_rew_mean"]
+
+
+@pytest.mark.parametrize("env", ["CartPole-v1", "Pendulum-v1"])
+def test_every_update_stays_within_delta_and_improves(env):
+    logs = []
+    agent = TRPO(env, delta=0.02, **SMALL)
+    agent.learn(1500, progress=False, callback=lambda _, log: logs.append(log))
+    for log in logs:
+        assert log["trust/status"] == "accepted"
+        assert 0 < log["train/kl_divergence_loss"] <= 0.02
+        assert log["trust/actual_reduction"] > 0
+    assert logs[-1]["time/iterations"] == len(logs) == agent.iterations
+    assert agent.num_timesteps == logs[-1]["time/total_timesteps"] >= 1500
+
+
+def test_dummy_transitions_are_not_counted_as_steps():
+    agent = TRPO(vector(lambda: Clock(length=3), 4), **SMALL).learn(1, progress=False)
+    assert agent.num_timesteps == 4 * 48  # three of every four rows
+
+
+def test_dummy_transitions_reach_no_update():
+    """Whatever stands in masked rows, the update is the same bit for bit."""
+    agents = [TRPO(vector(lambda: Clock(length=3), 4), **SMALL) for _ in range(2)]
+    for agent, garbage in zip(agents, (0.0, 1e6), strict=True):
+        agent.learn(1, progress=False)
+        rollout = agent._collector.collect(agent.policy, 32)
+        rollout.rewards[~rollout.valid] = garbage
+        rollout.actions[~rollout.valid] = int(garbage > 0)
+        agent.update(rollout)
+    assert same(*agents)
+
+
+def test_seeds_decide_everything_and_the_global_state_nothing():
+    agents = []
+    for noise in (1, 2):
+        torch.manual_seed(noise)
+        state = torch.get_rng_state()
+        agents.append(TRPO("CartPole-v1", seed=3, **SMALL).learn(600, progress=False))
+        assert torch.equal(torch.get_rng_state(), state)
+    other = TRPO("CartPole-v1", seed=4, **SMALL).learn(600, progress=False)
+    assert same(agents[0], agents[1])
+    assert not same(agents[0], other)
+
+
+def test_a_callback_can_stop():
+    agent = TRPO("CartPole-v1", **SMALL)
+    agent.learn(10_000, progress=False, callback=lambda agent, _: agent.iterations < 2)
+    assert agent.iterations == 2
+
+
+def test_learning_continues():
+    agent = TRPO("CartPole-v1", **SMALL).learn(300, progress=False).learn(300, progress=False)
+    straight = TRPO("CartPole-v1", **SMALL)
+    straight.learn(agent.num_timesteps, progress=False)
+    assert same(agent, straight)
+
+
+def test_the_progress_bar_shows(capsys):
+    TRPO("CartPole-v1", **SMALL).learn(300)
+    assert "step/s" in capsys.readouterr().err
+
+
+def test_predict_takes_one_observation_or_many():
+    agent = TRPO("Pendulum-v1", **SMALL)
+    action, state = agent.predict(np.zeros(3))
+    assert action.shape == (1,)
+    assert state is None
+    actions, _ = agent.predict(np.zeros((5, 3)), deterministic=True)
+    assert actions.shape == (5, 1)
+    assert np.ptp(actions) == 0
+    assert np.ptp(agent.predict(np.zeros((5, 3)))[0]) > 0
+    with pytest.raises(ValueError, match="obs must have shape"):
+        agent.predict(np.zeros(4))
+
+
+def test_evaluation_plays_whole_episodes_fairly():
+    agent = TRPO(vector(lambda: Clock(length=3), 4), **SMALL)
+    lengths = iter([2, 5, 9])
+    envs = gymnasium.vector.SyncVectorEnv([lambda: Clock(length=next(lengths))] * 3)
+    result = evaluate(agent, envs, episodes=7)
+    # three, two and two episodes of the three environments
+    assert sorted(result.lengths) == [2, 2, 2, 5, 5, 9, 9]
+    assert sorted(result.returns) == [2, 2, 2, 5, 5, 9, 9]
+    assert result.mean == pytest.approx(34 / 7)
+    with pytest.raises(ValueError, match="episodes"):
+        evaluate(agent, envs, episodes=0)
+
+
+# -- the critic
+
+
+def test_the_critic_fits_its_targets():
+    torch.manual_seed(0)
+    critic, x = Critic(2, (32,)), torch.randn(512, 2)
+    y = x[:, 0] - 2 * x[:, 1]
+    optimizer = torch.optim.Adam(critic.parameters(), lr=1e-2)
+    g = torch.Generator().manual_seed(0)
+    error = fit(critic, optimizer, x, y, epochs=60, batch_size=64, generator=g)
+    assert error < 0.01
+    with torch.no_grad():
+        assert explained_variance(critic(x), y) > 0.99
+
+
+def test_every_sample_is_used_once_an_epoch():
+    rows = []
+
+    class Spy(Critic):
+        def forward(self, observations):
+            rows.append(observations[:, 0].detach().clone())
+            return super().forward(observations)
+
+    critic, x = Spy(1, (4,)), torch.arange(10.0).unsqueeze(1)
+    optimizer = torch.optim.SGD(critic.parameters(), lr=0.0)
+    g = torch.Generator().manual_seed(0)
+    fit(critic, optimizer, x, x[:, 0], epochs=2, batch_size=4, generator=g)
+    assert [len(r) for r in rows] == [4, 4, 2] * 2
+    for epoch in (rows[:3], rows[3:]):
+        assert sorted(torch.cat(epoch).tolist()) == list(range(10))
+
+
+# -- checkpoints
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    agent = TRPO("CartPole-v1", **SMALL).learn(600, progress=False)
+    path = tmp_path_factory.mktemp("agent") / "agent.zip"
+    agent.save(path)
+    return agent, path
+
+
+def test_a_loaded_agent_is_the_saved_one(trained):
+    agent, path = trained
+    loaded = TRPO.load(path)
+    assert same(agent, loaded)
+    assert loaded.config == agent.config
+    assert (loaded.num_timesteps, loaded.iterations) == (agent.num_timesteps, agent.iterations)
+    for name, optimizer in agent.optimizers().items():
+        state, other = optimizer.state_dict(), loaded.optimizers()[name].state_dict()
+        assert [json.loads(json.dumps(group)) for group in state["param_groups"]] == [
+            json.loads(json.dumps(group)) for group in other["param_groups"]
+        ]
+        for i, entry in state["state"].items():
+            assert all(torch.equal(t, other["state"][i][key]) for key, t in entry.items())
+    obs = np.random.default_rng(0).normal(size=(50, 4))
+    assert (loaded.predict(obs)[0] == TRPO.load(path).predict(obs)[0]).all()  # same generator
+    loaded.learn(300, progress=False)
+    assert loaded.iterations > agent.iterations
+
+
+def test_loading_into_another_environment(trained):
+    _, path = trained
+    with pytest.raises(CheckpointError, match="does not fit this agent"):
+        TRPO.load(path, env="Acrobot-v1")
+    envs = gymnasium.make_vec("CartPole-v1", 4, "sync", max_episode_steps=7)
+    loaded = TRPO.load(path, env=envs)
+    assert loaded.envs is envs
+    assert evaluate(loaded, envs, 4).lengths == (7,) * 4
+
+
+def test_an_agent_of_a_custom_environment_asks_for_it(tmp_path):
+    agent = TRPO(vector(Clock, 4), **SMALL)
+    agent.save(tmp_path / "agent.zip")
+    with pytest.raises(ValueError, match="pass env="):
+        TRPO.load(tmp_path / "agent.zip")
+    assert same(agent, TRPO.load(tmp_path / "agent.zip", env=vector(Clock, 4)))
+
+
+def test_every_truncation_is_refused(trained, tmp_path):
+    _, path = trained
+    whole, cut = path.read_bytes(), tmp_path / "cut.zip"
+    for size in [0, 1, 100, *range(500, len(whole), 997), len(whole) - 1]:
+        cut.write_bytes(whole[:size])
+        with pytest.raises(CheckpointError, match=r"cut\.zip is not a complete"):
+            TRPO.load(cut)
+
+
+def test_bit_flips_are_refused_or_harmless(trained, tmp_path):
+    """Flips in names or dates of the zip change nothing that is read; all others are refused."""
+    agent, path = trained
+    whole, flipped = bytearray(path.read_bytes()), tmp_path / "flipped.zip"
+    rng, refused = np.random.default_rng(0), 0
+    for position in rng.integers(0, len(whole), 200):
+        damaged = bytearray(whole)
+        damaged[position] ^= 1 << int(rng.integers(8))
+        flipped.write_bytes(damaged)
+        try:
+            assert same(agent, TRPO.load(flipped))
+        except CheckpointError:
+            refused += 1
+    assert refused >= 190
+
+
+def test_files_of_other_programs_are_refused(tmp_path):
+    torch.save(nn.Linear(2, 2).state_dict(), tmp_path / "theirs.zip")
+    (tmp_path / "words.txt").write_text("hello")
+    for name in ("theirs.zip", "words.txt"):
+        with pytest.raises(CheckpointError, match="another program"):
+            TRPO.load(tmp_path / name)
+    with pytest.raises(FileNotFoundError, match="no checkpoint at"):
+        TRPO.load(tmp_path / "absent.zip")
+
+
+def test_a_failed_save_keeps_the_previous_file(trained, tmp_path, monkeypatch):
+    agent, _ = trained
+    path = tmp_path / "agent.zip"
+    agent.save(path)
+    before = path.read_bytes()
+    monkeypatch.setattr("os.fsync", lambda _: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        agent.save(path)
+    assert path.read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["agent.zip"]
+
+
+# -- options
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"delta": 0.0}, "delta must be a positive"),
+        ({"damping": -1.0}, "damping"),
+        ({"n_envs": 0}, "n_envs"),
+        ({"n_envs": 7}, "does not divide by 7 environments: try 2044 or 2051"),
+        ({"steps_per_update": 0}, "steps_per_update"),
+        ({"gamma": 1.1}, "gamma"),
+        ({"critic_lr": 0.0}, "critic_lr"),
+        ({"seed": -1}, "seed"),
+        ({"hidden": (0,)}, "hidden"),
+    ],
+)
+def test_wrong_options_are_refused(options, words):
+    with pytest.raises(ValueError, match=words):
+        TRPO("CartPole-v1", **options)
+
+
+def test_unknown_options_are_refused():
+    with pytest.raises(TypeError, match="detla"):
+        TRPO("CartPole-v1", detla=0.1)
+    with pytest.raises(ValueError, match="unknown option"):
+        TRPOConfig.from_dict({"detla": 0.1, "hidden": [4]})
+    with pytest.raises(ValueError, match="total_timesteps"):
+        TRPO("CartPole-v1", **SMALL).learn(0)
+
+
+def test_an_environment_that_goes_bad_leaves_the_agent_intact():
+    agent = TRPO(vector(lambda: Clock(length=5, poison=np.nan), 4), **SMALL)
+    kept = weights(agent)
+    with pytest.raises(ValueError, match="nothing was updated"):
+        agent.learn(100, progress=False)
+    assert all(torch.equal(a, b) for a, b in zip(kept, weights(agent), strict=True))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("seed", range(10))
+def test_cartpole_is_solved_within_thirty_thousand_steps(seed):
+    agent = TRPO("CartPole-v1", seed=seed).learn(27_000, progress=False)
+    assert agent.num_timesteps <= 30_000
+    assert evaluate(agent, "CartPole-v1", 20).mean >= 475
+
+
+def test_csv_has_the_log(tmp_path):
+    from rl.reporting import CSVLog
+
+    log = CSVLog(tmp_path / "progress.csv")
+    log({"a": 1, "b": "x"})
+    log({"a": 2, "b": "y"})
+    with (tmp_path / "progress.csv").open(newline="") as file:
+        assert list(csv.reader(file)) == [["a", "b"], ["1", "x"], ["2", "y"]]

@@ -1,0 +1,94 @@
+"""Who may import whom: each file imports from lower levels only."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+LEVELS = {
+    "vector": 0,
+    "status": 0,
+    "_clash": 0,
+    "distributions": 1,
+    "operators.base": 1,
+    "operators.fisher": 2,
+    "operators.hessian": 2,
+    "solvers.solution": 1,
+    "solvers.cg": 2,
+    "subproblem": 3,
+    "line_search": 3,
+    "optim.info": 3,
+    "optim.closure": 3,
+    "optim.natural": 4,
+}
+
+
+def imports(path):
+    """Yield (dotted module, names) of each import, relative ones resolved."""
+    package = path.relative_to(ROOT).parent.parts
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, []) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else ()
+            yield ".".join([*base, *filter(None, [node.module])]), [a.name for a in node.names]
+
+
+def modules(package):
+    return sorted(p for p in (ROOT / package).rglob("*.py") if p.name != "__init__.py")
+
+
+def name_of(path):
+    return ".".join(path.relative_to(ROOT / "trustregion").with_suffix("").parts)
+
+
+@pytest.mark.parametrize("path", modules("trustregion"), ids=name_of)
+def test_trustregion_imports_downwards_only(path):
+    own = name_of(path)
+    assert own in LEVELS, "give the new file a level"
+    for module, _ in imports(path):
+        if not module.startswith("trustregion"):
+            assert module.split(".")[0] in {"torch", "__future__", *_standard_library()}
+            continue
+        other = module.removeprefix("trustregion.")
+        assert LEVELS[other] <= LEVELS[own]
+        if LEVELS[other] == LEVELS[own]:
+            assert other.split(".")[0] == own.split(".")[0] or LEVELS[own] <= 1
+        siblings = {own.split(".")[0], other.split(".")[0]}
+        if siblings == {"operators", "solvers"}:
+            assert other == "operators.base"
+
+
+def _standard_library():
+    import sys
+
+    return sys.stdlib_module_names
+
+
+@pytest.mark.parametrize("folder", ["rl", "docs/examples", "benchmarks"])
+def test_the_rest_uses_public_names_only(folder):
+    import trustregion
+
+    for path in modules(folder):
+        for module, names in imports(path):
+            if module == "trustregion":
+                assert set(names) <= set(trustregion.__all__), path
+            assert not module.startswith("trustregion."), path
+
+
+def test_only_optim_writes_parameters():
+    for path in modules("trustregion"):
+        if not name_of(path).startswith(("optim.", "vector")):
+            assert ".assign(" not in path.read_text(), path
+
+
+@pytest.mark.parametrize("package", ["trustregion", "rl"])
+def test_files_and_functions_stay_small(package):
+    for path in modules(package):
+        text = path.read_text()
+        assert len(text.splitlines()) <= 420, path
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef):
+                first = node.body[1] if ast.get_docstring(node) and node.body[1:] else node.body[0]
+                assert node.end_lineno - first.lineno < 60, f"{path}: {node.name}"

@@ -1,0 +1,109 @@
+"""The distribution: what is in the wheel, what importing costs, what clashes say."""
+
+import importlib.metadata
+import os
+import subprocess
+import sys
+import sysconfig
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import rl
+import trustregion
+
+ROOT = Path(__file__).parents[1]
+
+
+def python(code, *, executable=sys.executable, cwd, path=None, flags=("-W", "error")):
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    if path is not None:
+        env["PYTHONPATH"] = str(path)
+    return subprocess.run(
+        [executable, *flags, "-c", code], cwd=cwd, env=env, capture_output=True, text=True
+    )
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(folder)]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    (path,) = folder.glob("*.whl")
+    return path
+
+
+def test_the_wheel_holds_the_two_packages_and_nothing_else(wheel):
+    names = zipfile.ZipFile(wheel).namelist()
+    info = f"torch_trustregion-{trustregion.__version__}.dist-info"
+    assert {name.split("/")[0] for name in names} == {"trustregion", "rl", info}
+    for package in ("trustregion", "rl"):
+        expected = {str(p.relative_to(ROOT)) for p in (ROOT / package).rglob("*.py")}
+        assert {n for n in names if n.startswith(package)} == expected | {f"{package}/py.typed"}
+
+
+@pytest.mark.timeout(240)
+def test_the_wheel_works_in_a_clean_environment_from_another_folder(wheel, tmp_path):
+    venv = tmp_path / "venv"
+    subprocess.run([sys.executable, "-m", "venv", str(venv)], check=True)
+    install = [str(venv / "bin" / "pip"), "install", "-q", "--no-deps", "--no-index", str(wheel)]
+    subprocess.run(install, check=True, capture_output=True)
+    site = next(venv.glob("lib/python*/site-packages"))
+    # torch and the rest come from this environment; our own editable install does not, since a
+    # .pth file inside such a folder is not followed
+    (site / "dependencies.pth").write_text(sysconfig.get_path("purelib"))
+    code = (
+        "import trustregion, rl; print(trustregion.__file__); print(rl.__file__);"
+        "agent = rl.TRPO('CartPole-v1', steps_per_update=64).learn(64, progress=False)"
+    )
+    result = python(code, executable=str(venv / "bin" / "python"), cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert all(Path(line).is_relative_to(site) for line in result.stdout.split())
+
+
+def test_trustregion_needs_torch_only(tmp_path):
+    code = (
+        "import sys; import torch; before = set(sys.modules); import trustregion;"
+        "new = {m.split('.')[0] for m in set(sys.modules) - before};"
+        "print(sorted(new - set(sys.stdlib_module_names) - {'torch', 'trustregion'}))"
+    )
+    result = python(code, cwd=tmp_path, path=ROOT)
+    assert result.stdout.strip() == "[]", result.stderr
+    requirements = importlib.metadata.requires("torch-trustregion")
+    assert [r for r in requirements if "extra ==" not in r] == ["torch>=2.10"]
+
+
+@pytest.mark.parametrize("module", ["matplotlib", "tyro"])
+def test_heavy_packages_are_imported_late(module, tmp_path):
+    code = f"import sys; import rl; print({module!r} in sys.modules)"
+    result = python(code, cwd=tmp_path, path=ROOT)
+    assert result.stdout.strip() == "False", result.stderr
+
+
+@pytest.mark.parametrize("name", ["trustregion", "rl"])
+def test_a_clashing_distribution_is_named_on_import(name, tmp_path):
+    info = tmp_path / f"{name}-1.2.2.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.2.2\n")
+    path = f"{tmp_path}{os.pathsep}{ROOT}"
+    result = python("import trustregion", cwd=tmp_path, path=path, flags=())
+    assert result.returncode == 0
+    assert f"the PyPI distribution '{name}' 1.2.2 is installed beside" in result.stderr
+    assert f"pip uninstall {name}" in result.stderr
+    quiet = python("import trustregion", cwd=ROOT, path=ROOT, flags=())
+    assert quiet.stderr == ""
+
+
+def test_public_names_exist_and_are_documented():
+    for package in (trustregion, rl):
+        for name in package.__all__:
+            assert getattr(package, name).__doc__, name
+        public = {n for n, v in vars(package).items() if not n.startswith("_") and callable(v)}
+        assert public == set(package.__all__)
+
+
+def test_the_version_is_one():
+    assert importlib.metadata.version("torch-trustregion") == trustregion.__version__
+    assert f"## [{trustregion.__version__}]" in (ROOT / "CHANGELOG.md").read_text()
+    assert f"version: {trustregion.__version__}" in (ROOT / "CITATION.cff").read_text()
