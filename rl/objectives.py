@@ -7,14 +7,16 @@ from torch import Tensor
 
 
 def normalise(advantages: Tensor) -> Tensor:
-    """Return advantages with mean 0 and standard deviation 1; all zero where they do not vary.
+    """Return advantages with mean 0 and standard deviation 1, at any scale.
 
-    A spread below the rounding of the largest one is no variation.
+    All zero where they do not vary: a spread below the rounding of the largest is no variation.
     """
     centred = advantages - advantages.mean()
-    scale = centred.square().mean().sqrt()
-    rounding = 8 * torch.finfo(advantages.dtype).eps * advantages.abs().max()
-    return centred / scale if scale > rounding else torch.zeros_like(advantages)
+    largest = centred.abs().max()
+    if largest <= 8 * torch.finfo(advantages.dtype).eps * advantages.abs().max():
+        return torch.zeros_like(advantages)
+    centred = centred / largest  # so that no square under- or overflows
+    return centred / centred.square().mean().sqrt()
 
 
 def surrogate(log_prob: Tensor, old_log_prob: Tensor, advantages: Tensor) -> Tensor:

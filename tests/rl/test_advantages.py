@@ -107,6 +107,12 @@ def test_normalised_advantages_have_mean_zero_and_are_never_nan(values):
         assert max(values) - min(values) < 1e-12 * max(map(abs, values), default=0) + 1e-300
 
 
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
+def test_normalisation_works_at_every_scale(scale):
+    x = torch.tensor([1.0, 2.0, 4.0])
+    torch.testing.assert_close(normalise(x * scale), normalise(x))
+
+
 def test_advantages_that_do_not_vary_become_zero():
     assert not normalise(torch.full((3,), 0.95)).any()
 

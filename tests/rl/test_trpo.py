@@ -1,5 +1,6 @@
 import csv
 import json
+import zipfile
 
 import gymnasium
 import numpy as np
@@ -116,6 +117,22 @@ def test_evaluation_plays_whole_episodes_fairly():
         evaluate(agent, envs, episodes=0)
 
 
+class Generous(gymnasium.vector.SyncVectorEnv):
+    """Pays for the dummy step too, which the interface does not forbid."""
+
+    def step(self, actions):
+        resetting = self._autoreset_envs.copy()
+        observation, reward, *rest = super().step(actions)
+        return observation, reward + 100 * resetting, *rest
+
+
+def test_rewards_of_dummy_steps_are_in_no_return():
+    envs = Generous([lambda: Clock(length=3)] * 4)
+    agent = TRPO(envs, **SMALL).learn(1, progress=False)
+    assert set(agent._collector.returns) == {3.0}
+    assert evaluate(agent, Generous([lambda: Clock(length=3)] * 2), 6).returns == (3.0,) * 6
+
+
 # -- the critic
 
 
@@ -219,6 +236,24 @@ def test_bit_flips_are_refused_or_harmless(trained, tmp_path):
         except CheckpointError:
             refused += 1
     assert refused >= 190
+
+
+def test_contents_that_do_not_match_their_checksum_are_refused(trained, tmp_path):
+    _, path = trained
+    with zipfile.ZipFile(path) as archive:
+        manifest, tensors = (archive.read(name) for name in archive.namelist())
+    changed = tmp_path / "changed.zip"
+    with zipfile.ZipFile(changed, "w") as archive:  # a valid zip, with valid CRCs
+        archive.writestr("manifest.json", manifest)
+        archive.writestr("tensors.safetensors", tensors[:-1] + bytes([tensors[-1] ^ 1]))
+    with pytest.raises(CheckpointError, match="does not match its checksum|do not match"):
+        TRPO.load(changed)
+    for key, value, words in (("version", 99, "version 99"), ("format", "x", "another program")):
+        with zipfile.ZipFile(changed, "w") as archive:
+            archive.writestr("manifest.json", json.dumps({**json.loads(manifest), key: value}))
+            archive.writestr("tensors.safetensors", tensors)
+        with pytest.raises(CheckpointError, match=words):
+            TRPO.load(changed)
 
 
 def test_files_of_other_programs_are_refused(tmp_path):

@@ -222,6 +222,15 @@ def test_p14_inconsistent_systems_end_without_claiming_success():
     assert solution.x.isfinite().all()
 
 
+def test_curvature_below_rounding_is_none():
+    A = torch.diag(torch.tensor([1.0, 1e-9]))
+    solution = cg(A, torch.ones(2))
+    assert solution.status is Status.ZERO_CURVATURE
+    assert solution.x.abs().max() < 3
+    assert abs(solution.direction @ A @ solution.direction) < 1e-7 * solution.direction.norm() ** 2
+    assert cg(A.double(), torch.ones(2).double()).status is Status.CONVERGED  # not below it there
+
+
 def test_negative_curvature_comes_with_its_direction():
     A = torch.diag(torch.tensor([1.0, -1.0]))
     solution = cg(A, torch.tensor([1.0, 2.0]))

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import distributions as td
 
 import oracles
-from trustregion import Family, FisherOperator, mean_kl, register_distribution
+from trustregion import Family, FisherOperator, mean_kl, register_distribution, to_dense
 from trustregion import distributions as module
 
 
@@ -159,6 +159,29 @@ def test_a_registered_family_works_in_the_operator():
     torch.testing.assert_close(mean_kl(old, new), oracles.kl(old, new))
     product = FisherOperator(old, [log_rate]) @ torch.ones(2, dtype=torch.float64)
     torch.testing.assert_close(product, log_rate.exp() / 2)
+
+
+@pytest.mark.usefixtures("registry")
+def test_parameters_that_depend_on_other_tensors_are_held_fixed():
+    """Gamma couples its two parameters in M; only the first one moves with the model here."""
+
+    def fisher(params):
+        a, b = params
+        return lambda d: (
+            torch.polygamma(1, a) * d[0] - d[1] / b,
+            -d[0] / b + a / b.square() * d[1],
+        )
+
+    def kl(old, new):
+        return td.kl_divergence(td.Gamma(*old), td.Gamma(*new))
+
+    family = Family(lambda d: (d.concentration, d.rate), kl, fisher)
+    register_distribution(td.Gamma, family)
+    w = torch.tensor([0.3, 0.5], dtype=torch.float64, requires_grad=True)
+    other = torch.tensor([1.5, 2.5], dtype=torch.float64, requires_grad=True)
+    F = FisherOperator(td.Gamma(w.exp(), other * 2), [w])
+    expected = oracles.kl_hessian(lambda p: td.Gamma(p[0].exp(), other.detach() * 2), [w])
+    torch.testing.assert_close(to_dense(F), expected, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize(

@@ -377,6 +377,7 @@ def test_a_step_that_would_overflow_a_parameter_is_not_written():
     p = torch.full((2,), 3e38, requires_grad=True)
 
     def closure():  # F = 5e-37, so the ball's edge is 1.4e38 away
+        assert p.isfinite().all()
         return -(p * 1e-18).sum(), td.Normal(p * 1e-18, 1.0)
 
     kept = p.detach().clone()
