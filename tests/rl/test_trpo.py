@@ -246,7 +246,7 @@ def test_contents_that_do_not_match_their_checksum_are_refused(trained, tmp_path
     with zipfile.ZipFile(changed, "w") as archive:  # a valid zip, with valid CRCs
         archive.writestr("manifest.json", manifest)
         archive.writestr("tensors.safetensors", tensors[:-1] + bytes([tensors[-1] ^ 1]))
-    with pytest.raises(CheckpointError, match="does not match its checksum|do not match"):
+    with pytest.raises(CheckpointError, match="do not match its checksum"):
         TRPO.load(changed)
     for key, value, words in (("version", 99, "version 99"), ("format", "x", "another program")):
         with zipfile.ZipFile(changed, "w") as archive:
