@@ -10,6 +10,7 @@ LEVELS = {
     "vector": 0,
     "status": 0,
     "_clash": 0,
+    "autodiff": 0,
     "distributions": 1,
     "operators.base": 1,
     "operators.fisher": 2,

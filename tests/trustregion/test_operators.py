@@ -154,7 +154,7 @@ def test_a_freed_graph_is_named():
     W = torch.randn(3, 4, requires_grad=True)
     distribution = td.Categorical(logits=torch.tanh(torch.randn(5, 3) @ W))
     distribution.logits.sum().backward()
-    with pytest.raises(RuntimeError, match="without calling backward"):
+    with pytest.raises(RuntimeError, match="must not call backward"):
         FisherOperator(distribution, [W])
 
 
@@ -164,6 +164,21 @@ def test_fused_attention_is_named_with_the_way_out():
     attended = scaled_dot_product_attention(x @ W, x, x)
     with pytest.raises(RuntimeError, match="MATH"):
         FisherOperator(td.Normal(attended.flatten(1), 1.0), [W]) @ torch.ones(64)
+
+
+def test_other_errors_of_the_graph_pass_unchanged():
+    class Broken(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x * 2
+
+        @staticmethod
+        def backward(ctx, grad):
+            raise RuntimeError("mine")
+
+    W = torch.randn(3, requires_grad=True)
+    with pytest.raises(RuntimeError, match=r"^mine$"):
+        FisherOperator(td.Normal(Broken.apply(W), 1.0), [W])
 
 
 def matrix(n=4):

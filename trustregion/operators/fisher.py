@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
+from ..autodiff import differentiate
 from ..distributions import Joint, Prediction, joint_of
 from ..vector import ParameterVector
 from .base import LinearOperator
@@ -75,7 +76,7 @@ class FisherOperator(LinearOperator):
             raise ValueError("no parameter requires a gradient: all of them are frozen")
         inputs = [self._vector.params[i] for i in trainable]
         with torch.enable_grad():
-            pullback = _differentiate(self._y, inputs, self._w, create_graph=True)
+            pullback = differentiate(self._y, inputs, self._w, create_graph=True)
         used = [
             (i, jt_w)
             for i, jt_w in zip(trainable, pullback, strict=True)
@@ -93,7 +94,7 @@ class FisherOperator(LinearOperator):
     def jvp(self, v: Tensor) -> tuple[Tensor, ...]:
         """Return ``Jv``: the change of each parameter tensor of the distribution along ``v``."""
         parts = self._vector.unravel(v)
-        tangents = _differentiate(self._pullback, self._w, [parts[i] for i in self.used])
+        tangents = differentiate(self._pullback, self._w, [parts[i] for i in self.used])
         slots: list[Tensor | None] = [None] * len(self._outputs)
         for i, tangent in zip(self._active, tangents, strict=True):
             slots[i] = tangent
@@ -102,7 +103,7 @@ class FisherOperator(LinearOperator):
 
     def vjp(self, u: Sequence[Tensor]) -> Tensor:
         """Return ``J'u`` of shape ``(n,)``."""
-        grads = _differentiate(self._y, self._inputs, [u[i] for i in self._active])
+        grads = differentiate(self._y, self._inputs, [u[i] for i in self._active])
         slots: list[Tensor | None] = [None] * len(self._vector.params)
         for i, grad in zip(self.used, grads, strict=True):
             slots[i] = grad
@@ -112,40 +113,3 @@ class FisherOperator(LinearOperator):
     def mv(self, v: Tensor) -> Tensor:
         """Return ``F v``. Cost: one product, no forward pass."""
         return self.vjp(self._metric(self.jvp(v)))
-
-
-def _differentiate(
-    outputs: Sequence[Tensor],
-    inputs: Sequence[Tensor],
-    cotangents: Sequence[Tensor],
-    *,
-    create_graph: bool = False,
-) -> Sequence[Tensor | None]:
-    try:
-        return torch.autograd.grad(
-            outputs,
-            inputs,
-            cotangents,
-            create_graph=create_graph,
-            retain_graph=True,
-            allow_unused=True,
-        )
-    except RuntimeError as error:
-        raise RuntimeError(f"{explain(error)} (torch said: {error})") from error
-
-
-def explain(error: RuntimeError) -> str:
-    """Say what a failed differentiation of a model's graph means and how to mend it."""
-    text = str(error)
-    if "backward through the graph a second time" in text:
-        return (
-            "the graph of the loss or the distribution was already freed: return them from the"
-            " closure without calling backward()"
-        )
-    if "modified by an inplace operation" in text:
-        return "a tensor the graph needs was modified in place after the forward pass"
-    return (
-        "the model could not be differentiated twice: compiled modules and fused attention have no"
-        " double backward. Use the uncompiled module, and attention under"
-        " torch.nn.attention.sdpa_kernel(SDPBackend.MATH)"
-    )

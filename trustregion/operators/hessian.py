@@ -7,6 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from ..autodiff import differentiate
 from ..distributions import Prediction, joint_of
 from ..vector import ParameterVector
 from .base import LinearOperator
@@ -45,7 +46,7 @@ class KLHessianOperator(LinearOperator):
             kl = joint.frozen().mean_kl(joint)
             if not (kl.requires_grad and trainable):
                 raise ValueError("the distribution does not depend on the parameters")
-            grads = torch.autograd.grad(kl, self._inputs, create_graph=True, allow_unused=True)
+            grads = differentiate([kl], self._inputs, create_graph=True)
         self._slots = [i for i, g in zip(trainable, grads, strict=True) if g is not None]
         self._grads = [g for g in grads if g is not None]
 
@@ -53,12 +54,6 @@ class KLHessianOperator(LinearOperator):
     def mv(self, v: Tensor) -> Tensor:
         """Return the Hessian-vector product. Cost: one backward pass through the kept graph."""
         parts = self._vector.unravel(v)
-        products = torch.autograd.grad(
-            self._grads,
-            self._inputs,
-            [parts[i] for i in self._slots],
-            retain_graph=True,
-            allow_unused=True,
-        )
+        products = differentiate(self._grads, self._inputs, [parts[i] for i in self._slots])
         by_position = dict(zip(map(id, self._inputs), products, strict=True))
         return self._vector.ravel([by_position.get(id(p)) for p in self._vector.params])

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ..autodiff import differentiate
 from ..distributions import Joint, Prediction, joint_of
 
 Closure: TypeAlias = Callable[[], tuple[Tensor, Prediction]]
@@ -61,12 +62,4 @@ def gradient(loss: Tensor, params: Sequence[Tensor]) -> tuple[Tensor | None, ...
             "the loss carries no graph, so it has no gradient: compute it from the model's outputs"
             " with grad enabled, without detach() or torch.no_grad()"
         )
-    try:
-        return torch.autograd.grad(loss, list(params), retain_graph=True, allow_unused=True)
-    except RuntimeError as error:
-        if "backward through the graph a second time" not in str(error):
-            raise
-        raise RuntimeError(
-            "the graph of the loss was already freed: the closure must not call backward();"
-            " the optimizer differentiates the loss itself"
-        ) from error
+    return differentiate([loss], params)

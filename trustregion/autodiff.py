@@ -1,0 +1,64 @@
+"""Reverse-mode differentiation of a user's graph, with its errors in words."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+_NOT_TWICE = ("derivative for", "double backward", "differentiate twice")
+
+
+def differentiate(
+    outputs: Sequence[Tensor],
+    inputs: Sequence[Tensor],
+    cotangents: Sequence[Tensor] | None = None,
+    *,
+    create_graph: bool = False,
+) -> tuple[Tensor | None, ...]:
+    """Return the vector-Jacobian products, None where an input is not used; the graph is kept.
+
+    No ``.grad`` is read or written.
+
+    Args:
+        outputs: tensors with a graph.
+        inputs: tensors to differentiate in.
+        cotangents: one an output, of its shape; None for scalar outputs.
+        create_graph: record a graph of the result.
+
+    Raises:
+        RuntimeError: the graph was freed or overwritten, or has no second derivative.
+
+    """
+    try:
+        return torch.autograd.grad(
+            outputs,
+            inputs,
+            cotangents,
+            create_graph=create_graph,
+            retain_graph=True,
+            allow_unused=True,
+        )
+    except RuntimeError as error:
+        reason = _explain(str(error))
+        if reason is None:
+            raise
+        raise RuntimeError(f"{reason} (torch said: {error})") from error
+
+
+def _explain(text: str) -> str | None:
+    if "backward through the graph a second time" in text:
+        return (
+            "the graph was already freed: the closure must not call backward(), it only returns"
+            " the loss and the distribution"
+        )
+    if "modified by an inplace operation" in text:
+        return "a tensor that the graph needs was modified in place after the forward pass"
+    if any(words in text.lower() for words in _NOT_TWICE):
+        return (
+            "the model cannot be differentiated twice. Use the module without torch.compile, run"
+            " attention under torch.nn.attention.sdpa_kernel(SDPBackend.MATH), recurrent layers on"
+            " the GPU under torch.backends.cudnn.flags(enabled=False)"
+        )
+    return None
