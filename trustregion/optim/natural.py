@@ -149,7 +149,7 @@ class NaturalTrustRegion(torch.optim.Optimizer):
         cg_rtol: float = 1e-3,
         preconditioner: OperatorLike | None = None,
         backtrack_factor: float = 0.7,
-        max_backtracks: int = 15,
+        max_backtracks: int = 30,
         maximize: bool = False,
     ) -> None:
         defaults = {
