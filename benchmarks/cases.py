@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from unittest import mock
 
 import torch
+from sb3_contrib.common.utils import conjugate_gradient_solver
 from torch import Tensor
 from torch.distributions import Independent
 from torch.nn.functional import cosine_similarity
@@ -39,7 +40,7 @@ class Case:
     restore: Callable[[], None] = lambda: None
     """Called before each run, outside the timing."""
     counts: dict[str, int] = field(default_factory=dict)
-    """What one run costs, counted: Fisher products, forward passes."""
+    """What one run costs: Fisher products and forward passes, counted where they vary."""
 
 
 Maker = Callable[[Problem], Case]
@@ -86,7 +87,7 @@ def _our_solve(problem: Problem) -> Case:
     def solve() -> trustregion.LinearSolution:
         return trustregion.cg(A, g, rtol=0.0, max_iter=CG_ITERATIONS)
 
-    return Case(solve, counts={"products": solve().products})
+    return Case(solve, counts={"products": solve().products, "forwards": 0})
 
 
 def _sb3_solve(problem: Problem) -> Case:
@@ -96,7 +97,20 @@ def _sb3_solve(problem: Problem) -> Case:
         model, "hessian_vector_product", wraps=model.hessian_vector_product
     ) as counted:
         system.solve()
-    return Case(system.solve, counts={"products": counted.call_count})
+    return Case(system.solve, counts={"products": counted.call_count, "forwards": 0})
+
+
+def _sb3_solve_kept(problem: Problem) -> Case:
+    g = _gradient(problem, problem.own_policy())
+    product = kept_graph_product(problem.own_policy(), problem.observations)
+    counted = mock.Mock(wraps=product)
+
+    def solve(product: Callable[[Tensor], Tensor]) -> Tensor:
+        return conjugate_gradient_solver(lambda v: product(v) + DAMPING * v, g, CG_ITERATIONS)
+
+    solve(counted)
+    counts = {"products": counted.call_count, "forwards": 0}
+    return Case(lambda: solve(product), counts=counts)
 
 
 def _our_update(problem: Problem) -> Case:
@@ -157,7 +171,11 @@ GROUPS: dict[str, dict[str, Maker]] = {
         "kl graph rebuilt": _rebuilt_product,
         "our KLHessianOperator": _our_hessian_product,
     },
-    "conjugate gradients": {"ours": _our_solve, "sb3-contrib": _sb3_solve},
+    "conjugate gradients": {
+        "ours": _our_solve,
+        "sb3-contrib": _sb3_solve,
+        "sb3-contrib, kl graph kept": _sb3_solve_kept,
+    },
     "policy update": {"ours": _our_update, "sb3-contrib": _sb3_update},
 }
 
@@ -177,6 +195,7 @@ def check(problem: Problem) -> None:
     theirs = ACTIONS * (system.product(v) - model.cg_damping * v)
     for product in (
         theirs,
+        trustregion.KLHessianOperator(policy(problem.observations), policy.parameters()) @ v,
         kept_graph_product(policy, problem.observations)(v),
         rebuilt_graph_product(policy, problem.observations)(v),
     ):

@@ -8,6 +8,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 
 pytest.importorskip("sb3_contrib")
 
+from benchmarks.allocator import keep_freed_memory
 from benchmarks.cases import GROUPS, Maker, check
 from benchmarks.problem import Problem, make_problem
 
@@ -16,6 +17,7 @@ ROUNDS, WARMUP = 100, 10
 
 @pytest.fixture(scope="module")
 def problem() -> Problem:
+    keep_freed_memory()
     problem = make_problem()
     check(problem)  # no timing of things that differ
     return problem

@@ -273,17 +273,16 @@ class Joint:
         return tuple(t for tensors in self.parameters for t in tensors)
 
     def fisher(self) -> Callable[[Tensors], Tensors]:
-        """Return ``d -> M d`` over :meth:`flat_parameters`, with the batch mean's 1/N in it."""
+        """Return ``d -> M d`` over :meth:`flat_parameters`, summed over the batch."""
         detached = [tuple(t.detach() for t in tensors) for tensors in self.parameters]
         maps = [family.fisher(t) for family, t in zip(self.families, detached, strict=True)]
         sizes = [len(tensors) for tensors in self.parameters]
-        weight = 1.0 / self.batch_size
 
         def apply(d: Tensors) -> Tensors:
             out: list[Tensor] = []
             start = 0
             for factor, size in zip(maps, sizes, strict=True):
-                out += [weight * m for m in factor(d[start : start + size])]
+                out += factor(d[start : start + size])
                 start += size
             return tuple(out)
 

@@ -64,7 +64,7 @@ class FisherOperator(LinearOperator):
                 "the distribution carries no graph: build it from the model's outputs with grad"
                 " enabled, without detach(), .item() or torch.no_grad()"
             )
-        self._metric = joint.fisher()
+        self._metric, self._batch_size = joint.fisher(), joint.batch_size
         self._linearise()
 
     def _linearise(self) -> None:
@@ -112,4 +112,4 @@ class FisherOperator(LinearOperator):
     @torch.no_grad()
     def mv(self, v: Tensor) -> Tensor:
         """Return ``F v``. Cost: one product, no forward pass."""
-        return self.vjp(self._metric(self.jvp(v)))
+        return self.vjp(self._metric(self.jvp(v))).div_(self._batch_size)

@@ -120,36 +120,35 @@ def _iterate(
     eps, largest = torch.finfo(b.dtype).eps, torch.finfo(b.dtype).max
     x = torch.zeros_like(b) if x0 is None else x0
     r = b.clone() if x0 is None else b - A.mv(x0)
-    products = 0 if x0 is None else 1
-    iterations = 0
+    products, iterations = int(x0 is not None), 0
+    rr, rz = dot(r, r), 1.0
     norm_A = 0.0  # largest |Ap|/|p| so far
+    reach = norm(x)  # a bound of |x|
     p: Tensor | None = None
-    rz = 1.0
 
     def end(status: Status, direction: Tensor | None = None) -> LinearSolution:
         curvature = dot(x, b - r)
-        return LinearSolution(x, status, iterations, products, norm(r), curvature, direction)
+        return LinearSolution(x, status, iterations, products, math.sqrt(rr), curvature, direction)
 
-    if not _finite(r):
-        r = b.clone()
-        x = torch.zeros_like(b)
+    if not math.isfinite(rr):
+        x, r, rr = torch.zeros_like(b), b, dot(b, b)
         return end(Status.NONFINITE_OPERATOR)
     while True:
-        if norm(r) <= tolerance:
+        if math.sqrt(rr) <= tolerance:
             return end(Status.CONVERGED)
         if iterations == max_iter:
             return end(Status.MAX_ITER)
         z = r if M is None else M.mv(r)
-        rz, rz_old = dot(r, z), rz
+        rz, rz_old = (rr if M is None else dot(r, z)), rz
         if not math.isfinite(rz):
             return end(Status.NONFINITE_OPERATOR)
         if rz <= 0:
             return end(Status.INDEFINITE_PRECONDITIONER)
-        beta = rz / rz_old
-        p = z.clone() if p is None else torch.add(z, p, alpha=min(beta, largest))
+        beta = min(rz / rz_old, largest)
+        p = z.clone() if p is None else torch.add(z, p, alpha=beta)
         Ap = A.mv(p)
         products += 1
-        pAp, pp, ApAp = dot(p, Ap), dot(p, p), dot(Ap, Ap)
+        pAp, pp, ApAp = _quadratic_forms(p, Ap)
         if not (pp > 0 and math.isfinite(pp + ApAp)):  # pp = 0: p underflowed
             return end(Status.NONFINITE_OPERATOR)
         norm_A = max(norm_A, math.sqrt(ApAp / pp))
@@ -157,16 +156,23 @@ def _iterate(
             negative = pAp < -eps * norm_A * pp
             return end(Status.NEGATIVE_CURVATURE if negative else Status.ZERO_CURVATURE, p)
         alpha = rz / pAp
-        if alpha > largest:
+        reach += alpha * math.sqrt(pp)
+        if not max(alpha, reach) <= largest:
             return end(Status.NONFINITE_OPERATOR)
         r_next = torch.add(r, Ap, alpha=-alpha)
-        x_next = torch.add(x, p, alpha=alpha)
-        if not (_finite(r_next) and _finite(x_next)):
+        rr_next = dot(r_next, r_next)
+        if not math.isfinite(rr_next):
             return end(Status.NONFINITE_OPERATOR)
-        x, r = x_next, r_next
+        x, r, rr = torch.add(x, p, alpha=alpha), r_next, rr_next
         iterations += 1
         if callback is not None:
             callback(x)
+
+
+def _quadratic_forms(p: Tensor, Ap: Tensor) -> tuple[float, float, float]:
+    """Return p'Ap, p'p and (Ap)'(Ap), each accumulated in float64; the vectors converted once."""
+    p, Ap = p.double(), Ap.double()
+    return dot(p, Ap), dot(p, p), dot(Ap, Ap)
 
 
 def _check(b: Tensor, x0: Tensor | None, rtol: float, atol: float, max_iter: int | None) -> None:
