@@ -8,6 +8,7 @@ import signal
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import distributions as td
@@ -195,6 +196,42 @@ def test_attention_models_work():
     optimizer = NaturalTrustRegion([*layer.parameters(), *head.parameters()], 0.01)
     optimizer.step(closure)
     assert optimizer.info.accepted
+
+
+@pytest.mark.parametrize("wrap", ["autocast", "checkpoint", "masked"])
+def test_closures_of_all_kinds_work(wrap):
+    model, _ = problem()
+    x, y = torch.randn(30, 5), torch.randint(2, (30,))
+
+    def closure():
+        if wrap == "checkpoint":
+            logits = torch.utils.checkpoint.checkpoint(model, x, use_reentrant=False)
+        else:
+            with torch.autocast("cpu", torch.bfloat16, enabled=wrap == "autocast"):
+                logits = model(x).float()
+        if wrap == "masked":  # the third class is impossible
+            logits = logits + torch.tensor([0.0, 0.0, -math.inf])
+        distribution = td.Categorical(logits=logits, validate_args=False)
+        return -distribution.log_prob(y).mean(), distribution
+
+    optimizer = NaturalTrustRegion(model.parameters(), 0.01)
+    for _ in range(3):
+        optimizer.step(closure)
+        assert optimizer.info.accepted
+
+
+def test_compiled_models_are_refused_in_words_and_restored():
+    model, _ = problem()
+    x, compiled = torch.randn(6, 5), torch.compile(model, backend="aot_eager")
+    kept = bits(model)
+
+    def closure():
+        distribution = td.Categorical(logits=compiled(x))
+        return -distribution.log_prob(torch.zeros(6)).mean(), distribution
+
+    with pytest.raises(RuntimeError, match=r"without torch\.compile"):
+        NaturalTrustRegion(model.parameters()).step(closure)
+    assert unchanged(model, kept)
 
 
 def test_distributions_made_of_the_parameters_themselves():
@@ -705,6 +742,25 @@ def test_a_step_without_closure_is_for_checkpointing_libraries():
     with pytest.raises(RuntimeError, match="needs a closure"):
         optimizer.step()
     optimizer.step(closure)
+
+
+def test_distributed_checkpointing_reads_and_restores_the_state():
+    from torch.distributed.checkpoint.state_dict import (
+        get_optimizer_state_dict,
+        set_optimizer_state_dict,
+    )
+
+    model, closure = problem()
+    optimizer = NaturalTrustRegion(model.parameters(), 0.02)
+    kept = bits(model)
+    state = get_optimizer_state_dict(model, optimizer)  # before the first step
+    assert set(state["state"]) == {name for name, _ in model.named_parameters()}
+    other = NaturalTrustRegion(model.parameters())
+    set_optimizer_state_dict(model, other, state)
+    assert unchanged(model, kept)
+    assert other.param_groups[0]["delta"] == 0.02
+    other.step(closure)
+    assert other.info.accepted
 
 
 def test_hooks_run_once_and_in_order():
