@@ -14,11 +14,13 @@ from torch.nn.functional import cosine_similarity
 
 import trustregion
 from benchmarks.peers import (
+    BuildProduct,
     kept_graph_product,
     rebuilt_graph_product,
     restore_sb3_actor,
     sb3_model,
     sb3_system,
+    script_update,
 )
 from benchmarks.problem import (
     ACTIONS,
@@ -100,17 +102,44 @@ def _sb3_solve(problem: Problem) -> Case:
     return Case(system.solve, counts={"products": counted.call_count, "forwards": 0})
 
 
-def _sb3_solve_kept(problem: Problem) -> Case:
-    g = _gradient(problem, problem.own_policy())
-    product = kept_graph_product(problem.own_policy(), problem.observations)
-    counted = mock.Mock(wraps=product)
+def _peer_solve(build: BuildProduct, *, forwards_per_product: int) -> Maker:
+    """Return sb3-contrib's solver on another way to the product."""
 
-    def solve(product: Callable[[Tensor], Tensor]) -> Tensor:
-        return conjugate_gradient_solver(lambda v: product(v) + DAMPING * v, g, CG_ITERATIONS)
+    def make(problem: Problem) -> Case:
+        g = _gradient(problem, problem.own_policy())
+        product = build(problem.own_policy(), problem.observations)
+        counted = mock.Mock(wraps=product)
 
-    solve(counted)
-    counts = {"products": counted.call_count, "forwards": 0}
-    return Case(lambda: solve(product), counts=counts)
+        def solve(product: Callable[[Tensor], Tensor]) -> Tensor:
+            return conjugate_gradient_solver(lambda v: product(v) + DAMPING * v, g, CG_ITERATIONS)
+
+        solve(counted)
+        products = counted.call_count
+        counts = {"products": products, "forwards": forwards_per_product * products}
+        return Case(lambda: solve(product), counts=counts)
+
+    return make
+
+
+def _script_update(build: BuildProduct) -> Maker:
+    """Return the update as single-file scripts write it, on one way to the product."""
+
+    def make(problem: Problem) -> Case:
+        policy = problem.own_policy()
+        counts = script_update(policy, problem, build)
+        return Case(
+            lambda: script_update(policy, problem, build),
+            lambda: _restore(policy, problem),
+            counts,
+        )
+
+    return make
+
+
+@torch.no_grad()
+def _restore(policy: Policy, problem: Problem) -> None:
+    for p, start in zip(policy.parameters(), problem.policy.parameters(), strict=True):
+        p.copy_(start)
 
 
 def _our_update(problem: Problem) -> Case:
@@ -130,17 +159,12 @@ def _our_update(problem: Problem) -> Case:
         distribution = policy(problem.observations)
         return problem.surrogate(distribution), distribution
 
-    @torch.no_grad()
-    def restore() -> None:
-        for p, start in zip(policy.parameters(), problem.policy.parameters(), strict=True):
-            p.copy_(start)
-
     optimizer.step(closure)
     info = optimizer.info
     assert info is not None
     assert info.accepted, info
     counts = {"products": info.products, "forwards": info.evaluations}
-    return Case(lambda: optimizer.step(closure), restore, counts)
+    return Case(lambda: optimizer.step(closure), lambda: _restore(policy, problem), counts)
 
 
 def _sb3_update(problem: Problem) -> Case:
@@ -174,9 +198,15 @@ GROUPS: dict[str, dict[str, Maker]] = {
     "conjugate gradients": {
         "ours": _our_solve,
         "sb3-contrib": _sb3_solve,
-        "sb3-contrib, kl graph kept": _sb3_solve_kept,
+        "kl graph kept": _peer_solve(kept_graph_product, forwards_per_product=0),
+        "kl graph rebuilt": _peer_solve(rebuilt_graph_product, forwards_per_product=1),
     },
-    "policy update": {"ours": _our_update, "sb3-contrib": _sb3_update},
+    "policy update": {
+        "ours": _our_update,
+        "sb3-contrib": _sb3_update,
+        "kl graph kept": _script_update(kept_graph_product),
+        "kl graph rebuilt": _script_update(rebuilt_graph_product),
+    },
 }
 
 

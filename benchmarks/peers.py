@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import gymnasium
 import numpy as np
@@ -162,3 +162,42 @@ def rebuilt_graph_product(policy: Policy, observations: Tensor) -> Callable[[Ten
         return _flat(torch.autograd.grad((kl_gradient * v).sum(), params))
 
     return product
+
+
+BuildProduct: TypeAlias = Callable[[Policy, Tensor], Callable[[Tensor], Tensor]]
+
+
+def script_update(policy: Policy, problem: Problem, build: BuildProduct) -> dict[str, int]:
+    """Update a policy as single-file TRPO scripts do, with sb3-contrib's conjugate gradients.
+
+    Gradient, solve, length of the step from one more product, backtracking line search. Returns
+    how many products and forward passes it took.
+    """
+    params = list(policy.parameters())
+    counted = {"products": 0, "forwards": 2}  # of the objective and of the product's KL
+    before = problem.surrogate(policy(problem.observations))
+    g = _flat(torch.autograd.grad(before, params))
+    product = build(policy, problem.observations)
+
+    def damped(v: Tensor) -> Tensor:
+        counted["products"] += 1
+        return product(v) + DAMPING * v
+
+    torch.manual_seed(0)  # conjugate_gradient_solver starts from noise
+    x = conjugate_gradient_solver(damped, g, CG_ITERATIONS)
+    s = (2 * DELTA / (x @ damped(x))).sqrt() * x
+    if build is rebuilt_graph_product:
+        counted["forwards"] += counted["products"] - 1
+    with torch.no_grad():
+        theta, old = _flat(tuple(params)), policy(problem.observations)
+        counted["forwards"] += 1
+        for j in range(MAX_BACKTRACKS + 1):
+            parts = (theta + BACKTRACK_FACTOR**j * s).split([p.numel() for p in params])
+            for p, part in zip(params, parts, strict=True):
+                p.copy_(part.view_as(p))
+            new = policy(problem.observations)
+            counted["forwards"] += 1
+            kl = kl_divergence(old, new).mean()
+            if kl <= DELTA and problem.surrogate(new) > before:
+                return counted
+    raise AssertionError("the line search failed: the problem should let it succeed")

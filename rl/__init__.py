@@ -7,6 +7,14 @@ True
 
 """
 
+import importlib.util as _util
+
+if _util.find_spec("gymnasium") is None:
+    raise ModuleNotFoundError(
+        'rl needs more packages than trustregion: pip install "torch-trustregion[rl]"',
+        name="gymnasium",
+    )
+
 from .advantages import gae as gae
 from .agent import Agent as Agent
 from .checkpoint import CheckpointError as CheckpointError

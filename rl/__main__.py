@@ -94,7 +94,8 @@ def train(command: Train) -> int:
     except KeyboardInterrupt:
         interrupted = True
         print("interrupted: keeping what was learnt so far", file=sys.stderr)
-    agent.save(out / _CHECKPOINT)
+    finally:  # also where an environment raises: what was learnt is kept
+        agent.save(out / _CHECKPOINT)
     if agent.iterations:
         columns = read_csv(csv_log.path)
         title = f"TRPO on {command.env_id}, seed {command.config.seed}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Self, TypeAlias
 
@@ -41,13 +42,15 @@ class Agent(abc.ABC):
     name: ClassVar[str]
 
     def __init__(self, env: str | VectorEnv, **options: Any) -> None:
-        self.config = self.config_class(**options)
-        self.envs = make_envs(env, self.config.n_envs)
-        self.config.check_batch(self.envs.num_envs)
+        config = self.config_class(**options)
+        self.envs = make_envs(env, config.n_envs)
+        self.config = replace(config, n_envs=self.envs.num_envs)
+        self.config.check_batch()
         self.env_id = env_id(self.envs)
         self.num_timesteps = 0
         self.iterations = 0
         self.generator = torch.Generator().manual_seed(self.config.seed)
+        self._predict_generator = torch.Generator().manual_seed(self.config.seed)
         dim, hidden = observation_dim(self.envs), self.config.hidden
         with torch.random.fork_rng(devices=[]):  # leave the user's random state alone
             torch.manual_seed(self.config.seed)
@@ -92,7 +95,8 @@ class Agent(abc.ABC):
         if total_timesteps <= 0:
             raise ValueError(f"total_timesteps must be positive, got {total_timesteps}")
         if self._collector is None:
-            self._collector = Collector(self.envs, seed=self.config.seed, generator=self.generator)
+            seed = _environment_seed(self.config.seed, self.num_timesteps)
+            self._collector = Collector(self.envs, seed=seed, generator=self.generator)
         first, started = self.num_timesteps, time.perf_counter()
         with tqdm(total=total_timesteps, unit="step", disable=not progress, leave=False) as bar:
             while self.num_timesteps < first + total_timesteps:
@@ -123,7 +127,7 @@ class Agent(abc.ABC):
 
     @torch.no_grad()
     def predict(self, obs: np.ndarray, deterministic: bool = False) -> tuple[np.ndarray, None]:
-        """Choose actions.
+        """Choose actions; drawing them does not disturb training.
 
         Args:
             obs: one observation, or a batch of them in rows.
@@ -146,7 +150,7 @@ class Agent(abc.ABC):
         if deterministic:
             actions = self.policy.mode(batch)
         else:
-            actions = self.policy.sample(batch, self.generator)
+            actions = self.policy.sample(batch, self._predict_generator)
         chosen = self.policy.to_env(actions)
         return (chosen[0] if single else chosen), None
 
@@ -178,7 +182,8 @@ class Agent(abc.ABC):
     def load(cls, path: str | Path, env: str | VectorEnv | None = None) -> Self:
         """Return the agent of a file written by :meth:`save`.
 
-        The environments start new episodes; everything else continues where it was.
+        The environments start new episodes, and draws of ``predict`` start over; everything else
+        continues where it was.
 
         Args:
             path: the file.
@@ -191,9 +196,22 @@ class Agent(abc.ABC):
 
         """
         manifest, tensors = checkpoint.read(Path(path))
-        if manifest.get("algorithm") != cls.name:
+        try:
+            return cls._from_checkpoint(path, env, manifest, tensors)
+        except KeyError as error:
+            raise checkpoint.CheckpointError(f"{path} is incomplete: no {error}") from error
+
+    @classmethod
+    def _from_checkpoint(
+        cls,
+        path: str | Path,
+        env: str | VectorEnv | None,
+        manifest: dict[str, Any],
+        tensors: dict[str, Tensor],
+    ) -> Self:
+        if manifest["algorithm"] != cls.name:
             raise checkpoint.CheckpointError(
-                f"{path} holds an agent of {manifest.get('algorithm')!r}, not {cls.name!r}"
+                f"{path} holds an agent of {manifest['algorithm']!r}, not {cls.name!r}"
             )
         env = env if env is not None else manifest["env_id"]
         if env is None:
@@ -204,3 +222,8 @@ class Agent(abc.ABC):
         agent.num_timesteps = manifest["num_timesteps"]
         agent.iterations = manifest["iterations"]
         return agent
+
+
+def _environment_seed(*entropy: int) -> int:
+    """Return a seed that is unrelated between runs, and between the parts of a resumed run."""
+    return int(np.random.SeedSequence(entropy).generate_state(1)[0])

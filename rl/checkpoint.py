@@ -39,6 +39,9 @@ def write(path: Path, manifest: Mapping[str, Any], tensors: Mapping[str, Tensor]
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(name, 0o666 & ~umask)  # as a file opened in the ordinary way
         with os.fdopen(handle, "wb") as file:
             with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
                 archive.writestr(_MANIFEST, text)
@@ -65,7 +68,7 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         with zipfile.ZipFile(path) as archive:
             manifest = json.loads(archive.read(_MANIFEST))
             blob = archive.read(_TENSORS)  # zipfile checks the CRC
-    except (zipfile.BadZipFile, KeyError, ValueError, OSError, RuntimeError) as error:
+    except Exception as error:  # zipfile raises a dozen types for damaged headers
         raise CheckpointError(
             f"{path} is not a complete {FORMAT}: it is truncated, damaged or of another program"
         ) from error
@@ -114,6 +117,9 @@ def restore(
                 index, _, entry = key.partition(".")
                 state.setdefault(int(index), {})[entry] = tensor
             groups = manifest["optimizers"][name]
+            count = sum(len(group["params"]) for group in optimizer.param_groups)
+            if set(state) not in (set(), set(range(count))):  # empty before the first step
+                raise KeyError(f"the state of {name} is not that of {count} parameters")
             optimizer.load_state_dict({"state": state, "param_groups": groups})
     except (RuntimeError, KeyError, ValueError) as error:
         reason = " ".join(str(error).split())

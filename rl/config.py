@@ -25,7 +25,7 @@ class Config:
     gamma: float = 0.99
     """Discount."""
 
-    gae_lambda: float = 0.95
+    gae_lambda: float = 0.98
     """Trace decay of the advantage estimates."""
 
     critic_lr: float = 1e-3
@@ -52,13 +52,19 @@ class Config:
         if any(width < 1 for width in self.hidden):
             raise ValueError(f"hidden widths must be at least 1, got {self.hidden}")
 
-    def check_batch(self, num_envs: int) -> None:
-        """Raise a ValueError unless an update is a whole number of steps of each environment."""
-        if self.steps_per_update % num_envs:
-            down = self.steps_per_update // num_envs * num_envs
+    def check_batch(self) -> None:
+        """Raise a ValueError unless an update is some whole steps of each environment."""
+        rows, rest = divmod(self.steps_per_update, self.n_envs)
+        if rest:
+            near = sorted({max(2, rows) * self.n_envs, max(2, rows + 1) * self.n_envs})
             raise ValueError(
-                f"steps_per_update={self.steps_per_update} does not divide by {num_envs}"
-                f" environments: try {down or num_envs} or {down + num_envs}"
+                f"steps_per_update={self.steps_per_update} does not divide by {self.n_envs}"
+                f" environments: try {' or '.join(map(str, near))}"
+            )
+        if rows < 2:  # one step an environment can be all resets
+            raise ValueError(
+                f"steps_per_update={self.steps_per_update} is too few for {self.n_envs}"
+                f" environments: at least {2 * self.n_envs} are needed"
             )
 
     def to_dict(self) -> dict[str, Any]:

@@ -26,7 +26,7 @@ def make_envs(env: str | VectorEnv, n_envs: int) -> VectorEnv:
             raise ValueError(f"n_envs must be at least 1, got {n_envs}")
         try:
             envs = gymnasium.make_vec(env, num_envs=n_envs, vectorization_mode="sync")
-        except (gymnasium.error.Error, ModuleNotFoundError) as error:
+        except (gymnasium.error.Error, ImportError) as error:
             reason = " ".join(str(error).split())
             raise ValueError(f"cannot make environment {env!r}: {reason}") from error
     elif isinstance(env, VectorEnv):
@@ -54,6 +54,9 @@ def _check(envs: VectorEnv) -> None:
             " AutoresetMode.NEXT_STEP, gymnasium's default"
         )
     observation, action = envs.single_observation_space, envs.single_action_space
+    for name, space in (("observation", observation), ("action", action)):
+        if isinstance(space, Box) and 0 in space.shape:
+            raise ValueError(f"unsupported {name} space {space}: it has no entries")
     if not (isinstance(observation, Box) and np.issubdtype(observation.dtype, np.number)):
         raise ValueError(
             f"unsupported observation space {observation}: Box is supported. Wrap the environment,"

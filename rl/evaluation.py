@@ -63,11 +63,17 @@ def evaluate(
         deterministic: take the most likely action instead of drawing one.
 
     Raises:
-        ValueError: fewer than one episode, or an environment that cannot be made.
+        ValueError: fewer than one episode, an environment that cannot be made, or the one the
+            agent trains in.
 
     """
     if episodes < 1:
         raise ValueError(f"episodes must be at least 1, got {episodes}")
+    if env is getattr(agent, "envs", None):
+        raise ValueError(
+            "these are the environments the agent trains in, and stepping them would spoil its next"
+            " rollout: evaluate in others, for example by id"
+        )
     envs = make_envs(env, min(episodes, 32))
     n = envs.num_envs
     share = np.array([len(range(i, episodes, n)) for i in range(n)])

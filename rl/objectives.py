@@ -1,9 +1,11 @@
-"""What a policy update maximises."""
+"""What a policy update maximises, and what it reports of its step."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from trustregion import StepInfo
 
 
 def normalise(advantages: Tensor) -> Tensor:
@@ -25,3 +27,20 @@ def surrogate(log_prob: Tensor, old_log_prob: Tensor, advantages: Tensor) -> Ten
     Schulman et al., Trust Region Policy Optimization, 2015, eq. 14. All arguments ``(B,)``.
     """
     return ((log_prob - old_log_prob).exp() * advantages).mean()
+
+
+def step_log(info: StepInfo, delta: float) -> dict[str, float | str]:
+    """Return what to log of an optimizer's step, under stable-baselines3's keys and ``trust/*``."""
+    return {
+        "train/policy_objective": info.new_loss,
+        "train/kl_divergence_loss": info.kl,
+        "train/is_line_search_success": float(info.accepted),
+        "trust/delta": delta,
+        "trust/status": info.status.value,
+        "trust/rho": info.rho,
+        "trust/predicted_reduction": info.predicted_reduction,
+        "trust/actual_reduction": info.actual_reduction,
+        "trust/cg_iterations": info.cg_iterations,
+        "trust/cg_residual": info.cg_residual,
+        "trust/backtracks": info.backtracks,
+    }

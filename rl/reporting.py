@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 from pathlib import Path
 
 from .agent import Log
@@ -87,12 +88,16 @@ def plot_learning_curve(columns: dict[str, list[float]], path: Path, *, title: s
     figure = Figure(figsize=(8, 5.5), layout="constrained")
     FigureCanvasAgg(figure)
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=[2, 1])
-    above.plot(steps, columns["rollout/ep_rew_mean"], color="#0072b2", linewidth=2)
+    returns = columns["rollout/ep_rew_mean"]
+    marker = "o" if len(steps) < 10 else None  # a line needs two points to be seen
+    above.plot(steps, returns, color="#0072b2", linewidth=2, marker=marker)
+    if all(map(math.isnan, returns)):
+        above.text(0.5, 0.5, "no episode finished", transform=above.transAxes, ha="center")
     above.set_ylabel("mean return of the last\n100 training episodes")
     above.set_title(title, loc="left")
     kl, delta = columns["train/kl_divergence_loss"], columns["trust/delta"]
     below.plot(steps, kl, ".-", color="#0072b2", label="KL(old || new) of each update")
-    below.plot(steps, delta, "--", color="#d55e00", label="delta")
+    below.axhline(delta[-1], linestyle="--", color="#d55e00", label="delta")
     below.set_ylim(0, 1.35 * max([*kl, *delta]))
     below.set_ylabel("KL [nats]")
     below.set_xlabel("environment steps")

@@ -44,9 +44,12 @@ class Rollout:
 class Collector:
     """Steps a vector environment with a policy and keeps the episodes' returns.
 
+    A rollout that was interrupted leaves the environments in an unknown state: the next one starts
+    new episodes.
+
     Args:
         envs: environments with next-step autoreset.
-        seed: environment ``i`` starts from ``seed + i``.
+        seed: environment ``i`` starts its first episode from ``seed + i``.
         generator: source of the actions' noise.
 
     """
@@ -54,12 +57,18 @@ class Collector:
     def __init__(self, envs: VectorEnv, *, seed: int, generator: torch.Generator) -> None:
         self.envs = envs
         self.generator = generator
+        self._seed: int | None = seed
         self.returns: deque[float] = deque(maxlen=100)  # of the last finished episodes
         self.lengths: deque[int] = deque(maxlen=100)
-        self._return = np.zeros(envs.num_envs)
-        self._length = np.zeros(envs.num_envs, dtype=np.int64)
-        self._done = np.zeros(envs.num_envs, dtype=np.bool_)
-        self._observation = self._flat(envs.reset(seed=seed)[0])
+        self._observation: Tensor | None = None  # None: reset before the next step
+
+    def _reset(self) -> Tensor:
+        n = self.envs.num_envs
+        self._return, self._length = np.zeros(n), np.zeros(n, dtype=np.int64)
+        self._done = np.zeros(n, dtype=np.bool_)
+        observation, _ = self.envs.reset(seed=self._seed)  # None after the first time
+        self._seed = None
+        return self._flat(observation)
 
     def _flat(self, observation: np.ndarray) -> Tensor:
         flat = np.asarray(observation, dtype=np.float32).reshape(self.envs.num_envs, -1)
@@ -78,7 +87,8 @@ class Collector:
         rewards = np.empty((steps, n), dtype=np.float32)
         terminated, truncated, valid = (np.empty((steps, n), dtype=np.bool_) for _ in range(3))
         actions: list[Tensor] = []
-        observations[0] = self._observation
+        observations[0] = self._reset() if self._observation is None else self._observation
+        self._observation = None  # until the rollout is whole
         for t in range(steps):
             valid[t] = ~self._done
             actions.append(policy.sample(observations[t], self.generator))
@@ -87,13 +97,13 @@ class Collector:
             )
             observations[t + 1] = self._flat(observation)
             self._record(rewards[t], terminated[t] | truncated[t], valid[t])
-        self._observation = observations[steps].clone()
         rollout = Rollout(
             observations,
             torch.stack(actions),
             *(torch.from_numpy(x) for x in (rewards, terminated, truncated, valid)),
         )
         _check_finite(rollout)
+        self._observation = observations[steps].clone()
         return rollout
 
     def _record(self, reward: np.ndarray, done: np.ndarray, valid: np.ndarray) -> None:
@@ -112,6 +122,6 @@ def _check_finite(rollout: Rollout) -> None:
         if not bool(finite.all()):
             t, i = (~finite).nonzero()[0].tolist()
             raise ValueError(
-                f"environment {i} gave a {name} that is NaN or infinite at step {t} of this"
-                " rollout: nothing was updated"
+                f"environment {i} gave a {name} that is NaN, infinite or too large for float32 at"
+                f" step {t} of this rollout: nothing was updated"
             )

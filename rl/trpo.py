@@ -13,7 +13,7 @@ from trustregion import NaturalTrustRegion
 from .advantages import gae
 from .agent import Agent, Log
 from .config import Config
-from .objectives import normalise, surrogate
+from .objectives import normalise, step_log, surrogate
 from .rollout import Rollout
 from .value import explained_variance, fit
 
@@ -48,7 +48,7 @@ class TRPO(Agent):
 
     Example:
         >>> agent = TRPO("CartPole-v1", steps_per_update=256).learn(512, progress=False)
-        >>> action, _ = agent.predict(agent.envs.reset()[0][0], deterministic=True)
+        >>> action, _ = agent.predict(agent.envs.single_observation_space.sample())
         >>> action in (0, 1)
         True
 
@@ -66,7 +66,7 @@ class TRPO(Agent):
             c.delta,
             damping=c.damping,
             cg_max_iter=c.cg_max_iter,
-            backtrack_factor=0.8,
+            backtrack_factor=0.9,  # fine steps back: more of the ball is used
             maximize=True,
         )
         self.critic_optimizer = torch.optim.Adam(
@@ -114,20 +114,8 @@ class TRPO(Agent):
             batch_size=c.critic_batch_size,
             generator=self.generator,
         )
-        info = self.policy_optimizer.info
-        assert info is not None  # after a step
-        return {
-            "train/policy_objective": info.new_loss,
-            "train/kl_divergence_loss": info.kl,
-            "train/is_line_search_success": float(info.accepted),
+        assert self.policy_optimizer.info is not None  # after a step
+        return step_log(self.policy_optimizer.info, c.delta) | {
             "train/value_loss": value_loss,
             "train/explained_variance": explained_variance(values[:-1][valid], targets),
-            "trust/delta": c.delta,
-            "trust/status": info.status.value,
-            "trust/rho": info.rho,
-            "trust/predicted_reduction": info.predicted_reduction,
-            "trust/actual_reduction": info.actual_reduction,
-            "trust/cg_iterations": info.cg_iterations,
-            "trust/cg_residual": info.cg_residual,
-            "trust/backtracks": info.backtracks,
         }

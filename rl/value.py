@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -46,12 +47,20 @@ def fit(
     Returns:
         The mean squared error over the last pass, as it went.
 
+    Raises:
+        ValueError: the error became NaN or infinite; the weights are those before that minibatch.
+
     """
     squared_error = 0.0
     for epoch in range(epochs):
         order = torch.randperm(len(returns), generator=generator)
         for rows in order.split(batch_size):
             error = (critic(observations[rows]) - returns[rows]).square().mean()
+            if not error.isfinite():
+                raise ValueError(
+                    f"the critic's loss is {error.item()} in pass {epoch}: it diverged. Lower"
+                    " critic_lr, or scale the rewards"
+                )
             optimizer.zero_grad()
             error.backward()
             optimizer.step()
@@ -61,5 +70,8 @@ def fit(
 
 
 def explained_variance(values: Tensor, returns: Tensor) -> float:
-    """Return 1 - Var(returns - values) / Var(returns); NaN where returns do not vary."""
-    return (1 - (returns - values).var() / returns.var()).item()
+    """Return 1 - Var(returns - values) / Var(returns); NaN where the returns do not vary."""
+    total = returns.var(correction=0)
+    if total == 0:
+        return math.nan
+    return (1 - (returns - values).var(correction=0) / total).item()

@@ -21,7 +21,9 @@ LEVELS = {
     "line_search": 3,
     "optim.info": 3,
     "optim.closure": 3,
-    "optim.natural": 4,
+    "optim.options": 3,
+    "optim.search": 4,
+    "optim.natural": 5,
 }
 
 
@@ -88,8 +90,8 @@ def test_only_optim_writes_parameters():
 def test_files_and_functions_stay_small(package):
     for path in modules(package):
         text = path.read_text()
-        assert len(text.splitlines()) <= 420, path
+        assert len(text.splitlines()) <= 360, path
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.FunctionDef):
                 first = node.body[1] if ast.get_docstring(node) and node.body[1:] else node.body[0]
-                assert node.end_lineno - first.lineno < 60, f"{path}: {node.name}"
+                assert node.end_lineno - first.lineno < 50, f"{path}: {node.name}"

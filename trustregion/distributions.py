@@ -47,7 +47,8 @@ def _normal_kl(old: Tensors, new: Tensors) -> Tensor:
     (mu0, s0), (mu1, s1) = old, new
     # t = s0^2/s1^2 - 1 without cancellation; KL = (t - log(1 + t) + z^2) / 2
     t = (s0 - s1) * (s0 + s1) / s1.square()
-    return 0.5 * (t - torch.log1p(t) + ((mu0 - mu1) / s1).square())
+    kl = 0.5 * (t - torch.log1p(t) + ((mu0 - mu1) / s1).square())
+    return torch.where((s0 > 0) & (s1 > 0), kl, torch.inf)  # squares do not see the sign
 
 
 def _normal_fisher(params: Tensors) -> Callable[[Tensors], Tensors]:
@@ -60,8 +61,13 @@ def _categorical_kl(old: Tensors, new: Tensors) -> Tensor:
     # Normalised anew: float32 logits are normalised to 1e-7 only, which a KL of 1e-8 would show.
     log_p, log_q = log_softmax(old[0], -1), log_softmax(new[0], -1)
     p = log_p.exp()
-    # A masked action (-inf on both sides) contributes 0; p > 0 against q = 0 gives inf.
-    return torch.where(p > 0, p * (log_p - log_q), 0.0).sum(-1)
+    return _expected_difference(p, log_p, log_q).sum(-1)
+
+
+def _expected_difference(p: Tensor, log_p: Tensor, log_q: Tensor) -> Tensor:
+    """Return p (log p - log q): 0 for p = 0, a masked action; inf for p > 0 = q."""
+    possible = p > 0  # masked inside, where a derivative would see inf - inf
+    return p * (torch.where(possible, log_p, 0.0) - torch.where(possible, log_q, 0.0))
 
 
 def _categorical_fisher(params: Tensors) -> Callable[[Tensors], Tensors]:
@@ -77,8 +83,7 @@ def _categorical_fisher(params: Tensors) -> Callable[[Tensors], Tensors]:
 def _bernoulli_kl(old: Tensors, new: Tensors) -> Tensor:
     def half(sign: int) -> Tensor:
         log_p, log_q = logsigmoid(sign * old[0]), logsigmoid(sign * new[0])
-        p = log_p.exp()
-        return torch.where(p > 0, p * (log_p - log_q), 0.0)
+        return _expected_difference(log_p.exp(), log_p, log_q)
 
     return half(1) + half(-1)
 
@@ -96,7 +101,8 @@ def _mvn_kl(old: Tensors, new: Tensors) -> Tensor:
     # As for Normal on the diagonal of L1^-1 L0; below it, squares only.
     t = (d0 - d1) * (d0 + d1) / d1.square()
     below = a.tril(-1).square().sum((-2, -1))
-    return 0.5 * ((t - torch.log1p(t)).sum(-1) + below + z.square().sum((-2, -1)))
+    kl = 0.5 * ((t - torch.log1p(t)).sum(-1) + below + z.square().sum((-2, -1)))
+    return torch.where(((d0 > 0) & (d1 > 0)).all(-1), kl, torch.inf)
 
 
 def _mvn_fisher(params: Tensors) -> Callable[[Tensors], Tensors]:

@@ -53,6 +53,6 @@ def backtracking(
         scale = factor**j
         trial = evaluate(scale)
         accepted = accept(trial)
-        if accepted or j == max_backtracks:
+        if accepted or j >= max_backtracks:
             return LineSearch(accepted, scale, trial, j)
         j += 1

@@ -68,7 +68,7 @@ class Status(enum.Enum):
     )
     REJECTED_KL = (
         "rejected_kl",
-        "Every trial of the line search left the KL ball: the parameters were restored.",
+        "The line search ended outside the KL ball: the parameters were restored.",
     )
     NONFINITE_LOSS = (
         "nonfinite_loss",

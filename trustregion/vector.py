@@ -77,6 +77,13 @@ class ParameterVector:
         for name, p in zip(self.names, self.params, strict=True):
             if p.numel() == 0:
                 continue
+            if any(
+                size > 1 and stride == 0 for size, stride in zip(p.shape, p.stride(), strict=True)
+            ):
+                raise ValueError(
+                    f"parameter {name} is an expanded view, whose elements share memory: make it"
+                    " a tensor of its own with .contiguous()"
+                )
             other = seen.setdefault(p.data_ptr(), name)
             if other != name:
                 raise ValueError(
@@ -107,6 +114,7 @@ class ParameterVector:
         """Write an ``(n,)`` vector into the parameters in place, bit for bit."""
         for p, part in zip(self.params, self.unravel(vector), strict=True):
             p.copy_(part)
+        torch.clear_autocast_cache()  # it holds casts of the old values while autocast lasts
 
     def name_nonfinite(self, vector: Tensor) -> str | None:
         """Return the name of the first parameter whose slice is not finite, or None."""
@@ -120,6 +128,26 @@ class ParameterVector:
 def dot(u: Tensor, v: Tensor) -> float:
     """Return the inner product ``u'v`` of two ``(n,)`` vectors, accumulated in float64."""
     return torch.dot(u.double(), v.double()).item()  # host sync
+
+
+def exponent(u: Tensor) -> int | None:
+    """Return ``e`` with max|u| in [2^(e-1), 2^e), or None for ``u = 0``."""
+    largest = u.abs().max().item() if u.numel() else 0.0
+    return math.frexp(largest)[1] if largest else None
+
+
+def ldexp(u: Tensor, e: int) -> Tensor:
+    """Return ``u * 2^e``, exact unless the result over- or underflows."""
+    half = e // 2  # in two factors, since 2^1074 is not a float64
+    return (u.double() * math.ldexp(1.0, half) * math.ldexp(1.0, e - half)).to(u.dtype)
+
+
+def scalar_ldexp(value: float, e: int) -> float:
+    """Return ``value * 2^e``, infinite on overflow."""
+    try:
+        return math.ldexp(value, e)
+    except OverflowError:
+        return math.copysign(math.inf, value)
 
 
 def norm(u: Tensor) -> float:

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+from rl import TRPO
 from rl.__main__ import main
 
 TINY = ["--n-envs", "4", "--steps-per-update", "128", "--hidden", "8", "--no-progress"]
@@ -137,6 +138,27 @@ def test_an_interrupt_keeps_what_was_learnt(tmp_path):
     assert process.returncode == 130
     assert "interrupted" in err
     assert main(["eval", str(out), "--episodes", "1"]) == 0
+
+
+def test_an_error_in_training_keeps_what_was_learnt(tmp_path, capsys, monkeypatch):
+    updates = []
+
+    def failing(self, rollout):
+        updates.append(1)
+        if len(updates) == 3:
+            raise ValueError("the simulator broke")
+        return update(self, rollout)
+
+    update = TRPO.update
+    monkeypatch.setattr(TRPO, "update", failing)
+    assert train(tmp_path / "run") == 1
+    assert capsys.readouterr().err == "error: the simulator broke\n"
+    assert TRPO.load(tmp_path / "run" / "checkpoint.zip").iterations == 2
+
+
+def test_a_run_of_one_update_without_a_whole_episode_has_a_plot(tmp_path):
+    assert train(tmp_path / "run", "--steps-per-update", "8", steps=1) == 0
+    assert (tmp_path / "run" / "learning_curve.png").stat().st_size > 5000
 
 
 def test_help_names_every_option(capsys):

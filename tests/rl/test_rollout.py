@@ -51,6 +51,28 @@ def test_rollouts_continue_where_the_last_one_stopped():
     assert one.returns == two.returns
 
 
+def test_an_interrupted_rollout_is_followed_by_new_episodes():
+    envs = vector(lambda: Clock(length=5), 2)
+    keeper, policy = collector(envs), policy_for(envs)
+    keeper.collect(policy, 3)
+
+    class Interrupted(type(policy)):
+        calls = 0
+
+        def sample(self, observations, generator):
+            self.calls += 1
+            if self.calls == 2:
+                raise KeyboardInterrupt
+            return super().sample(observations, generator)
+
+    broken = Interrupted(2, envs.single_action_space, (4,))
+    with pytest.raises(KeyboardInterrupt):
+        keeper.collect(broken, 3)
+    rollout = keeper.collect(policy, 6)
+    assert rollout.observations[:, 0, 1].tolist() == [0, 1, 2, 3, 4, 5, 0]
+    assert list(keeper.lengths) == [5, 5]
+
+
 def test_episode_returns_and_lengths_do_not_count_resets():
     envs = vector(lambda: Clock(length=4, truncate=True), 2)
     keeper = collector(envs)
@@ -139,6 +161,11 @@ class Wrong(Clock):
             lambda: vector(lambda: Wrong(action_space=Box(0, 5, (2,), np.int64))),
             "unsupported action space Box",
         ),
+        (
+            lambda: vector(lambda: Wrong(action_space=Box(0, 5, (0,), np.float32))),
+            "it has no entries",
+        ),
+        (lambda: "GymV21Environment-v0", "cannot make environment 'GymV21Environment-v0'"),
         (lambda: "NoSuch-v1", "cannot make environment 'NoSuch-v1'"),
         (lambda: "nomodule:NoSuch-v1", "cannot make environment"),
         (lambda: "Blackjack-v1", "unsupported observation space Tuple"),

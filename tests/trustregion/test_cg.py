@@ -289,6 +289,14 @@ def test_absolute_tolerance_is_in_the_units_of_b():
     assert cg(A, b, rtol=0.0, atol=1e-12).iterations > 0
 
 
+@pytest.mark.parametrize(("b", "atol"), [(1e-310, 1.0), (1e-30, 1e305), (1e300, 1e-320)])
+def test_absolute_tolerances_of_any_size(b, atol):
+    solution = cg(
+        torch.eye(3).double(), torch.full((3,), b, dtype=torch.float64), rtol=0.0, atol=atol
+    )
+    assert solution.status is Status.CONVERGED
+
+
 def test_max_iter_is_named_and_defaults_to_ten_n():
     A, b = torch.diag(torch.logspace(0, 3, 50, dtype=torch.float64)), torch.ones(50).double()
     assert cg(A, b, rtol=1e-12, max_iter=3).status is Status.MAX_ITER
@@ -397,6 +405,7 @@ eye = torch.eye(2)
         ((eye, torch.ones(2)), {"rtol": -1.0}, ValueError, "rtol"),
         ((eye, torch.ones(2)), {"rtol": math.nan}, ValueError, "rtol"),
         ((eye, torch.ones(2)), {"max_iter": -1}, ValueError, "max_iter"),
+        ((eye, torch.ones(2)), {"max_iter": 2.5}, ValueError, "max_iter must be an integer"),
         ((eye, torch.ones(2)), {"M": torch.eye(3)}, ValueError, "does not fit"),
         ((lambda v: v[:1], torch.ones(2)), {}, ValueError, "must map"),
     ],

@@ -77,11 +77,25 @@ def test_masked_actions_contribute_nothing_and_stay_differentiable():
     torch.testing.assert_close(kl, reference)
     (grad,) = torch.autograd.grad(kl, logits)
     assert grad.isfinite().all()
+    reverse = mean_kl(td.Categorical(logits=logits, validate_args=False), old)
+    (grad,) = torch.autograd.grad(reverse, logits)
+    assert grad.isfinite().all()
 
 
 def test_support_that_vanishes_gives_an_infinite_kl():
     old = td.Categorical(logits=torch.zeros(1, 2))
     new = td.Categorical(logits=torch.tensor([[0.0, -math.inf]]), validate_args=False)
+    assert mean_kl(old, new).item() == math.inf
+
+
+def test_a_scale_that_is_not_positive_is_infinitely_far():
+    old = td.Normal(torch.zeros(2), torch.ones(2))
+    for scale in (-1.0, 0.0):
+        new = td.Normal(torch.zeros(2), torch.tensor([1.0, scale]), validate_args=False)
+        assert mean_kl(old, new).item() == math.inf
+    tril = torch.eye(2).expand(3, 2, 2)
+    old = td.MultivariateNormal(torch.zeros(3, 2), scale_tril=tril)
+    new = td.MultivariateNormal(torch.zeros(3, 2), scale_tril=-tril, validate_args=False)
     assert mean_kl(old, new).item() == math.inf
 
 

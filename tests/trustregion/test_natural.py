@@ -249,6 +249,90 @@ def test_distributions_made_of_the_parameters_themselves():
     assert 0.05 < optimizer.info.kl <= 0.1
 
 
+def test_the_returned_loss_is_the_first_one_also_if_it_is_a_parameter():
+    p = torch.full((), 0.3, requires_grad=True)
+    optimizer = NaturalTrustRegion([p], 0.01, maximize=True)
+    loss = optimizer.step(lambda: (p, td.Normal(p, 1.0)))
+    assert optimizer.info.accepted
+    assert loss.item() == optimizer.info.loss == torch.tensor(0.3).item() != p.item()
+
+
+def test_measurements_hold_under_autocast_around_the_step():
+    """Autocast keeps casts of the weights; a trial must not be measured with those of another."""
+    torch.manual_seed(0)
+    layer, log_std = nn.Linear(5, 2), nn.Parameter(torch.zeros(2))
+    x, y = torch.randn(64, 5), torch.randn(64, 2)
+
+    def closure():
+        distribution = td.Normal(layer(x).float(), log_std.exp())
+        return -distribution.log_prob(y).mean(), distribution
+
+    optimizer = NaturalTrustRegion([*layer.parameters(), log_std], 0.3)
+    with torch.autocast("cpu", torch.bfloat16):
+        for _ in range(4):
+            with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+                _, old = closure()
+            optimizer.step(closure)
+            assert optimizer.info.accepted
+            with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+                loss, new = closure()
+            assert optimizer.info.kl == mean_kl(old, new).item() <= 0.3
+            assert optimizer.info.new_loss == loss.item()
+
+
+def test_checkpointed_attention_works():
+    torch.manual_seed(0)
+    layer, head = (
+        nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True),
+        nn.Linear(8, 3),
+    )
+    x, y = torch.randn(6, 4, 8), torch.randint(3, (6,))
+
+    def closure():
+        hidden = torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=False)
+        distribution = td.Categorical(logits=head(hidden.mean(1)))
+        return -distribution.log_prob(y).mean(), distribution
+
+    optimizer = NaturalTrustRegion([*layer.parameters(), *head.parameters()], 0.01)
+    for training in (True, False):
+        layer.train(training)
+        optimizer.step(closure)
+        assert optimizer.info.accepted
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
+@pytest.mark.parametrize("validate", [None, False])
+def test_a_trial_with_an_impossible_scale_is_backed_away_from(validate):
+    """The loss falls with the scale, and the ball is wide enough to reach negative ones."""
+    scale = torch.full((4,), 0.05, requires_grad=True)
+    validation = td.Distribution._validate_args
+    optimizer = NaturalTrustRegion([scale], 5.0, damping=0.0)
+    optimizer.step(lambda: (scale.sum(), td.Normal(torch.zeros(4), scale, validate_args=validate)))
+    assert optimizer.info.accepted
+    assert optimizer.info.backtracks > 0
+    assert (scale > 0).all()
+    assert td.Distribution._validate_args == validation
+
+
+def test_arguments_are_validated_in_the_first_call():
+    scale = torch.full((4,), -0.05, requires_grad=True)
+    with pytest.raises(ValueError, match="scale"):
+        NaturalTrustRegion([scale]).step(
+            lambda: (scale.sum(), td.Normal(torch.zeros(4), scale, validate_args=True))
+        )
+
+
+def test_sparse_gradients_are_refused_by_name():
+    embedding = nn.Embedding(4, 3, sparse=True)
+    index = torch.tensor([0, 1])
+
+    def closure():
+        return embedding(index).sum(), td.Normal(embedding(index), 1.0)
+
+    with pytest.raises(TypeError, match="gradient of parameter weight is sparse"):
+        NaturalTrustRegion(embedding.named_parameters()).step(closure)
+
+
 # -- promise 1: nothing is lost, whatever happens
 
 
@@ -437,14 +521,21 @@ def test_a_zero_gradient_is_an_exact_no_op():
     assert torch.equal(p, kept)
 
 
-@pytest.mark.parametrize("size", [1e-30, 1e-44])
-def test_tiny_gradients_give_full_steps(size):
-    p = torch.zeros(3, dtype=torch.float32, requires_grad=True)
-    weights = torch.tensor([1.0, -2.0, 3.0]) * size
-    optimizer = NaturalTrustRegion([p], 0.01, damping=0.0)
-    optimizer.step(lambda: ((p * weights).sum(), td.Normal(p, 1.0)))
-    assert optimizer.info.products == 1
-    assert optimizer.info.predicted_reduction > 0
+@pytest.mark.parametrize(
+    ("power", "dtype"),
+    [(-140, torch.float32), (120, torch.float32), (-1000, torch.float64), (1000, torch.float64)],
+)
+def test_gradients_of_every_size_give_the_same_step(power, dtype):
+    steps = []
+    for exponent in (0, power):
+        p = torch.zeros(3, dtype=dtype, requires_grad=True)
+        weights = (torch.tensor([1.0, -2.0, 3.0]).double() * 2.0**exponent).to(dtype)
+        optimizer = NaturalTrustRegion([p], 0.01, damping=0.1)
+        optimizer.step(lambda p=p, weights=weights: ((p * weights).sum(), td.Normal(p, 1.0)))
+        assert optimizer.info.accepted
+        assert 0 < optimizer.info.rho < 2
+        steps.append(p.detach())
+    assert torch.equal(*steps)
 
 
 def test_a_fisher_of_zero_is_refused():
@@ -592,6 +683,33 @@ def test_schedulers_work_and_a_rate_of_zero_is_a_no_op():
     assert all(0 < kl <= 0.01 for kl in kls[1:])
 
 
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda o: torch.optim.lr_scheduler.OneCycleLR(o, 1.0, 10, cycle_momentum=False),
+        lambda o: torch.optim.lr_scheduler.CyclicLR(o, 0.1, 1.0, cycle_momentum=False),
+        lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, 10),
+        lambda o: torch.optim.lr_scheduler.ReduceLROnPlateau(o),
+    ],
+)
+def test_torchs_schedulers_work(make):
+    model, closure = problem()
+    optimizer = NaturalTrustRegion(model.parameters(), 0.01)
+    scheduler = make(optimizer)
+    for _ in range(5):
+        loss = optimizer.step(closure)
+        assert optimizer.info.accepted
+        plateau = isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau)
+        scheduler.step(*[loss] * plateau)
+
+
+def test_damping_can_be_a_tensor():
+    model, closure = problem()
+    optimizer = NaturalTrustRegion(model.parameters(), 0.01, damping=torch.tensor(1e-3))
+    optimizer.step(closure)
+    assert optimizer.info.accepted
+
+
 def test_delta_can_be_scheduled():
     model, closure = problem()
     optimizer = NaturalTrustRegion(model.parameters(), 0.01)
@@ -623,6 +741,36 @@ def test_groups_share_one_ball_and_have_their_own_rates():
     now = bits(model)
     assert all(torch.equal(a, b) for a, b in zip(kept[:2], now[:2], strict=True))
     assert not torch.equal(kept[2], now[2])
+
+
+@given(st.integers(0, 1000), st.floats(0.0, 1.0), st.sampled_from([1e-4, 1e-2, 1.0]))
+def test_unequal_rates_still_give_a_descent_direction(seed, rate, damping):
+    model, closure = problem(torch.float64, seed, n=20)
+    groups = [{"params": model[0].parameters(), "lr": rate}, {"params": model[2].parameters()}]
+    optimizer = NaturalTrustRegion(groups, 0.01, damping=damping)
+    for _ in range(3):
+        optimizer.step(closure)
+        assert optimizer.info.predicted_reduction > 0
+        assert optimizer.info.accepted
+
+
+def test_a_group_at_rate_zero_is_as_if_it_were_frozen():
+    frozen, closure = problem(torch.float64)
+    for p in frozen[0].parameters():
+        p.requires_grad_(False)
+    NaturalTrustRegion(frozen[2].parameters(), 0.01).step(closure)
+    model, closure = problem(torch.float64)
+    groups = [{"params": model[0].parameters(), "lr": 0.0}, {"params": model[2].parameters()}]
+    NaturalTrustRegion(groups, 0.01).step(closure)
+    for ours, expected in zip(model.parameters(), frozen.parameters(), strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-10, atol=1e-12)
+
+
+def test_a_gradient_in_groups_of_rate_zero_only_is_stationary():
+    p, q = (torch.zeros(2, requires_grad=True) for _ in range(2))
+    optimizer = NaturalTrustRegion([{"params": [p], "lr": 0.0}, {"params": [q]}], 0.01)
+    optimizer.step(lambda: (p.sum() + 0 * q.sum(), td.Normal(p + q, 1.0)))
+    assert optimizer.info.status is Status.STATIONARY
 
 
 def test_groups_that_disagree_are_refused_and_not_added():
@@ -790,10 +938,13 @@ p = torch.zeros(2, requires_grad=True)
         ({"lr": -0.1}, "lr must be"),
         ({"lr": math.nan}, "lr must be"),
         ({"damping": -1e-3}, "damping must be"),
-        ({"cg_max_iter": 0}, "cg_max_iter must be at least 1"),
+        ({"cg_max_iter": 0}, "cg_max_iter must be an integer of at least 1"),
         ({"cg_rtol": 1.0}, r"cg_rtol must lie in \[0, 1\)"),
         ({"backtrack_factor": 1.0}, "backtrack_factor must lie between"),
-        ({"max_backtracks": -1}, "max_backtracks must not"),
+        ({"max_backtracks": -1}, "max_backtracks must be an integer and not negative"),
+        ({"max_backtracks": 2.5}, "max_backtracks must be an integer"),
+        ({"cg_max_iter": 2.5}, "cg_max_iter must be an integer"),
+        ({"cg_max_iter": None}, "cg_max_iter must be an integer"),
     ],
 )
 def test_wrong_options_are_refused_at_construction(options, words):
@@ -808,9 +959,11 @@ def normal():
 @pytest.mark.parametrize(
     ("returned", "error", "words"),
     [
-        (lambda: p.sum(), TypeError, r"must return \(loss, distribution\), got a Tensor"),
+        (lambda: p.sum(), TypeError, r"the tuple \(loss, distribution\), got a Tensor"),
         (lambda: None, TypeError, "got a NoneType"),
-        (lambda: (p.sum(), normal(), 3), TypeError, "a tuple of length 3"),
+        (lambda: (p.sum(), normal(), 3), TypeError, "got a tuple of length 3"),
+        (lambda: [p.sum(), normal()], TypeError, "got a list of length 2"),
+        (lambda: (normal(), p.sum()), TypeError, "the loss comes first"),
         (lambda: (p.sum().item(), normal()), TypeError, r"do not call .item\(\)"),
         (lambda: (p * 2, normal()), ValueError, r"one real number, got shape \(2,\)"),
         (lambda: (p.sum().long(), normal()), ValueError, "dtype torch.int64"),

@@ -62,6 +62,7 @@ tied = torch.zeros(3)
         ([torch.zeros(2, dtype=torch.complex64)], TypeError, "view_as_real"),
         ([torch.zeros(2), torch.zeros(2, dtype=torch.float64)], ValueError, "one dtype"),
         ([tied, tied], ValueError, "same memory"),
+        ([torch.zeros(2).expand(3, 2)], ValueError, "expanded view"),
         ([tied, tied.detach()], ValueError, "same memory"),
     ],
 )

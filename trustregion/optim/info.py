@@ -54,8 +54,10 @@ class StepInfo:
 
     @property
     def rho(self) -> float:
-        """Actual over predicted reduction; 0 if nothing moved."""
-        return self.actual_reduction / self.predicted_reduction if self.accepted else 0.0
+        """Actual over predicted reduction; 0 if nothing moved or nothing was predicted."""
+        if not self.accepted or self.predicted_reduction == 0:  # it can underflow
+            return 0.0
+        return self.actual_reduction / self.predicted_reduction
 
     def __str__(self) -> str:
         """Return one line to print in a training loop."""

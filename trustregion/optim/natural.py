@@ -4,76 +4,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, fields, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..distributions import Joint
-from ..line_search import backtracking
-from ..operators.base import Identity, OperatorLike
+from ..operators.base import FunctionOperator, Identity, LinearOperator, OperatorLike
 from ..operators.fisher import FisherOperator
 from ..solvers.cg import cg
 from ..status import Status
 from ..subproblem import kl_ball_step
-from ..vector import ParameterVector, dot, norm
-from .closure import Closure, evaluate, gradient
+from ..vector import ParameterVector, exponent, ldexp, norm, scalar_ldexp
+from .closure import Closure, comparable_kernels, evaluate, gradient
 from .info import StepInfo
-
-
-@dataclass(frozen=True)
-class _Options:
-    """The options that all parameter groups share."""
-
-    delta: float
-    damping: float
-    cg_max_iter: int
-    cg_rtol: float
-    backtrack_factor: float
-    max_backtracks: int
-    maximize: bool
-
-    def __post_init__(self) -> None:
-        """Check the ranges."""
-        object.__setattr__(self, "delta", float(self.delta))  # a schedule may write a tensor
-        if not (self.delta > 0 and math.isfinite(self.delta)):
-            raise ValueError(
-                f"delta must be a positive KL radius in nats, got {self.delta}; 0.01 is usual in"
-                " reinforcement learning, 0.1 to 1 in supervised learning"
-            )
-        if not (self.damping >= 0 and math.isfinite(self.damping)):
-            raise ValueError(f"damping must be finite and not negative, got {self.damping}")
-        if self.cg_max_iter < 1:
-            raise ValueError(f"cg_max_iter must be at least 1, got {self.cg_max_iter}")
-        if not 0 <= self.cg_rtol < 1:
-            raise ValueError(f"cg_rtol must lie in [0, 1), got {self.cg_rtol}")
-        if not 0 < self.backtrack_factor < 1:
-            raise ValueError(
-                f"backtrack_factor must lie between 0 and 1, got {self.backtrack_factor}"
-            )
-        if self.max_backtracks < 0:
-            raise ValueError(f"max_backtracks must not be negative, got {self.max_backtracks}")
-
-    @property
-    def sign(self) -> float:
-        """Factor that turns the user's objective into one to minimise."""
-        return -1.0 if self.maximize else 1.0
-
-
-_SHARED = tuple(field.name for field in fields(_Options))
-
-
-@dataclass(frozen=True)
-class _Trial:
-    """One evaluation of the line search, in the direction of minimisation."""
-
-    objective: float
-    kl: float
-
-    @property
-    def finite(self) -> bool:
-        return math.isfinite(self.objective) and not math.isnan(self.kl)
+from .options import SHARED, Options, shared_options
+from .search import search_along
 
 
 class NaturalTrustRegion(torch.optim.Optimizer):
@@ -93,9 +40,12 @@ class NaturalTrustRegion(torch.optim.Optimizer):
     wraps that part in ``torch.enable_grad()``. It must be reproducible: the same batch and the
     same noise in every call of one step.
 
-    Several parameter groups share one KL ball. ``lr`` multiplies the step's length and is the only
-    option that may differ between groups, so every learning-rate scheduler works; ``delta`` may be
-    changed between steps too, in all groups at once.
+    Several parameter groups share one KL ball. ``lr`` multiplies the step's length, so
+    learning-rate schedulers work (with ``cycle_momentum=False`` where they would cycle a momentum,
+    of which there is none). It is the only option that may differ between groups: the largest one
+    multiplies the length; a group at a fraction of it has its parameters measured in units of that
+    fraction, which damps it more, and at 0 it stays. ``delta`` may be changed between steps too,
+    in all groups.
 
     Cost of a step: one forward and backward pass, ``cg_max_iter`` Fisher products at most, and one
     forward pass a trial. Memory: about ten vectors of the parameters' size and the graph.
@@ -169,7 +119,7 @@ class NaturalTrustRegion(torch.optim.Optimizer):
         """Add a group; its options must agree with the others', ``lr`` excepted."""
         super().add_param_group(param_group)
         try:
-            self._options()
+            shared_options(self.param_groups)
         except ValueError:
             self.param_groups.pop()
             raise
@@ -194,79 +144,71 @@ class NaturalTrustRegion(torch.optim.Optimizer):
             ValueError: parameters that are not finite, a loss or distribution without a graph.
 
         """
-        options = self._options()
+        options = shared_options(self.param_groups)
         if closure is None:
             self._require_no_gradient()
             self._count_step()
             return None
         vector = self._vector()
         theta = _entry_values(vector)
-        loss, joint = evaluate(closure, graph=True)
-        self.info = self._advance(closure, loss, joint, vector, theta, options)
+        with comparable_kernels():
+            loss, joint = evaluate(closure, graph=True)
+            start = loss.detach().clone()  # a closure may return a parameter itself
+            s, info = self._direction(loss, joint, vector, options)
+            old = joint.frozen()
+            del loss, joint  # and their graph
+            if s is not None:
+                info = search_along(closure, old, vector, theta, s, options, info)
+        self.info = info
         self._count_step()
-        return loss.detach()
+        return start
 
-    def _advance(
-        self,
-        closure: Closure,
-        loss: Tensor,
-        joint: Joint,
-        vector: ParameterVector,
-        theta: Tensor,
-        options: _Options,
-    ) -> StepInfo:
+    def _direction(
+        self, loss: Tensor, joint: Joint, vector: ParameterVector, options: Options
+    ) -> tuple[Tensor | None, StepInfo]:
+        """Return the step to the edge of the ball, or None and the reason why there is none."""
         info = StepInfo(Status.NONFINITE_LOSS, loss=loss.item(), new_loss=loss.item())
         if not math.isfinite(info.loss):
-            return info
-        g = options.sign * vector.ravel(gradient(loss, vector.params))
-        nonfinite = vector.name_nonfinite(g)
-        if nonfinite is not None:
-            detail = f"parameter {nonfinite}"
-            return replace(info, status=Status.NONFINITE_GRADIENT, detail=detail)
-        if not bool(g.any()):
-            return replace(info, status=Status.STATIONARY)
-        lr = self._lr(vector)
-        if not bool(lr.any()):
-            return replace(info, status=Status.ZERO_LENGTH)
+            return None, info
+        with torch.autocast(vector.device.type, enabled=False):
+            g = options.sign * gradient(loss, vector)
+            nonfinite = vector.name_nonfinite(g)
+            if nonfinite is not None:
+                detail = f"parameter {nonfinite}"
+                return None, replace(info, status=Status.NONFINITE_GRADIENT, detail=detail)
+            lr, rates = self._rates(vector)
+            if lr == 0:
+                return None, replace(info, status=Status.ZERO_LENGTH)
+            h = g if rates is None else rates * g  # s = D y, D = diag(rates): solve for y
+            e = exponent(h)
+            if e is None:
+                return None, replace(info, status=Status.STATIONARY)
+            h = ldexp(h, -e)  # of unit size: the step does not depend on it
 
-        F = FisherOperator(joint, vector)
-        _require_seen(F, vector, g)
-        A = F + options.damping * Identity(vector.numel, vector.dtype, vector.device)
-        rtol, max_iter = options.cg_rtol, options.cg_max_iter
-        solve = cg(A, -g, M=self.preconditioner, rtol=rtol, max_iter=max_iter)
+            fisher = FisherOperator(joint, vector)
+            _require_seen(fisher, vector, g)
+            F: LinearOperator = fisher if rates is None else _congruent(fisher, rates)
+            A = F + options.damping * Identity(vector.numel, vector.dtype, vector.device)
+            rtol, max_iter = options.cg_rtol, options.cg_max_iter
+            solve = cg(A, -h, M=self.preconditioner, rtol=rtol, max_iter=max_iter)
         info = replace(
             info,
             status=solve.status,
             cg_status=solve.status,
             cg_iterations=solve.iterations,
-            cg_residual=solve.residual_norm / norm(g),
+            cg_residual=solve.residual_norm / norm(h),
             products=solve.products,
         )
         if solve.iterations == 0:
-            return info
+            return None, info
         step = kl_ball_step(
-            solve.x, g, options.delta, damped_curvature=solve.curvature, damping=options.damping
+            solve.x, h, options.delta, damped_curvature=solve.curvature, damping=options.damping
         )
         if step.status is not Status.CONVERGED:
-            return replace(info, status=step.status)
-        s = lr * step.s
-        info = replace(info, predicted_reduction=-dot(g, s))
-        return _search(closure, joint.frozen(), vector, theta, s, options, info)
-
-    def _options(self) -> _Options:
-        """Return the options the groups share, checked anew since schedulers write them."""
-        first = self.param_groups[0]
-        for i, group in enumerate(self.param_groups):
-            lr = float(group["lr"])
-            if not (lr >= 0 and math.isfinite(lr)):
-                raise ValueError(f"lr must be finite and not negative, got {lr}")
-            for key in _SHARED:
-                if group[key] != first[key]:
-                    raise ValueError(
-                        f"all parameter groups share one KL ball: {key} is {first[key]} in group 0"
-                        f" and {group[key]} in group {i}. Only lr may differ"
-                    )
-        return _Options(**{key: first[key] for key in _SHARED})
+            return None, replace(info, status=step.status)
+        predicted = scalar_ldexp(lr * step.predicted_reduction, e)
+        s = lr * step.s if rates is None else lr * rates * step.s
+        return s, replace(info, predicted_reduction=predicted)
 
     def _vector(self) -> ParameterVector:
         """Return the trainable parameters of all groups, with their names if they have any."""
@@ -282,14 +224,15 @@ class NaturalTrustRegion(torch.optim.Optimizer):
             raise ValueError("no parameter requires a gradient: all of them are frozen")
         return ParameterVector(params, names)
 
-    def _lr(self, vector: ParameterVector) -> Tensor:
-        """Return the learning rate: one number, or one an element where the groups differ."""
+    def _rates(self, vector: ParameterVector) -> tuple[float, Tensor | None]:
+        """Return the largest learning rate and, where the groups differ, the ratios to it."""
         lrs = [float(group["lr"]) for group in self.param_groups]
-        if len(set(lrs)) == 1:
-            return torch.tensor(lrs[0], dtype=vector.dtype, device=vector.device)
+        largest = max(lrs)
+        if min(lrs) == largest:
+            return largest, None
         pairs = zip(lrs, self.param_groups, strict=True)
         trainable = ((lr, p) for lr, group in pairs for p in group["params"] if p.requires_grad)
-        return vector.ravel([torch.full_like(p, lr) for lr, p in trainable])
+        return largest, vector.ravel([torch.full_like(p, lr / largest) for lr, p in trainable])
 
     def _require_no_gradient(self) -> None:
         grads = (p.grad for group in self.param_groups for p in group["params"])
@@ -314,7 +257,7 @@ class NaturalTrustRegion(torch.optim.Optimizer):
         """Restore; options that an older state does not know take their defaults."""
         super().__setstate__(state)
         for group in self.param_groups:
-            for key in ("lr", *_SHARED):
+            for key in ("lr", *SHARED):
                 group.setdefault(key, self.defaults[key])
 
 
@@ -335,6 +278,11 @@ def _entry_values(vector: ParameterVector) -> Tensor:
     return theta
 
 
+def _congruent(F: LinearOperator, d: Tensor) -> LinearOperator:
+    """Return D F D with D = diag(d)."""
+    return FunctionOperator(lambda v: d * F.mv(d * v), d.numel(), d.dtype, d.device)
+
+
 def _require_seen(F: FisherOperator, vector: ParameterVector, g: Tensor) -> None:
     """Refuse parameters that move the loss but not the distribution: no KL bounds them."""
     parts = vector.unravel(g)
@@ -346,62 +294,3 @@ def _require_seen(F: FisherOperator, vector: ParameterVector, g: Tensor) -> None
             " says nothing about them. Give them to another optimizer, or return a joint"
             " distribution that covers them, for example {'action': ..., 'value': Normal(v, 1)}"
         )
-
-
-def _search(
-    closure: Closure,
-    old: Joint,
-    vector: ParameterVector,
-    theta: Tensor,
-    s: Tensor,
-    options: _Options,
-    info: StepInfo,
-) -> StepInfo:
-    """Backtrack along ``s``; commit the accepted trial or restore ``theta`` bit for bit."""
-    start = options.sign * info.loss
-
-    def evaluate_trial(scale: float) -> _Trial:
-        trial = theta + scale * s
-        if not bool(trial.isfinite().all()):
-            return _Trial(math.nan, math.nan)
-        vector.assign(trial)
-        loss, new = evaluate(closure, graph=False)
-        return _Trial(options.sign * loss.item(), old.mean_kl(new).item())
-
-    def accept(trial: _Trial) -> bool:
-        return trial.finite and trial.objective < start and trial.kl <= options.delta
-
-    accepted = False
-    try:
-        search = backtracking(
-            evaluate_trial,
-            accept,
-            factor=options.backtrack_factor,
-            max_backtracks=options.max_backtracks,
-        )
-        accepted = search.accepted
-    finally:  # also on KeyboardInterrupt
-        if not accepted:
-            vector.assign(theta)
-    last = search.trial
-    info = replace(
-        info,
-        predicted_reduction=search.scale * info.predicted_reduction,
-        scale=search.scale,
-        backtracks=search.backtracks,
-        evaluations=search.backtracks + 2,
-    )
-    if accepted:
-        return replace(
-            info,
-            status=Status.ACCEPTED,
-            new_loss=options.sign * last.objective,
-            kl=last.kl,
-            actual_reduction=start - last.objective,
-        )
-    detail = f"at the last trial the loss was {options.sign * last.objective} and the KL {last.kl}"
-    if not last.finite:
-        return replace(info, status=Status.NONFINITE_TRIAL, detail=detail)
-    left_ball = last.kl > options.delta
-    status = Status.REJECTED_KL if left_ball else Status.REJECTED_LOSS
-    return replace(info, status=status, detail=detail)

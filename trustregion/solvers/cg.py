@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..operators.base import LinearOperator, OperatorLike, as_operator
 from ..status import Status
-from ..vector import dot, norm
+from ..vector import dot, exponent, ldexp, norm, scalar_ldexp
 from .solution import LinearSolution
 
 
@@ -84,15 +84,15 @@ def cg(
     if not (_finite(b) and _finite(start)):
         x = start if _finite(start) else zero
         return LinearSolution(x, Status.NONFINITE_INPUT, 0, 0, math.inf, 0.0)
-    exponent = _exponent(b)
-    if exponent is None:  # b = 0, whose solution is 0
+    e = exponent(b)
+    if e is None:  # b = 0, whose solution is 0
         return LinearSolution(zero, Status.CONVERGED, 0, 0, 0.0, 0.0)
-    b, start = _ldexp(b, -exponent), _ldexp(start, -exponent)
-    tolerance = max(rtol * norm(b), math.ldexp(atol, -exponent))
+    b, start = ldexp(b, -e), ldexp(start, -e)
+    tolerance = max(rtol * norm(b), scalar_ldexp(atol, -e))
     limit = 10 * b.numel() if max_iter is None else max_iter
-    unscaled = None if callback is None else lambda x: callback(_ldexp(x, exponent))
+    unscaled = None if callback is None else lambda x: callback(ldexp(x, e))
     solution = _iterate(A, b, start if x0 is not None else None, M, tolerance, limit, unscaled)
-    x = _ldexp(solution.x, exponent)
+    x = ldexp(solution.x, e)
     status = solution.status
     if not _finite(x):  # the solution itself overflows the dtype
         x, status = zero if x0 is None else x0.clone(), Status.NONFINITE_OPERATOR
@@ -101,8 +101,8 @@ def cg(
         status,
         solution.iterations,
         solution.products,
-        _scale(solution.residual_norm, exponent),
-        _scale(solution.curvature, 2 * exponent),
+        scalar_ldexp(solution.residual_norm, e),
+        scalar_ldexp(solution.curvature, 2 * e),
         solution.direction,
     )
 
@@ -136,7 +136,7 @@ def _iterate(
     while True:
         if math.sqrt(rr) <= tolerance:
             return end(Status.CONVERGED)
-        if iterations == max_iter:
+        if iterations >= max_iter:
             return end(Status.MAX_ITER)
         z = r if M is None else M.mv(r)
         rz, rz_old = (rr if M is None else dot(r, z)), rz
@@ -188,28 +188,9 @@ def _check(b: Tensor, x0: Tensor | None, rtol: float, atol: float, max_iter: int
         )
     if not (rtol >= 0 and atol >= 0):
         raise ValueError(f"rtol and atol must not be negative, got rtol={rtol}, atol={atol}")
-    if max_iter is not None and max_iter < 0:
-        raise ValueError(f"max_iter must not be negative, got {max_iter}")
+    if max_iter is not None and not (isinstance(max_iter, int) and max_iter >= 0):
+        raise ValueError(f"max_iter must be an integer and not negative, got {max_iter}")
 
 
 def _finite(u: Tensor) -> bool:
     return bool(u.isfinite().all())
-
-
-def _exponent(b: Tensor) -> int | None:
-    """Return e with max|b| in [2^(e-1), 2^e), or None for b = 0."""
-    largest = b.abs().max().item() if b.numel() else 0.0
-    return math.frexp(largest)[1] if largest else None
-
-
-def _ldexp(u: Tensor, exponent: int) -> Tensor:
-    """Return u * 2^exponent, exact unless the result over- or underflows."""
-    half = exponent // 2  # in two factors, since 2^1074 is not a float64
-    return (u.double() * math.ldexp(1.0, half) * math.ldexp(1.0, exponent - half)).to(u.dtype)
-
-
-def _scale(value: float, exponent: int) -> float:
-    try:
-        return math.ldexp(value, exponent)
-    except OverflowError:
-        return math.copysign(math.inf, value)
