@@ -1,4 +1,5 @@
 import csv
+import itertools
 import json
 import zipfile
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from rl import TRPO, CheckpointError, TRPOConfig, evaluate
+from rl import TRPO, CheckpointError, Collector, TRPOConfig, checkpoint, evaluate
 from rl.value import Critic, explained_variance, fit
 from toys import Bandit, Clock, vector
 
@@ -196,14 +197,35 @@ def test_a_loaded_agent_is_the_saved_one(trained):
     assert loaded.iterations > agent.iterations
 
 
-def test_a_resumed_run_sees_new_starts(trained):
+def test_every_run_and_every_part_of_a_resumed_run_has_its_own_starts(trained, monkeypatch):
     _, path = trained
-    starts = []
-    for agent in (TRPO("CartPole-v1", **SMALL), TRPO.load(path)):
+    seeds = []
+
+    class Spy(Collector):
+        def __init__(self, envs, *, seed, generator):
+            seeds.append(seed)
+            super().__init__(envs, seed=seed, generator=generator)
+
+    monkeypatch.setattr("rl.agent.Collector", Spy)
+    agents = [TRPO("CartPole-v1", seed=s, **SMALL) for s in (0, 1)]
+    for agent in [*agents, TRPO.load(path)]:
         agent.learn(1, progress=False)
-        first = agent._collector.collect(agent.policy, 1)
-        starts.append(first.observations[0])
-    assert not torch.equal(*starts)
+    assert all(abs(a - b) > 100 for a, b in itertools.combinations(seeds, 2))
+
+
+def test_lacking_optimizer_state_is_refused(trained, tmp_path):
+    _, path = trained
+    manifest, tensors = checkpoint.read(path)
+    kept = {k: t for k, t in tensors.items() if not k.startswith("critic_optimizer.3.")}
+    checkpoint.write(tmp_path / "lacking.zip", manifest, kept)
+    with pytest.raises(CheckpointError, match="critic_optimizer"):
+        TRPO.load(tmp_path / "lacking.zip")
+
+
+def test_checkpoints_are_as_readable_as_other_files(trained, tmp_path):
+    _, path = trained
+    (tmp_path / "other").touch()
+    assert path.stat().st_mode == (tmp_path / "other").stat().st_mode
 
 
 def test_drawing_actions_elsewhere_does_not_change_training():

@@ -280,6 +280,22 @@ def test_measurements_hold_under_autocast_around_the_step():
             assert optimizer.info.new_loss == loss.item()
 
 
+def test_autocast_around_the_step_does_not_reach_the_curvature():
+    """A closure that turns autocast off gives the step it gives without any."""
+    results = []
+    for outer in (False, True):
+        model, closure = problem()
+
+        def exact(closure=closure):
+            with torch.autocast("cpu", enabled=False):
+                return closure()
+
+        with torch.autocast("cpu", torch.bfloat16, enabled=outer):
+            NaturalTrustRegion(model.parameters(), 0.01).step(exact)
+        results.append(bits(model))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
 def test_checkpointed_attention_works():
     torch.manual_seed(0)
     layer, head = (
@@ -301,17 +317,26 @@ def test_checkpointed_attention_works():
     assert torch.backends.mha.get_fastpath_enabled()
 
 
+@pytest.fixture
+def validation():
+    """Torch's default, which torch.compile turns off for the rest of the process."""
+    before = td.Distribution._validate_args
+    td.Distribution.set_default_validate_args(True)
+    yield
+    td.Distribution.set_default_validate_args(before)
+
+
+@pytest.mark.usefixtures("validation")
 @pytest.mark.parametrize("validate", [None, False])
 def test_a_trial_with_an_impossible_scale_is_backed_away_from(validate):
     """The loss falls with the scale, and the ball is wide enough to reach negative ones."""
     scale = torch.full((4,), 0.05, requires_grad=True)
-    validation = td.Distribution._validate_args
     optimizer = NaturalTrustRegion([scale], 5.0, damping=0.0)
     optimizer.step(lambda: (scale.sum(), td.Normal(torch.zeros(4), scale, validate_args=validate)))
     assert optimizer.info.accepted
     assert optimizer.info.backtracks > 0
     assert (scale > 0).all()
-    assert td.Distribution._validate_args == validation
+    assert td.Distribution._validate_args is True
 
 
 def test_arguments_are_validated_in_the_first_call():
@@ -752,6 +777,15 @@ def test_unequal_rates_still_give_a_descent_direction(seed, rate, damping):
         optimizer.step(closure)
         assert optimizer.info.predicted_reduction > 0
         assert optimizer.info.accepted
+
+
+def test_unequal_rates_reach_the_edge_and_keep_the_prediction():
+    model, closure = problem(torch.float64)
+    groups = [{"params": model[0].parameters(), "lr": 0.3}, {"params": model[2].parameters()}]
+    optimizer = NaturalTrustRegion(groups, 1e-8, damping=0.1, backtrack_factor=0.95)
+    optimizer.step(closure)
+    assert optimizer.info.rho == pytest.approx(1, abs=0.01)
+    assert optimizer.info.kl >= 0.8e-8
 
 
 def test_a_group_at_rate_zero_is_as_if_it_were_frozen():
