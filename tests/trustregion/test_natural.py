@@ -1030,6 +1030,39 @@ def test_a_closure_that_calls_backward_is_told_not_to():
         NaturalTrustRegion(model.parameters()).step(old_habit)
 
 
+def test_derivatives_in_trials_are_named_and_restored():
+    model, closure = problem()
+
+    def old_habit():
+        loss, distribution = closure()
+        loss.backward(retain_graph=True)
+        return loss, distribution
+
+    kept = bits(model)
+    with pytest.raises(RuntimeError, match=r"derivative in a trial.*torch\.enable_grad\(\)"):
+        NaturalTrustRegion(model.parameters()).step(old_habit)
+    assert unchanged(model, kept)
+
+
+def test_a_closure_may_differentiate_under_enable_grad():
+    """A loss with a derivative of the model in it, as physics-informed losses have."""
+    model, _ = problem(torch.float64)
+    x = torch.randn(20, 5, dtype=torch.float64)
+
+    def closure():
+        with torch.enable_grad():
+            inputs = x.clone().requires_grad_()
+            outputs = model(inputs)
+            (slope,) = torch.autograd.grad(outputs[:, 0].sum(), inputs, create_graph=True)
+        distribution = td.Normal(outputs, 1.0)
+        return (slope.sum(1) - 1).square().mean() + outputs.square().mean(), distribution
+
+    optimizer = NaturalTrustRegion(model.parameters(), 0.1)
+    for _ in range(3):
+        optimizer.step(closure)
+        assert optimizer.info.accepted
+
+
 def test_inference_mode_is_refused():
     model, closure = problem()
     optimizer = NaturalTrustRegion(model.parameters())

@@ -57,8 +57,17 @@ def evaluate(closure: Closure, *, graph: bool) -> tuple[Tensor, Joint]:
     if graph:
         with torch.enable_grad():
             return _checked(closure())
-    with torch.no_grad(), _without_validation():
-        return _checked(closure())
+    try:
+        with torch.no_grad(), _without_validation():
+            return _checked(closure())
+    except RuntimeError as error:
+        if "does not require grad" not in str(error):
+            raise
+        raise RuntimeError(
+            "the closure took a derivative in a trial of the line search, which records no graph."
+            " It must not call backward(); a derivative that the loss itself needs goes under"
+            f" torch.enable_grad() in the closure (torch said: {error})"
+        ) from error
 
 
 def _checked(returned: object) -> tuple[Tensor, Joint]:
