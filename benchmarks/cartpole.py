@@ -13,12 +13,13 @@ from rl import TRPO, evaluate
 def main() -> None:
     """Print one row a seed: steps, returns, KL and seconds of training."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seeds", type=int, default=10, help="seeds 0 to this many")
-    seeds = parser.parse_args().seeds
+    parser.add_argument("--first", type=int, default=0, help="the first seed")
+    parser.add_argument("--seeds", type=int, default=10, help="how many seeds from there")
+    args = parser.parse_args()
     torch.set_num_threads(1)
     print("| seed | steps | evaluation, mean of 20 episodes | lowest | largest KL | seconds |")
     print("|---|---|---|---|---|---|")
-    for seed in range(seeds):
+    for seed in range(args.first, args.first + args.seeds):
         kls: list[float] = []
         started = time.perf_counter()
         agent = TRPO("CartPole-v1", seed=seed)
