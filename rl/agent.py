@@ -216,7 +216,7 @@ class Agent(abc.ABC):
         env = env if env is not None else manifest["env_id"]
         if env is None:
             raise ValueError(f"{path} does not name its environment: pass env=")
-        agent = cls(env, **cls.config_class.from_dict(manifest["config"]))
+        agent = cls(env, **cls.config_class.from_dict(manifest["config"]).to_dict())
         checkpoint.restore(path, agent.modules(), agent.optimizers(), manifest, tensors)
         agent.generator.set_state(tensors["generator"])
         agent.num_timesteps = manifest["num_timesteps"]

@@ -35,7 +35,7 @@ def write(path: Path, manifest: Mapping[str, Any], tensors: Mapping[str, Tensor]
     """Write a checkpoint atomically, replacing ``path`` only once everything is on disk."""
     blob = safetensors.torch.save({k: t.detach().contiguous() for k, t in tensors.items()})
     head = {"format": FORMAT, "version": VERSION, "sha256": hashlib.sha256(blob).hexdigest()}
-    text = json.dumps(head | dict(manifest) | head, indent=2)  # a manifest may have been read
+    text = json.dumps({**manifest, **head}, indent=2)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import Any, Self
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,8 +72,8 @@ class Config:
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, options: dict[str, Any]) -> dict[str, Any]:
-        """Return options read from a file as keyword arguments.
+    def from_dict(cls, options: dict[str, Any]) -> Self:
+        """Return the config of options read from a file.
 
         Raises:
             ValueError: an option this version does not know.
@@ -83,4 +83,5 @@ class Config:
         unknown = sorted(set(options) - known)
         if unknown:
             raise ValueError(f"unknown option(s) {', '.join(unknown)} for {cls.__name__}")
-        return options | {"hidden": tuple(options["hidden"])}
+        arguments: dict[str, Any] = {**options, "hidden": tuple(options["hidden"])}  # from a list
+        return cls(**arguments)

@@ -73,9 +73,8 @@ class CategoricalPolicy(Policy):
     def sample(self, observations: Tensor, generator: torch.Generator) -> Tensor:
         """Draw by the Gumbel-max trick: argmax of logits minus log of exponentials."""
         logits = self.net(observations)
-        return (logits - torch.empty_like(logits).exponential_(generator=generator).log()).argmax(
-            -1
-        )
+        exponential = torch.empty_like(logits).exponential_(generator=generator)
+        return (logits - exponential.log()).argmax(-1)
 
     def mode(self, observations: Tensor) -> Tensor:
         """Return the action of the largest logit."""

@@ -99,6 +99,13 @@ class ParameterVector:
         ]
         return torch.cat(flat)
 
+    def ravel_at(self, positions: Sequence[int], tensors: Sequence[Tensor | None]) -> Tensor:
+        """Return the ``(n,)`` vector of tensors for some of the parameters; zero elsewhere."""
+        slots: list[Tensor | None] = [None] * len(self.params)
+        for i, t in zip(positions, tensors, strict=True):
+            slots[i] = t
+        return self.ravel(slots)
+
     def unravel(self, vector: Tensor) -> list[Tensor]:
         """Return views of an ``(n,)`` vector shaped like the parameters."""
         parts = vector.split(self.sizes)

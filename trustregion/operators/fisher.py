@@ -104,10 +104,7 @@ class FisherOperator(LinearOperator):
     def vjp(self, u: Sequence[Tensor]) -> Tensor:
         """Return ``J'u`` of shape ``(n,)``."""
         grads = differentiate(self._y, self._inputs, [u[i] for i in self._active])
-        slots: list[Tensor | None] = [None] * len(self._vector.params)
-        for i, grad in zip(self.used, grads, strict=True):
-            slots[i] = grad
-        return self._vector.ravel(slots)
+        return self._vector.ravel_at(self.used, grads)
 
     @torch.no_grad()
     def mv(self, v: Tensor) -> Tensor:

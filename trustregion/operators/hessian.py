@@ -40,14 +40,14 @@ class KLHessianOperator(LinearOperator):
         self._vector = ParameterVector(params)
         super().__init__(self._vector.numel, self._vector.dtype, self._vector.device)
         joint = joint_of(distribution)
-        trainable = [i for i, p in enumerate(self._vector.params) if p.requires_grad]
-        self._inputs = [self._vector.params[i] for i in trainable]
+        self._trainable = [i for i, p in enumerate(self._vector.params) if p.requires_grad]
+        self._inputs = [self._vector.params[i] for i in self._trainable]
         with torch.enable_grad():
             kl = joint.frozen().mean_kl(joint)
-            if not (kl.requires_grad and trainable):
+            if not (kl.requires_grad and self._trainable):
                 raise ValueError("the distribution does not depend on the parameters")
             grads = differentiate([kl], self._inputs, create_graph=True)
-        self._slots = [i for i, g in zip(trainable, grads, strict=True) if g is not None]
+        self._slots = [i for i, g in zip(self._trainable, grads, strict=True) if g is not None]
         self._grads = [g for g in grads if g is not None]
 
     @torch.no_grad()
@@ -55,5 +55,4 @@ class KLHessianOperator(LinearOperator):
         """Return the Hessian-vector product. Cost: one backward pass through the kept graph."""
         parts = self._vector.unravel(v)
         products = differentiate(self._grads, self._inputs, [parts[i] for i in self._slots])
-        by_position = dict(zip(map(id, self._inputs), products, strict=True))
-        return self._vector.ravel([by_position.get(id(p)) for p in self._vector.params])
+        return self._vector.ravel_at(self._trainable, products)

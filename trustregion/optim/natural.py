@@ -155,9 +155,9 @@ class NaturalTrustRegion(torch.optim.Optimizer):
             loss, joint = evaluate(closure, graph=True)
             start = loss.detach().clone()  # a closure may return a parameter itself
             s, info = self._direction(loss, joint, vector, options)
-            old = joint.frozen()
-            del loss, joint  # and their graph
             if s is not None:
+                old = joint.frozen()
+                del loss, joint  # and their graph
                 info = search_along(closure, old, vector, theta, s, options, info)
         self.info = info
         self._count_step()
@@ -286,7 +286,8 @@ def _congruent(F: LinearOperator, d: Tensor) -> LinearOperator:
 def _require_seen(F: FisherOperator, vector: ParameterVector, g: Tensor) -> None:
     """Refuse parameters that move the loss but not the distribution: no KL bounds them."""
     parts = vector.unravel(g)
-    unseen = [i for i in range(len(parts)) if i not in F.used and bool(parts[i].any())]
+    unused = set(range(len(parts))).difference(F.used)
+    unseen = [i for i in sorted(unused) if bool(parts[i].any())]
     if unseen:
         names = ", ".join(vector.names[i] for i in unseen)
         raise ValueError(
