@@ -89,3 +89,134 @@ def gae(rewards, values, next_values, terminated, truncated, gamma, gae_lambda):
                     break
                 weight *= gamma * gae_lambda
     return advantages
+
+
+def output_jacobian(predict, params) -> Tensor:
+    """Dense Jacobian of the distributions' parameter tensors, flattened one after the other."""
+    names = {
+        td.Categorical: ["logits"],
+        td.Bernoulli: ["logits"],
+        td.Normal: ["loc", "scale"],
+        td.MultivariateNormal: ["loc", "scale_tril"],
+    }
+
+    def outputs(v):
+        tensors = []
+        for factor in factors(predict(unflatten(v, params))):
+            base = factor.base_dist if isinstance(factor, td.Independent) else factor
+            tensors += [getattr(base, name) for name in names[type(base)]]
+        return flatten(tensors)
+
+    theta = flatten([p.detach() for p in params])
+    return torch.autograd.functional.jacobian(outputs, theta)
+
+
+def textbook_minres(A: Tensor, b: Tensor, M: Tensor, iterations: int) -> list[Tensor]:
+    """The points of explicit Krylov spaces of ``M A`` and ``M b`` where ``r'Mr`` is smallest."""
+    values, Q = torch.linalg.eigh(M)
+    root = (Q * values.sqrt()) @ Q.T
+    iterates, basis = [], []
+    v = M @ b
+    for _ in range(iterations):
+        for _ in range(2):  # orthogonalise twice
+            for q in basis:
+                v = v - (q @ v) * q
+        basis.append(v / v.norm())
+        V = torch.stack(basis, 1)
+        y = torch.linalg.lstsq(root @ A @ V, root @ b, driver="gelsd").solution
+        iterates.append(V @ y)
+        v = M @ (A @ basis[-1])
+    return iterates
+
+
+def cpo_dual(H, g, a, b, delta):
+    """Theorem 2 of Achiam et al. 2017 for min g's, s'Hs / 2 <= delta, b + a's <= 0: (s, nu, mu).
+
+    The better of the two branches of the dual; its recovery step where nothing is feasible.
+    """
+    x, y = torch.linalg.solve(H, g), torch.linalg.solve(H, a)
+    q, r, u, bound = (g @ x).item(), (g @ y).item(), (a @ y).item(), 2 * delta
+    if b > 0 and b * b / u > bound:
+        return -((bound / u) ** 0.5) * y, 0.0, 0.0
+    split = r / b if b else None  # where nu b - r changes sign
+
+    def nearest(nu, active):
+        """The projection of nu >= 0 to where nu b - r is positive, or is not."""
+        if split is None:
+            return max(nu, 0.0) if (r < 0) == active else None
+        above = active == (b > 0)  # the set is nu >= split, or nu <= split
+        if not above and split < 0:
+            return None
+        return max(nu, split, 0.0) if above else min(max(nu, 0.0), split)
+
+    def active_value(nu):
+        return (r * r / u - q) / (2 * nu) + nu / 2 * (b * b / u - bound) - r * b / u
+
+    def free_value(nu):
+        return -(q / nu + nu * bound) / 2
+
+    rest = max(q - r * r / u, 0.0) / max(bound - b * b / u, 0.0) if b * b / u < bound else 0.0
+    candidates = []
+    nu = nearest(rest**0.5, True)
+    if nu:
+        candidates.append((active_value(nu), nu))
+    nu = nearest((q / bound) ** 0.5, False)
+    if nu:
+        candidates.append((free_value(nu), nu))
+    nu = max(candidates)[1]
+    mu = max(0.0, (nu * b - r) / u)
+    return -(x + mu * y) / nu, nu, mu
+
+
+def constrained_minimum(H, g, delta, a, b):
+    """The least g's for s'Hs / 2 <= delta, b + a s <= 0, over every active set; None if empty."""
+    L = torch.linalg.cholesky(H)
+    c = torch.linalg.solve_triangular(L, g.unsqueeze(1), upper=False).squeeze(1)
+    B = torch.linalg.solve_triangular(L, a.T, upper=False).T
+    radius, values = (2 * delta) ** 0.5, []
+    room = 1e-9 * (b.abs() + radius * B.norm(dim=1))
+    for size in range(len(b) + 1):
+        for active in map(list, itertools.combinations(range(len(b)), size)):
+            inverse = torch.linalg.pinv(B[active])
+            foot, flat = -inverse @ b[active], c - inverse @ (B[active] @ c)
+            candidates = [foot]
+            if flat.norm() > 1e-9 * c.norm():
+                rest = (radius**2 - foot @ foot).clamp(min=0).sqrt()
+                candidates.append(foot - rest * flat / flat.norm())
+            values += [
+                (c @ y).item()
+                for y in candidates
+                if y.norm() <= radius * (1 + 1e-9) and (b + B @ y <= room).all()
+            ]
+    return min(values, default=None)
+
+
+def trust_region(A: Tensor, g: Tensor, radius: float) -> Tensor:
+    """The minimiser of g's + s'As/2 in the ball, by bisection on the multiplier (float64)."""
+    theta, V = torch.linalg.eigh(A)
+    identity = torch.eye(len(g), dtype=g.dtype)
+    if not g.any():
+        return torch.zeros_like(g) if theta[0] >= 0 else radius * V[:, 0]
+
+    def step(multiplier):
+        return torch.linalg.solve(A + multiplier * identity, -g)
+
+    size = theta.abs().max().item() + g.norm().item() / radius
+    if theta[0] > 1e-13 * size and step(0.0).norm() <= radius:
+        return step(0.0)
+    low = max(0.0, -theta[0].item())
+    high = low + 2 * size
+    barely = low + 1e-13 * size
+    if step(barely).norm() < radius:  # the hard case: the rest of the way along an eigenvector
+        s = torch.linalg.pinv(A + low * identity, rtol=1e-10, hermitian=True) @ -g
+        if theta[0] >= -1e-13 * size:
+            return s
+        v = V[:, 0]
+        along = (s @ v).item()
+        room = radius**2 - (s @ s).item()
+        return s + (-along + (along**2 + max(room, 0.0)) ** 0.5) * v
+    low = barely
+    for _ in range(200):
+        middle = (low + high) / 2
+        low, high = (middle, high) if step(middle).norm() > radius else (low, middle)
+    return step(high)

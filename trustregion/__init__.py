@@ -25,11 +25,29 @@ from .operators import FunctionOperator as FunctionOperator
 from .operators import Identity as Identity
 from .operators import KLHessianOperator as KLHessianOperator
 from .operators import LinearOperator as LinearOperator
+from .operators import check_symmetric as check_symmetric
 from .operators import to_dense as to_dense
 from .optim import NaturalTrustRegion as NaturalTrustRegion
 from .optim import StepInfo as StepInfo
+from .radius import InitialRadius as InitialRadius
+from .radius import classic_radius as classic_radius
+from .radius import gould_radius as gould_radius
+from .radius import initial_radius as initial_radius
+from .radius import levenberg_marquardt_damping as levenberg_marquardt_damping
+from .radius import reduction_ratio as reduction_ratio
+from .solvers import FixedSolution as FixedSolution
+from .solvers import KrylovSpace as KrylovSpace
 from .solvers import LinearSolution as LinearSolution
+from .solvers import SubproblemSolution as SubproblemSolution
 from .solvers import cg as cg
+from .solvers import eisenstat_walker as eisenstat_walker
+from .solvers import fixed_cg as fixed_cg
+from .solvers import forcing_sequence as forcing_sequence
+from .solvers import gltr as gltr
+from .solvers import lanczos as lanczos
+from .solvers import multishift_cg as multishift_cg
+from .solvers import steihaug as steihaug
+from .solvers import trust_region_dense as trust_region_dense
 from .status import Status as Status
 from .subproblem import Step as Step
 from .subproblem import kl_ball_step as kl_ball_step
@@ -50,9 +68,29 @@ __all__ = [
     "FisherOperator",
     "KLHessianOperator",
     "to_dense",
-    # kernels
+    "check_symmetric",
+    # linear systems
     "cg",
+    "fixed_cg",
+    "multishift_cg",
     "LinearSolution",
+    "FixedSolution",
+    "forcing_sequence",
+    "eisenstat_walker",
+    # a stored Krylov space
+    "lanczos",
+    "KrylovSpace",
+    # trust regions
+    "steihaug",
+    "gltr",
+    "trust_region_dense",
+    "SubproblemSolution",
+    "reduction_ratio",
+    "classic_radius",
+    "gould_radius",
+    "levenberg_marquardt_damping",
+    "initial_radius",
+    "InitialRadius",
     "kl_ball_step",
     "Step",
     "backtracking",

@@ -46,6 +46,32 @@ class Status(enum.Enum):
         " or the solution overflowed.",
     )
 
+    STAGNATED = (
+        "stagnated",
+        "The residual stopped falling above the tolerance: the working precision allows no more.",
+    )
+    PROGRESS_BELOW_TOLERANCE = (
+        "progress_below_tolerance",
+        "The model value improved by less than the asked fraction an iteration.",
+    )
+    BREAKDOWN = (
+        "breakdown",
+        "The recurrence broke down: a search direction vanished while the residual has not."
+        " The preconditioner is singular, or a vector underflowed.",
+    )
+    LEAST_SQUARES = (
+        "least_squares",
+        "The system has no solution; x makes the residual's norm as small as it can be.",
+    )
+
+    # Trust-region subproblems
+    BOUNDARY = "boundary", "The path of iterates left the trust region: the step ends at its edge."
+    INFEASIBLE = (
+        "infeasible",
+        "No step within the ball satisfies the linear constraints: the step returned reduces their"
+        " violation.",
+    )
+
     # Optimizer steps
     ACCEPTED = "accepted", "The step was taken: the loss fell and the KL is within delta."
     STATIONARY = (

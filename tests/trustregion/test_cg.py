@@ -9,8 +9,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 import oracles
-from strategies import DTYPES, systems
-from trustregion import DenseOperator, FunctionOperator, Status, cg
+from strategies import DTYPES, POSITIVE, systems
+from trustregion import DenseOperator, FunctionOperator, Status, cg, forcing_sequence
 
 
 class Counting(DenseOperator):
@@ -162,7 +162,7 @@ def test_p10_the_shortcut_would_be_wrong():
         true = (x @ A.double() @ x).item()
         worst_shortcut = max(worst_shortcut, abs((x @ b.double()).item() / true - 1))
         worst_ours = max(worst_ours, abs(solution.curvature / true - 1))
-    assert worst_ours < 1e-5 < worst_shortcut
+    assert worst_ours < 1e-4 < 1e-3 < worst_shortcut
 
 
 @given(systems(max_log_condition=3))
@@ -173,16 +173,25 @@ def test_p12_an_exact_preconditioner_needs_one_iteration(system):
     assert cg(system.A, system.b, M=inverse, rtol=rtol).iterations <= 1
 
 
-@given(systems())
+@given(systems(dtypes=[torch.float64]))
 def test_p12_the_identity_changes_nothing(system):
     plain = cg(system.A, system.b, max_iter=10)
     preconditioned = cg(system.A, system.b, M=lambda v: v, max_iter=10)
     assert torch.equal(plain.x, preconditioned.x)
 
 
+@given(systems(dtypes=[torch.float32], max_log_condition=2))
+def test_p12_the_identity_changes_a_float32_solve_by_its_rounding_only(system):
+    plain = cg(system.A, system.b, rtol=1e-3)
+    preconditioned = cg(system.A, system.b, M=lambda v: v, rtol=1e-3)
+    # both solve to 1e-3: each error is at most condition * 1e-3
+    gap = (plain.x - preconditioned.x).norm()
+    assert gap <= 2e-3 * system.condition * plain.x.norm()
+
+
 @given(systems(), st.integers(-20, 20))
 def test_p12_the_scale_of_the_preconditioner_changes_nothing(system, power):
-    plain = cg(system.A, system.b, max_iter=10)
+    plain = cg(system.A, system.b, M=lambda v: v, max_iter=10)
     scaled = cg(system.A, system.b, M=lambda v: 2.0**power * v, max_iter=10)
     assert torch.equal(plain.x, scaled.x)
 
@@ -242,14 +251,34 @@ def test_negative_curvature_comes_with_its_direction():
     assert solution.direction @ A @ solution.direction < 0
 
 
-@given(systems(), st.integers(0, 15))
+@given(systems(max_log_condition=4, dtypes=[torch.float64]), st.integers(1, 15))
 def test_one_product_an_iteration(system, k):
     A = Counting(system.A)
-    solution = cg(A, system.b, rtol=0.0, max_iter=k)
-    assert A.products == solution.products
-    ended_early = solution.status in (Status.NEGATIVE_CURVATURE, Status.ZERO_CURVATURE)
-    assert solution.products == solution.iterations + ended_early
+    solution = cg(A, system.b, rtol=1e-8, max_iter=k)
+    assert A.products == solution.products == solution.iterations
     assert solution.iterations <= k
+    assert solution.true_residual_norm is None
+
+
+@given(systems(kinds=[*POSITIVE, "sign-mixed", "rank-deficient"]), st.booleans(), st.booleans())
+def test_every_product_is_counted(system, warm, verify):
+    A, M = Counting(system.A), Counting(torch.eye(len(system.b), dtype=system.b.dtype))
+    x0 = system.b / system.scale if warm else None
+    solution = cg(A, system.b, x0, M=M, rtol=0.0, verify=verify)
+    assert A.products == solution.products
+    assert M.products <= A.products + 1
+
+
+@given(systems(max_log_condition=2), st.integers(1, 4))
+def test_verification_costs_one_product_and_measures(system, k):
+    A = Counting(system.A)
+    plain = cg(system.A, system.b, rtol=1e-3, max_iter=k)
+    solution = cg(A, system.b, rtol=1e-3, max_iter=k, verify=True)
+    assert A.products == solution.products == plain.iterations + 1
+    true = (system.b.double() - system.exact @ solution.x.double()).norm().item()
+    size = system.b.double().norm() + system.scale * solution.x.double().norm()
+    assert abs(solution.true_residual_norm - true) <= 10 * system.eps * size  # of one product
+    assert plain.true_residual_norm is None
 
 
 @given(systems(max_log_condition=3, dtypes=[torch.float64]))
@@ -396,7 +425,7 @@ eye = torch.eye(2)
         ((eye, [1.0, 2.0]), {}, TypeError, "got list"),
         ((eye, torch.ones(2, dtype=torch.complex64)), {}, TypeError, "complex64"),
         ((eye, torch.ones(2, dtype=torch.int64)), {}, TypeError, "int64"),
-        ((eye, torch.ones(2, 2)), {}, ValueError, "vector of shape"),
+        ((eye, torch.ones(2, 2, 2)), {}, ValueError, "vector of shape"),
         ((eye, torch.ones(3)), {}, ValueError, "does not fit"),
         ((torch.ones(2, 3), torch.ones(2)), {}, ValueError, "square"),
         ((eye.double(), torch.ones(2)), {}, ValueError, "does not fit"),
@@ -413,3 +442,239 @@ eye = torch.eye(2)
 def test_wrong_arguments_are_refused_in_words(arguments, options, error, words):
     with pytest.raises(error, match=words):
         cg(*arguments, **options)
+
+
+@given(systems(kinds=[*POSITIVE, "sign-mixed", "rank-deficient"]), st.floats(-8, -1), st.booleans())
+def test_convergence_is_never_claimed_in_vain(system, log_rtol, reorthogonalize):
+    rtol = 10**log_rtol
+    solution = cg(system.A, system.b, rtol=rtol, reorthogonalize=reorthogonalize)
+    assert solution.x.isfinite().all()
+    if solution.status is Status.CONVERGED:
+        x, b = solution.x.double(), system.b.double()
+        true = (b - system.exact @ x).norm()
+        norm_A = torch.linalg.matrix_norm(system.exact, 2)
+        # of the one product in the operator's dtype that the claim rests on
+        assert true <= rtol * b.norm() + system.eps * (b.norm() + norm_A * x.norm())
+
+
+def test_what_float32_cannot_reach_is_said_and_the_best_is_returned():
+    g = torch.Generator().manual_seed(0)
+    Q, _ = torch.linalg.qr(torch.randn(60, 60, generator=g, dtype=torch.float64))
+    exact = (Q * torch.logspace(0, -6, 60, dtype=torch.float64)) @ Q.T
+    A, b = exact.float(), torch.randn(60, generator=g)
+    for reorthogonalize, limit in ((False, 6000), (True, 200)):  # rounding delays the plain one
+        solution = cg(A, b, rtol=1e-6, max_iter=limit, reorthogonalize=reorthogonalize)
+        assert solution.status is Status.STAGNATED
+        true = (b.double() - A.double() @ solution.x.double()).norm().item()
+        attainable = (
+            torch.finfo(torch.float32).eps * solution.x.double().norm().item()
+        )  # eps |A||x|
+        assert abs(solution.true_residual_norm - true) <= attainable
+        assert true <= 5 * attainable
+
+
+class Recording(DenseOperator):
+    def __init__(self, matrix):
+        super().__init__(matrix)
+        self.seen = []
+
+    def mv(self, v):
+        self.seen.append(v.clone())
+        return super().mv(v)
+
+
+@given(systems(max_log_condition=5))
+def test_p5_neighbours_are_orthogonal_and_conjugate(system):
+    A, points = Recording(system.A), []
+    rtol = max(system.eps**0.5, system.eps * system.condition)
+    solution = cg(A, system.b, rtol=rtol, max_iter=12, callback=points.append)
+    bound = 500 * system.eps * math.sqrt(system.condition)
+    measured = solution.products > solution.iterations  # then some products are not directions
+    directions = [] if measured else [p.double() for p in A.seen]
+    for p, q in pairwise(directions):
+        Aq = system.exact @ q
+        rounding = 4 * system.eps * system.scale * p.norm() * q.norm()  # of p and q to the dtype
+        assert abs(p @ Aq) <= bound * p.norm() * Aq.norm() + rounding
+    b = system.b.double()
+    residuals = [b] + [b - system.exact @ x.double() for x in points]
+    for r, s in pairwise(residuals):
+        # of the products, and of x as it is shown, which the recurrence does not round
+        rounding = 20 * system.eps * (system.scale * points[-1].double().norm() + b.norm())
+        assert abs(r @ s) <= bound * r.norm() * s.norm() + rounding * (r.norm() + s.norm())
+
+
+@given(systems(max_log_condition=2, max_n=20), st.integers(0, 2**31))
+def test_p11_a_permutation_permutes_the_solution(system, seed):
+    order = torch.randperm(len(system.b), generator=torch.Generator().manual_seed(seed))
+    plain = cg(system.A, system.b, max_iter=3).x
+    moved = cg(system.A[order][:, order], system.b[order], max_iter=3).x
+    # three iterations amplify rounding by the condition at most
+    assert (moved - plain[order]).norm() <= 20 * system.eps * system.condition * plain.norm()
+
+
+@given(systems(max_log_condition=2, dtypes=[torch.float64], max_n=12), st.integers(0, 2**31))
+def test_p19_a_reparametrised_system_has_the_reparametrised_solution(system, seed):
+    n = len(system.b)
+    R = torch.randn(n, n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    T = torch.eye(n, dtype=torch.float64) + 0.3 * R / n
+    direct = cg(system.A, system.b, rtol=1e-12).x
+    through = T @ cg(T.T @ system.A @ T, T.T @ system.b, rtol=1e-12).x
+    assert (through - direct).norm() <= 1e-6 * direct.norm()
+
+
+@given(systems(max_n=20), st.integers(1, 8))
+def test_the_model_value_and_the_norm_come_for_free(system, k):
+    n = len(system.b)
+    scale = torch.logspace(0, 1, n, dtype=torch.float64)
+    M = torch.diag(scale).to(system.b.dtype)
+    for preconditioner, weights in ((None, torch.ones(n).double()), (M, 1 / M.diagonal().double())):
+        solution = cg(system.A, system.b, M=preconditioner, rtol=0.0, max_iter=k)
+        x = solution.x.double()
+        value = (0.5 * x @ system.exact @ x - system.b.double() @ x).item()
+        size = (system.b.double().norm() + system.scale * x.norm()) * x.norm()
+        assert abs(solution.model_value - value) <= 50 * system.eps * size
+        norm_M = (x @ (weights * x)).sqrt().item()
+        # the rounding of M's products moves the recurrence of M^-1 x
+        assert solution.norm == pytest.approx(norm_M, rel=50 * system.eps)
+
+
+@given(systems(max_log_condition=4))
+def test_reorthogonalisation_spends_no_more_products(system):
+    rtol = max(1e-6, 1e3 * system.eps * system.condition)
+    plain = cg(system.A, system.b, rtol=rtol)
+    full = cg(system.A, system.b, rtol=rtol, reorthogonalize=True)
+    assert full.iterations <= len(system.b) + 1
+    assert full.iterations <= plain.iterations
+
+
+def test_reorthogonalisation_undoes_the_delay_of_float32():
+    g = torch.Generator().manual_seed(1)
+    Q, _ = torch.linalg.qr(torch.randn(200, 200, generator=g, dtype=torch.float64))
+    exact = (Q * torch.logspace(0, -5, 200, dtype=torch.float64)) @ Q.T
+    A, b = exact.float(), (exact @ torch.randn(200, generator=g, dtype=torch.float64)).float()
+    M = torch.diag(1 / A.diagonal())
+    for preconditioner in (None, M):
+        plain = cg(A, b, M=preconditioner, rtol=1e-4)
+        full = cg(A, b, M=preconditioner, rtol=1e-4, reorthogonalize=True)
+        assert plain.status is full.status is Status.CONVERGED
+        assert full.products < 0.8 * plain.products
+
+
+class Blocks(Counting):
+    """Counts the vectors of block products too, and how many blocks there were."""
+
+    calls = 0
+
+    def mm(self, V):
+        self.calls += 1
+        self.products += V.shape[1]
+        return self.matrix @ V
+
+
+@given(systems(kinds=[*POSITIVE, "sign-mixed"], max_n=20), st.integers(1, 5), st.booleans())
+def test_columns_are_solved_as_if_alone(system, k, warm):
+    n, g = len(system.b), torch.Generator().manual_seed(k)
+    B = torch.randn(n, k, generator=g, dtype=torch.float64) * torch.logspace(-6, 6, k).double()
+    B = torch.cat([B.to(system.b.dtype), system.b[:, None], torch.zeros_like(system.b[:, None])], 1)
+    X0 = torch.ones_like(B) if warm else None
+    A = Blocks(system.A)
+    M = torch.diag(torch.logspace(0, 1, n).to(system.b.dtype))
+    rtol = max(1e-5, 10 * system.eps * system.condition)
+    solution = cg(A, B, X0, M=M, rtol=rtol)
+    assert solution.x.shape == B.shape
+    assert A.products == solution.products == sum(c.products for c in solution.columns)
+    assert A.calls == max(c.products for c in solution.columns)  # as many blocks as the longest
+    for i, column in enumerate(solution.columns):
+        # the same vectors one by one: a block product rounds differently, no more than that
+        alone = cg(
+            lambda v: (system.A @ v[:, None])[:, 0],
+            B[:, i],
+            None if X0 is None else X0[:, i],
+            M=M,
+            rtol=rtol,
+        )
+        assert torch.equal(column.x, solution.x[:, i])
+        if column.status is Status.CONVERGED:
+            assert column.residual_norm <= rtol * B[:, i].double().norm() * (1 + 1e-12)
+            assert alone.status in (Status.CONVERGED, Status.STAGNATED)
+    converged = all(c.status is Status.CONVERGED for c in solution.columns)
+    assert (solution.status is Status.CONVERGED) == converged
+    assert solution.iterations == max(c.iterations for c in solution.columns)
+
+
+def test_a_hard_column_does_not_hide_behind_easy_ones():
+    """One column of a hundred far from converged, which a mean over columns would let pass."""
+    A = torch.diag(torch.logspace(0, 4, 60, dtype=torch.float64))
+    B = torch.eye(60, dtype=torch.float64)[:, :1].repeat(1, 100)  # an eigenvector: one iteration
+    B[:, 7] = 1.0
+    solution = cg(A, B, rtol=1e-8, max_iter=10)
+    assert solution.status is Status.MAX_ITER
+    ended = [c.status for c in solution.columns]
+    assert ended.count(Status.CONVERGED) == 99
+    assert ended[7] is Status.MAX_ITER
+    assert solution.products == 99 + 10
+    assert cg(A, B, rtol=1e-8).status is Status.CONVERGED
+    assert cg(A, B[:, :0]).x.shape == (60, 0)
+
+
+def test_every_column_has_its_own_tolerance():
+    A = torch.diag(torch.logspace(0, 3, 40, dtype=torch.float64))
+    B = torch.ones(40, 2, dtype=torch.float64)
+    B[:, 1] *= 1e-8
+    solution = cg(A, B, rtol=1e-6)
+    first, second = solution.columns
+    assert second.residual_norm <= 1e-6 * 1e-8 * math.sqrt(40)
+    assert abs(first.iterations - second.iterations) <= 1
+    rules = cg(A, B, rtol=forcing_sequence(0.5, 1.0))  # |b|: 0.5 for the large, 6e-8 for the small
+    assert rules.columns[0].iterations < rules.columns[1].iterations
+
+
+@pytest.mark.parametrize("tol", [5e-4, 5e-3])
+def test_martens_rule_stops_where_progress_has_faded(tol):
+    """Replayed on the model values of the iterates, with the rule as the paper has it."""
+    A = torch.diag(torch.logspace(0, -5, 200, dtype=torch.float64))
+    b, seen = torch.ones(200, dtype=torch.float64), []
+    solution = cg(A, b, rtol=0.0, progress_tol=tol, callback=seen.append)
+    assert solution.status is Status.PROGRESS_BELOW_TOLERANCE
+    values = [0.0] + [(0.5 * x @ A @ x - b @ x).item() for x in seen]
+
+    def satisfied(i):
+        k = max(10, math.ceil(0.1 * i))
+        return i > k and values[i] < 0 and (values[i] - values[i - k]) / values[i] < k * tol
+
+    assert satisfied(solution.iterations)
+    assert not any(satisfied(i) for i in range(solution.iterations))
+
+
+def test_a_callable_tolerance_is_checked_when_it_speaks():
+    with pytest.raises(ValueError, match="rtol must return"):
+        cg(torch.eye(2), torch.ones(2), rtol=lambda size: math.nan)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"progress_tol": 0.0}, "progress_tol"),
+        ({"b": torch.ones(2, 2), "callback": print}, "callback takes"),
+        ({"b": torch.ones(2, 2), "x0": torch.ones(2)}, "x0 must"),
+        ({"atol": math.nan}, "atol"),
+    ],
+)
+def test_more_wrong_arguments_are_refused_in_words(options, words):
+    arguments = {"A": torch.eye(2), "b": torch.ones(2), **options}
+    with pytest.raises(ValueError, match=words):
+        cg(arguments.pop("A"), arguments.pop("b"), arguments.pop("x0", None), **arguments)
+
+
+def test_a_singular_preconditioner_is_a_breakdown():
+    M = torch.diag(torch.tensor([1.0, 0.0]))
+    solution = cg(torch.eye(2), torch.tensor([0.0, 1.0]), M=M)
+    assert solution.status is Status.BREAKDOWN
+    assert solution.x.isfinite().all()
+
+
+def test_results_below_the_normal_numbers_claim_nothing():
+    """b is representable, b / 3 only to a digit: no claim is made on the residual of that."""
+    solution = cg(3 * torch.eye(2), torch.full((2,), 1e-44))
+    assert solution.status is not Status.CONVERGED
+    assert solution.x.isfinite().all()

@@ -10,6 +10,8 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from ..vector import dot, norm
+
 
 class LinearOperator(abc.ABC):
     """A symmetric linear map ``A`` on vectors of shape ``(n,)``, known by its products only.
@@ -33,14 +35,21 @@ class LinearOperator(abc.ABC):
     def mv(self, v: Tensor) -> Tensor:
         """Return the product ``A v`` of shape ``(n,)`` as a new tensor."""
 
+    def mm(self, V: Tensor) -> Tensor:
+        """Return the products ``A V`` with the columns of ``V``, shape ``(n, k)``.
+
+        Column by column here; an operator that has a faster way overrides it.
+        """
+        return torch.stack([self.mv(v) for v in V.unbind(1)], dim=1)
+
     def __matmul__(self, v: Tensor) -> Tensor:
-        """Return ``A v`` after checking the vector."""
-        if v.shape != self.shape[:1] or v.dtype != self.dtype:
+        """Return ``A v`` for a vector ``(n,)`` or a matrix of columns ``(n, k)``, checked."""
+        if v.ndim not in (1, 2) or v.shape[0] != self.shape[0] or v.dtype != self.dtype:
             raise ValueError(
-                f"the operator takes vectors of shape ({self.shape[0]},) and dtype {self.dtype},"
-                f" got shape {tuple(v.shape)} and dtype {v.dtype}"
+                f"the operator takes vectors of shape ({self.shape[0]},), or ({self.shape[0]}, k),"
+                f" and dtype {self.dtype}, got shape {tuple(v.shape)} and dtype {v.dtype}"
             )
-        return self.mv(v)
+        return self.mv(v) if v.ndim == 1 else self.mm(v)
 
     def __add__(self, other: LinearOperator) -> LinearOperator:
         """Return the operator ``A + B``."""
@@ -72,6 +81,10 @@ class DenseOperator(LinearOperator):
     def mv(self, v: Tensor) -> Tensor:
         """Return ``matrix @ v``."""
         return self.matrix @ v
+
+    def mm(self, V: Tensor) -> Tensor:
+        """Return ``matrix @ V``."""
+        return self.matrix @ V
 
 
 class FunctionOperator(LinearOperator):
@@ -144,6 +157,8 @@ class _Scaled(LinearOperator):
 def as_operator(A: OperatorLike, like: Tensor) -> LinearOperator:
     """Return an operator from an operator, a square tensor or a callable, fit for vectors ``like``.
 
+    ``like`` has the shape ``(n,)``.
+
     Raises:
         TypeError: ``A`` is none of the three.
         ValueError: shape or dtype do not fit ``like``.
@@ -168,5 +183,40 @@ def as_operator(A: OperatorLike, like: Tensor) -> LinearOperator:
 
 def to_dense(A: LinearOperator) -> Tensor:
     """Return the matrix ``(n, n)`` of an operator, column by column. Cost: n products."""
-    basis = torch.eye(A.shape[0], dtype=A.dtype, device=A.device)
-    return torch.stack([A.mv(e) for e in basis], dim=1)
+    return A.mm(torch.eye(A.shape[0], dtype=A.dtype, device=A.device))
+
+
+@torch.no_grad()
+def check_symmetric(A: LinearOperator | Tensor, *, probes: int = 2, seed: int = 0) -> None:
+    """Raise if random probes show that an operator is not symmetric.
+
+    Compares ``u'(Av)`` with ``v'(Au)`` for random ``u`` and ``v`` from a generator of its own. The
+    kernels do not ask: an operator that is not symmetric makes their recurrences meaningless, and
+    this finds a general one out with probability one. Cost: ``2 * probes`` products.
+
+    Raises:
+        ValueError: the two differ by more than rounding explains.
+
+    Example:
+        >>> check_symmetric(torch.tensor([[1.0, 2.0], [2.0, 1.0]]))
+        >>> check_symmetric(torch.tensor([[1.0, 2.0], [0.0, 1.0]]))  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+        ValueError: the operator is not symmetric: u'Av and v'Au differ by 0.21 |Au| |v| ...
+
+    """
+    A = DenseOperator(A) if isinstance(A, Tensor) else A
+    n = A.shape[0]
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(probes):
+        pair = torch.randn(2, n, generator=generator, dtype=torch.float64)
+        u, v = pair.to(A.device, A.dtype)
+        Au, Av = A.mv(u), A.mv(v)
+        gap = abs(dot(u, Av) - dot(v, Au))
+        size = max(norm(u) * norm(Av), norm(v) * norm(Au))
+        # a product is exact to about sqrt(n) eps of |A||v|; sqrt(eps) is far from it and from 1
+        if not gap <= math.sqrt(torch.finfo(A.dtype).eps) * size:
+            raise ValueError(
+                f"the operator is not symmetric: u'Av and v'Au differ by {gap / size:.2g} |Au| |v|"
+                " for random u and v. The kernels need a symmetric operator: check the derivative"
+                " that makes it, or use (A + A') / 2"
+            )

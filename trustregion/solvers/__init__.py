@@ -1,4 +1,15 @@
-"""Krylov kernels: pure functions of an operator and a right-hand side."""
+"""Krylov kernels and trust-region solvers: pure functions of an operator and a vector."""
 
 from .cg import cg as cg
+from .dense import trust_region_dense as trust_region_dense
+from .fixed import FixedSolution as FixedSolution
+from .fixed import fixed_cg as fixed_cg
+from .gltr import gltr as gltr
+from .krylov import KrylovSpace as KrylovSpace
+from .lanczos import lanczos as lanczos
+from .multishift import multishift_cg as multishift_cg
 from .solution import LinearSolution as LinearSolution
+from .solution import SubproblemSolution as SubproblemSolution
+from .steihaug import steihaug as steihaug
+from .stopping import eisenstat_walker as eisenstat_walker
+from .stopping import forcing_sequence as forcing_sequence

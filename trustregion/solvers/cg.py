@@ -1,8 +1,7 @@
-"""Preconditioned conjugate gradients."""
+"""Preconditioned conjugate gradients, for one or several right-hand sides."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import torch
@@ -10,8 +9,10 @@ from torch import Tensor
 
 from ..operators.base import LinearOperator, OperatorLike, as_operator
 from ..status import Status
-from ..vector import dot, exponent, ldexp, norm, scalar_ldexp
+from .arguments import check_count, check_start, check_tolerances, check_vector
+from .recurrence import Recurrence, Rules
 from .solution import LinearSolution
+from .verified import Asking, Goal, Observer, Solving, drive, solve
 
 
 @torch.no_grad()
@@ -21,9 +22,12 @@ def cg(
     x0: Tensor | None = None,
     *,
     M: OperatorLike | None = None,
-    rtol: float = 1e-5,
+    rtol: float | Callable[[float], float] = 1e-5,
     atol: float = 0.0,
     max_iter: int | None = None,
+    progress_tol: float | None = None,
+    reorthogonalize: bool = False,
+    verify: bool = False,
     callback: Callable[[Tensor], object] | None = None,
 ) -> LinearSolution:
     r"""Solve :math:`A x = b` for symmetric positive definite ``A`` by conjugate gradients.
@@ -37,30 +41,45 @@ def cg(
 
     1. ``b`` is scaled to unit size by a power of two, so that scaling ``b`` or ``A`` by a power of
        two scales ``x`` bit for bit and nothing overflows early. There are no absolute constants.
-    2. Inner products are taken in float64, also for float32 vectors.
+    2. Vectors are carried and inner products taken in float64, also for a float32 operator, whose
+       products are then the only rounding in float32.
     3. Curvature is judged against the largest ``|Ap|/|p|`` seen, a lower bound of ``|A|``: a value
        below ``eps`` times that is rounding, not curvature.
     4. ``x'Ax`` is returned as ``x'(b - r)``. The shortcut ``x'b``, exact in exact arithmetic, is
        off by up to 3e-3 in float32.
+    5. ``CONVERGED`` is a statement on the true residual. Where the recurred one might be off by
+       more than the tolerance leaves room for, ``b - Ax`` is measured by one product. If it is
+       above the tolerance after all, the solve goes on from it; if going on no longer helps, it
+       ends as ``STAGNATED``.
 
-    Cost: one product with ``A`` and one with ``M`` an iteration, one more with ``A`` for ``x0``;
-    O(n) memory (four vectors).
+    Several right-hand sides ``(n, k)`` advance together, so that the operator sees blocks; each
+    has its own tolerance and stops by itself, and takes no further products then.
+
+    Cost: one product with ``A`` and one with ``M`` an iteration, one more with ``A`` for ``x0``
+    and for each measured residual. Memory: five vectors in float64 for each right-hand side, seven
+    with ``M``; one more an iteration with ``reorthogonalize`` (two with ``M``).
 
     Args:
         A: a :class:`LinearOperator`, a square tensor, or a callable ``v -> A v``.
-        b: right-hand side, shape ``(n,)``, float32 or float64.
-        x0: starting point, shape ``(n,)``; zero when None. Not written to.
+        b: right-hand side, shape ``(n,)`` or ``(n, k)``, float32 or float64.
+        x0: starting point, of the shape of ``b``; zero when None. Not written to.
         M: preconditioner, an approximation of the inverse of ``A``, positive definite.
-        rtol: tolerance relative to the norm of ``b``.
+        rtol: tolerance relative to the norm of ``b``, or a rule that makes it from that norm, such
+            as :func:`forcing_sequence`.
         atol: absolute tolerance on the residual's norm.
         max_iter: limit on iterations; ``10 n`` when None.
-        callback: called with the current iterate after each iteration.
+        progress_tol: epsilon of Martens' rule: stop when the model value has improved by less
+            than this fraction an iteration (see :class:`Progress`); 5e-4 is his choice.
+        reorthogonalize: keep the residuals and orthogonalise each new one against all of them. In
+            float32, or at a high condition, this saves the iterations that rounding adds.
+        verify: measure the true residual at the end, by one product where it is not known.
+        callback: called with the current iterate after each iteration; one vector only.
 
     Returns:
         The solution and how it ended; see :class:`LinearSolution`.
 
     Raises:
-        TypeError: ``b`` is not a real floating vector, or ``A`` or ``M`` is not an operator.
+        TypeError: ``b`` is not a real floating tensor, or ``A`` or ``M`` is not an operator.
         ValueError: shapes or dtypes do not fit, or a tolerance or limit is negative.
 
     Example:
@@ -73,124 +92,65 @@ def cg(
 
     References:
         Hestenes and Stiefel, Methods of Conjugate Gradients, 1952; Nocedal and Wright, Numerical
-        Optimization, 2006, Alg. 5.3.
+        Optimization, 2006, Alg. 5.3; van der Vorst and Ye, Residual replacement strategies for
+        Krylov subspace iterative methods, 2000; Martens, Deep Learning via Hessian-free
+        Optimization, 2010.
 
     """
-    _check(b, x0, rtol, atol, max_iter)
-    A = as_operator(A, b)
-    M = None if M is None else as_operator(M, b)
-    zero = torch.zeros_like(b)
-    start = zero if x0 is None else x0.clone()
-    if not (_finite(b) and _finite(start)):
-        x = start if _finite(start) else zero
-        return LinearSolution(x, Status.NONFINITE_INPUT, 0, 0, math.inf, 0.0)
-    e = exponent(b)
-    if e is None:  # b = 0, whose solution is 0
-        return LinearSolution(zero, Status.CONVERGED, 0, 0, 0.0, 0.0)
-    b, start = ldexp(b, -e), ldexp(start, -e)
-    tolerance = max(rtol * norm(b), scalar_ldexp(atol, -e))
-    limit = 10 * b.numel() if max_iter is None else max_iter
-    unscaled = None if callback is None else lambda x: callback(ldexp(x, e))
-    solution = _iterate(A, b, start if x0 is not None else None, M, tolerance, limit, unscaled)
-    x = ldexp(solution.x, e)
-    status = solution.status
-    if not _finite(x):  # the solution itself overflows the dtype
-        x, status = zero if x0 is None else x0.clone(), Status.NONFINITE_OPERATOR
+    check_vector("b", b, columns=True)
+    check_start(x0, b)
+    check_tolerances(rtol, atol)
+    check_count("max_iter", max_iter)
+    if progress_tol is not None and not progress_tol > 0:
+        raise ValueError(f"progress_tol must be positive, got {progress_tol}")
+    if b.ndim == 2 and callback is not None:
+        raise ValueError("callback takes the iterate of one right-hand side: pass b of shape (n,)")
+    like = b if b.ndim == 1 else b[:, 0] if b.shape[1] else b.new_empty(b.shape[0])
+    A = as_operator(A, like)
+    M = None if M is None else as_operator(M, like)
+    limit = 10 * like.numel() if max_iter is None else max_iter
+    goal = Goal(rtol, atol, limit, verify, callback)
+
+    def start(r: Tensor, tolerance: float, left: int, observe: Observer | None) -> Asking:
+        rules = Rules(tolerance, left, progress_tol, reorthogonalize=reorthogonalize)
+        return Recurrence(r, b.dtype, M, rules, observe).iterate()
+
+    if b.ndim == 1:
+        return drive(A, solve(b, x0, goal, start))
+    starts = [None] * b.shape[1] if x0 is None else x0.unbind(1)
+    pairs = zip(b.unbind(1), starts, strict=True)
+    return _together(A, b, [solve(*pair, goal, start) for pair in pairs])
+
+
+def _together(A: LinearOperator, b: Tensor, solves: list[Solving]) -> LinearSolution:
+    """Give several solves their products in blocks, and join what they return."""
+    ended: dict[int, LinearSolution] = {}
+    answers: dict[int, Tensor | None] = dict.fromkeys(range(len(solves)))
+    while answers:
+        asked: dict[int, Tensor] = {}
+        for i, answer in answers.items():
+            try:
+                asked[i] = solves[i].send(answer)  # type: ignore[arg-type]  # None starts it
+            except StopIteration as end:
+                ended[i] = end.value
+        if not asked:
+            break
+        block = A.mm(torch.stack(list(asked.values()), dim=1))
+        answers = dict(zip(asked, block.T.contiguous(), strict=True))
+    return join(b, [ended[i] for i in range(len(solves))])
+
+
+def join(b: Tensor, columns: list[LinearSolution]) -> LinearSolution:
+    """Return the account of all columns of ``b``."""
+    others = (c.status for c in columns if c.status is not Status.CONVERGED)
     return LinearSolution(
-        x,
-        status,
-        solution.iterations,
-        solution.products,
-        scalar_ldexp(solution.residual_norm, e),
-        scalar_ldexp(solution.curvature, 2 * e),
-        solution.direction,
+        torch.stack([c.x for c in columns], dim=1) if columns else torch.zeros_like(b),
+        next(others, Status.CONVERGED),
+        max((c.iterations for c in columns), default=0),
+        sum(c.products for c in columns),
+        max((c.residual_norm for c in columns), default=0.0),
+        max((c.curvature for c in columns), default=0.0),
+        model_value=sum(c.model_value for c in columns),
+        norm=max((c.norm for c in columns), default=0.0),
+        columns=tuple(columns),
     )
-
-
-def _iterate(
-    A: LinearOperator,
-    b: Tensor,
-    x0: Tensor | None,
-    M: LinearOperator | None,
-    tolerance: float,
-    max_iter: int,
-    callback: Callable[[Tensor], object] | None,
-) -> LinearSolution:
-    """Run Alg. 5.3 of Nocedal and Wright on a system of unit scale, with r = b - Ax."""
-    eps, largest = torch.finfo(b.dtype).eps, torch.finfo(b.dtype).max
-    x = torch.zeros_like(b) if x0 is None else x0
-    r = b.clone() if x0 is None else b - A.mv(x0)
-    products, iterations = int(x0 is not None), 0
-    rr, rz = dot(r, r), 1.0
-    norm_A = 0.0  # largest |Ap|/|p| so far
-    reach = norm(x)  # a bound of |x|
-    p: Tensor | None = None
-
-    def end(status: Status, direction: Tensor | None = None) -> LinearSolution:
-        curvature = dot(x, b - r)
-        return LinearSolution(x, status, iterations, products, math.sqrt(rr), curvature, direction)
-
-    if not math.isfinite(rr):
-        x, r, rr = torch.zeros_like(b), b, dot(b, b)
-        return end(Status.NONFINITE_OPERATOR)
-    while True:
-        if math.sqrt(rr) <= tolerance:
-            return end(Status.CONVERGED)
-        if iterations >= max_iter:
-            return end(Status.MAX_ITER)
-        z = r if M is None else M.mv(r)
-        rz, rz_old = (rr if M is None else dot(r, z)), rz
-        if not math.isfinite(rz):
-            return end(Status.NONFINITE_OPERATOR)
-        if rz <= 0:
-            return end(Status.INDEFINITE_PRECONDITIONER)
-        beta = min(rz / rz_old, largest)
-        p = z.clone() if p is None else torch.add(z, p, alpha=beta)
-        Ap = A.mv(p)
-        products += 1
-        pAp, pp, ApAp = _quadratic_forms(p, Ap)
-        if not (pp > 0 and math.isfinite(pp + ApAp)):  # pp = 0: p underflowed
-            return end(Status.NONFINITE_OPERATOR)
-        norm_A = max(norm_A, math.sqrt(ApAp / pp))
-        if pAp <= eps * norm_A * pp:
-            negative = pAp < -eps * norm_A * pp
-            return end(Status.NEGATIVE_CURVATURE if negative else Status.ZERO_CURVATURE, p)
-        alpha = rz / pAp
-        reach += alpha * math.sqrt(pp)
-        if not max(alpha, reach) <= largest:
-            return end(Status.NONFINITE_OPERATOR)
-        r_next = torch.add(r, Ap, alpha=-alpha)
-        rr_next = dot(r_next, r_next)
-        if not math.isfinite(rr_next):
-            return end(Status.NONFINITE_OPERATOR)
-        x, r, rr = torch.add(x, p, alpha=alpha), r_next, rr_next
-        iterations += 1
-        if callback is not None:
-            callback(x)
-
-
-def _quadratic_forms(p: Tensor, Ap: Tensor) -> tuple[float, float, float]:
-    """Return p'Ap, p'p and (Ap)'(Ap), each accumulated in float64; the vectors converted once."""
-    p, Ap = p.double(), Ap.double()
-    return dot(p, Ap), dot(p, p), dot(Ap, Ap)
-
-
-def _check(b: Tensor, x0: Tensor | None, rtol: float, atol: float, max_iter: int | None) -> None:
-    if not isinstance(b, Tensor) or b.dtype not in (torch.float32, torch.float64):
-        given = b.dtype if isinstance(b, Tensor) else type(b).__name__
-        raise TypeError(f"b must be a float32 or float64 tensor, got {given}")
-    if b.ndim != 1:
-        raise ValueError(f"b must be a vector of shape (n,), got shape {tuple(b.shape)}")
-    if x0 is not None and (x0.shape != b.shape or x0.dtype != b.dtype):
-        raise ValueError(
-            f"x0 must have the shape {tuple(b.shape)} and dtype {b.dtype} of b,"
-            f" got shape {tuple(x0.shape)} and dtype {x0.dtype}"
-        )
-    if not (rtol >= 0 and atol >= 0):
-        raise ValueError(f"rtol and atol must not be negative, got rtol={rtol}, atol={atol}")
-    if max_iter is not None and not (isinstance(max_iter, int) and max_iter >= 0):
-        raise ValueError(f"max_iter must be an integer and not negative, got {max_iter}")
-
-
-def _finite(u: Tensor) -> bool:
-    return bool(u.isfinite().all())

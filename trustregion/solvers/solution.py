@@ -1,4 +1,4 @@
-"""What a linear solve returns."""
+"""What the kernels return."""
 
 from __future__ import annotations
 
@@ -11,17 +11,30 @@ from ..status import Status
 
 @dataclass(frozen=True)
 class LinearSolution:
-    """The result of solving ``A x = b``.
+    r"""The result of solving ``A x = b``, or several such systems at once.
+
+    For a right-hand side of shape ``(n, k)`` each of :attr:`columns` is the account of one column;
+    the other numbers then sum them up: ``status`` is ``CONVERGED`` only if every column converged,
+    and that of the first other column if not; norms are the largest, products the sum.
 
     Attributes:
-        x: the last finite iterate, shape ``(n,)``; never holds a NaN when ``x0`` holds none.
+        x: the last finite iterate, of the shape of ``b``; never holds a NaN when ``x0`` holds none.
         status: how the solve ended.
         iterations: completed iterations.
-        products: products with ``A``: one an iteration, one more for a warm start.
-        residual_norm: the norm of ``b - A x`` as the recurrence carries it.
+        products: products with ``A``: one an iteration, one more for a warm start and one more
+            each time the true residual was measured.
+        residual_norm: the norm of ``b - A x``: as measured by a product where
+            ``true_residual_norm`` is not None, as the recurrence carries it otherwise.
         curvature: ``x'Ax``, computed from the residual, without a product.
         direction: for ``NEGATIVE_CURVATURE`` and ``ZERO_CURVATURE`` the direction ``p`` found, with
             ``p'Ap`` not positive to working precision; None otherwise.
+        model_value: :math:`\frac12 x'Ax - b'x`, without a product.
+        norm: the norm of ``x - x0`` in the metric :math:`M^{-1}` of the preconditioner, carried by
+            recurrence; the Euclidean norm without one.
+        true_residual_norm: the norm of ``b - A x`` by a product of its own, or None where none was
+            spent: the recurrence was accurate enough, and nobody asked.
+        preconditioned_residual_norm: :math:`\sqrt{r'Mr}`, where the kernel works in that norm.
+        columns: one solution for each column of ``b``; empty for a vector.
 
     """
 
@@ -32,3 +45,47 @@ class LinearSolution:
     residual_norm: float
     curvature: float
     direction: Tensor | None = None
+    model_value: float = 0.0
+    norm: float = 0.0
+    true_residual_norm: float | None = None
+    preconditioned_residual_norm: float | None = None
+    columns: tuple[LinearSolution, ...] = ()
+
+
+@dataclass(frozen=True)
+class SubproblemSolution:
+    r"""The result of minimising :math:`g's + \frac12 s'As` over :math:`\|s\| \le \Delta`.
+
+    The norm is :math:`\|s\|^2 = s'M^{-1}s` with a preconditioner ``M``, Euclidean without one.
+
+    Attributes:
+        s: the step, shape ``(n,)``; finite, and within the radius up to rounding.
+        status: ``CONVERGED`` where the optimality conditions hold to the tolerance; ``BOUNDARY`` or
+            ``NEGATIVE_CURVATURE`` where a truncated method stopped at the edge for that reason;
+            otherwise why it ended early, with the best step so far.
+        on_boundary: the step has the length of the radius.
+        multiplier: :math:`\lambda \ge 0` with :math:`(A + \lambda M^{-1}) s = -g`; zero inside the
+            ball. NaN from a truncated method that stopped at the edge, which does not know it.
+        predicted_reduction: how much the model falls: :math:`-g's - \frac12 s'As \ge 0`.
+        iterations: completed iterations.
+        products: products with ``A``.
+        norm: the length of the step in the norm above.
+        curvature: ``s'As``, without a product of its own.
+        residual_norm: the norm of :math:`(A + \lambda M^{-1}) s + g`, as the recurrence carries it;
+            of ``A s + g`` where the multiplier is unknown.
+        hard_case: the step was completed by an eigenvector of the leftmost eigenvalue, to which
+            the gradient is orthogonal.
+
+    """
+
+    s: Tensor
+    status: Status
+    on_boundary: bool
+    multiplier: float
+    predicted_reduction: float
+    iterations: int
+    products: int
+    norm: float
+    curvature: float
+    residual_norm: float
+    hard_case: bool = False

@@ -1,0 +1,45 @@
+"""A growing set of vectors, and projection onto or off their span."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class Basis:
+    """Rows ``q_1, ..., q_k`` of shape ``(n,)`` in one buffer that doubles when it is full."""
+
+    def __init__(self, like: Tensor, capacity: int = 8) -> None:
+        self._buffer = like.new_empty(capacity, like.numel())
+        self._count = 0
+
+    def __len__(self) -> int:
+        return self._count
+
+    @property
+    def rows(self) -> Tensor:
+        """The vectors as a ``(k, n)`` view."""
+        return self._buffer[: self._count]
+
+    def append(self, q: Tensor) -> None:
+        """Copy one more vector."""
+        if self._count == len(self._buffer):
+            self._buffer = torch.cat([self._buffer, torch.empty_like(self._buffer)])
+        self._buffer[self._count] = q
+        self._count += 1
+
+
+def orthogonalise(r: Tensor, W: Tensor, Q: Tensor) -> Tensor:
+    """Return ``r - W' (Q r)``, twice over, for rows with ``Q W' = I``.
+
+    Twice, since one pass leaves ``eps |r|`` in the span, which is much where little of ``r`` is
+    left. Cost: ``8 k n`` operations for ``k`` rows.
+
+    References:
+        Giraud, Langou, Rozloznik, On the loss of orthogonality in the Gram-Schmidt
+        orthogonalization process, 2005.
+
+    """
+    for _ in range(2):
+        r = torch.addmv(r, W.T, Q @ r, alpha=-1)
+    return r

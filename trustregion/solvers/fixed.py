@@ -1,0 +1,158 @@
+"""Conjugate gradients as a fixed sequence of tensor operations."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..operators.base import LinearOperator, OperatorLike, as_operator
+from .arguments import check_count, check_start, check_vector
+
+
+class FixedSolution(NamedTuple):
+    """The result of :func:`fixed_cg`: tensors only, so that it can be mapped and compiled.
+
+    Attributes:
+        x: the last iterate, shape ``(n,)``.
+        residual_norm: the norm of ``b - A x`` as the recurrence carries it; float64, as the rest.
+        curvature: ``x'Ax``, without a product.
+        model_value: ``x'Ax / 2 - b'x``.
+        iterations: how many iterations moved ``x``.
+        converged: whether the residual reached the tolerance; always False for ``rtol=0``, unless
+            it is exactly zero.
+        failed: whether a direction without positive curvature, or a product that is not finite,
+            ended the solve: ``x`` is then the iterate before it.
+
+    """
+
+    x: Tensor
+    residual_norm: Tensor
+    curvature: Tensor
+    model_value: Tensor
+    iterations: Tensor
+    converged: Tensor
+    failed: Tensor
+
+
+def fixed_cg(
+    A: OperatorLike,
+    b: Tensor,
+    iterations: int,
+    *,
+    x0: Tensor | None = None,
+    M: OperatorLike | None = None,
+    rtol: float = 0.0,
+) -> FixedSolution:
+    r"""Run :func:`cg` for a fixed number of iterations, without a decision in Python.
+
+    The iterates are those of :func:`cg`. A system that has converged, or failed, is masked: its
+    numbers stay as they are while the loop runs on. So :func:`torch.func.vmap` solves many systems
+    at once, each stopping by itself, and ``torch.compile(fullgraph=True)`` accepts it. Gradients
+    flow through it if ``A`` or ``b`` has any; put it under ``torch.no_grad()`` otherwise.
+
+    What it leaves out: measuring the true residual (``converged`` speaks of the recurred one),
+    reorthogonalisation, and statuses in words.
+
+    Cost: ``iterations`` products with ``A`` and ``M``, one more with ``A`` for ``x0``.
+
+    Args:
+        A: a :class:`LinearOperator`, a square tensor, or a callable ``v -> A v``.
+        b: right-hand side, shape ``(n,)``, float32 or float64.
+        iterations: how many.
+        x0: starting point, shape ``(n,)``; zero when None.
+        M: preconditioner, an approximation of the inverse of ``A``, positive definite.
+        rtol: tolerance relative to the norm of ``b``; at 0 nothing stops early.
+
+    Raises:
+        TypeError: ``b`` is not a real floating vector, or ``A`` or ``M`` is not an operator.
+        ValueError: shapes or dtypes do not fit, or a number is negative.
+
+    Example:
+        >>> A = torch.stack([torch.diag(torch.tensor([1.0, 2.0])), torch.eye(2)])
+        >>> b = torch.tensor([[1.0, 1.0], [3.0, 4.0]])
+        >>> solution = torch.func.vmap(lambda A, b: fixed_cg(A, b, 2, rtol=1e-6))(A, b)
+        >>> solution.x
+        tensor([[1.0000, 0.5000],
+                [3.0000, 4.0000]])
+        >>> solution.iterations
+        tensor([2, 1])
+
+    References:
+        Hestenes and Stiefel, Methods of Conjugate Gradients, 1952.
+
+    """
+    check_vector("b", b)
+    check_start(x0, b)
+    check_count("iterations", iterations)
+    if not rtol >= 0:
+        raise ValueError(f"rtol must not be negative, got {rtol}")
+    A = as_operator(A, b)
+    M = None if M is None else as_operator(M, b)
+    dtype = b.dtype
+    unit = _unit(b)
+    b = b.double() / unit
+    start = torch.zeros_like(b) if x0 is None else x0.double() / unit
+    x = torch.zeros_like(b)
+    r = b if x0 is None else b - A.mv(start.to(dtype)).double()
+    rr, none = r @ r, torch.zeros((), dtype=torch.float64, device=b.device)
+    state = _State(x, r, x, rr, none, none, none.to(torch.int64), ~rr.isfinite())
+    tolerance = rtol * rtol * (b @ b)
+    for _ in range(iterations):
+        state = _iterate(state, A, M, tolerance, dtype)
+    x, r = start + state.x, state.r
+    return FixedSolution(
+        (x * unit).to(dtype),
+        state.rr.sqrt() * unit,
+        x @ (b - r) * unit.square(),
+        -0.5 * (x @ (b + r)) * unit.square(),
+        state.steps,
+        state.rr <= tolerance,
+        state.failed,
+    )
+
+
+class _State(NamedTuple):
+    x: Tensor
+    r: Tensor
+    p: Tensor
+    rr: Tensor
+    rz: Tensor
+    norm_A: Tensor
+    steps: Tensor
+    failed: Tensor
+
+
+def _iterate(
+    state: _State,
+    A: LinearOperator,
+    M: LinearOperator | None,
+    tolerance: Tensor,
+    dtype: torch.dtype,
+) -> _State:
+    """Return the state after one iteration, or the same one if it has ended."""
+    x, r, p, rr, rz_old, norm_A, steps, failed = state
+    going = ~failed & (rr > tolerance)
+    z = r if M is None else M.mv(r.to(dtype)).double()
+    rz = r @ z
+    beta = torch.where(steps > 0, rz / torch.where(steps > 0, rz_old, 1.0), 0.0)
+    p = z + beta * p
+    Ap = A.mv(p.to(dtype)).double()
+    pAp, pp = p @ Ap, p @ p
+    alpha = rz / torch.where(pAp > 0, pAp, 1.0)
+    r_next = r - alpha * Ap
+    rr_next = r_next @ r_next
+    steep = (rr + rr_next).sqrt() / alpha / pp.sqrt()  # |Ap|/|p|, as in the recurrence of cg
+    norm_A = torch.maximum(norm_A, steep)
+    sound = (rz > 0) & (pAp > torch.finfo(dtype).eps * norm_A * pp) & rr_next.isfinite()
+    moved = _State(x + alpha * p, r_next, p, rr_next, rz, norm_A, steps + 1, failed)
+    ended = state._replace(failed=failed | (going & ~sound))
+    return _State(*(torch.where(going & sound, a, b) for a, b in zip(moved, ended, strict=True)))
+
+
+def _unit(b: Tensor) -> Tensor:
+    """Return the power of two at the size of ``b``, 1 for ``b = 0``, float64."""
+    largest = b.double().abs().amax()
+    _, e = torch.frexp(torch.where(largest > 0, largest, 1.0))
+    return torch.ldexp(torch.ones_like(largest), e)

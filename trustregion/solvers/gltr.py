@@ -1,0 +1,124 @@
+"""The trust-region subproblem solved in a growing Krylov space."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from ..operators.base import OperatorLike
+from ..status import Status
+from .arguments import check_count, check_radius, check_tolerances, check_vector
+from .krylov import KrylovSpace
+from .multishift import next_block
+from .solution import SubproblemSolution
+
+# A leftmost Ritz value is good to the square of its residual: to 1e-6 for this one.
+RESOLVED = 1e-3
+
+
+@torch.no_grad()
+def gltr(
+    A: OperatorLike,
+    g: Tensor,
+    radius: float,
+    *,
+    M: OperatorLike | None = None,
+    rtol: float | Callable[[float], float] = 1e-5,
+    atol: float = 0.0,
+    max_iter: int | None = None,
+    space: KrylovSpace | None = None,
+) -> SubproblemSolution:
+    r"""Minimise :math:`g's + \frac12 s'As` over :math:`\|s\| \le \Delta`, to a tolerance.
+
+    The Krylov space of ``g`` grows until the minimiser in it satisfies
+
+    .. math:: (A + \lambda M^{-1}) s = -g, \quad \lambda \ge 0, \quad \lambda(\Delta - \|s\|) = 0
+
+    to the tolerance; ``A`` may be indefinite, and the norm is :math:`\|s\|^2 = s'M^{-1}s`. If the
+    space is found to be invariant, ``g`` has no part in some eigenvectors: a second space, from a
+    random vector orthogonal to the first, then looks for an eigenvalue below :math:`-\lambda`,
+    whose eigenvector completes the step in the hard case.
+
+    Cost: one product with ``A`` and one with ``M`` an iteration, one more where convergence in this
+    precision is in doubt. Memory: one vector in float64 an iteration, two with ``M``.
+
+    Args:
+        A: a :class:`LinearOperator`, a square tensor or a callable; symmetric, may be indefinite.
+        g: the gradient, shape ``(n,)``, float32 or float64.
+        radius: :math:`\Delta`, positive.
+        M: preconditioner, an approximation of the inverse of ``A``, positive definite.
+        rtol: tolerance on the residual of the equation above, relative to the norm of ``g``, or a
+            rule that makes it from that norm, such as :func:`forcing_sequence`.
+        atol: absolute tolerance.
+        max_iter: limit on the size of the space; ``n`` when None.
+        space: the space of the same ``A``, ``-g`` and ``M`` from an earlier call, made by
+            ``lanczos(A, -g, M=M, max_iter=0)``. It is used as far as it goes and extended where it
+            does not: after a rejection, a step for a smaller radius usually costs no product.
+
+    Returns:
+        The step, ``CONVERGED`` inside the region or on its edge; see :class:`SubproblemSolution`.
+        ``products`` are those of this call.
+
+    Raises:
+        TypeError: ``g`` is not a real floating vector, or ``A`` or ``M`` is not an operator.
+        ValueError: shapes or dtypes do not fit, the radius is not positive, a tolerance is
+            negative, or the space is that of another gradient.
+
+    Example:
+        >>> A, g = torch.diag(torch.tensor([-2.0, 1.0])), torch.tensor([0.0, 3.0])
+        >>> step = gltr(A, g, radius=2.0)
+        >>> step.hard_case, round(step.multiplier, 6), step.s.abs()
+        (True, 2.0, tensor([1.7321, 1.0000]))
+        >>> from trustregion import lanczos
+        >>> space = lanczos(A, -g, max_iter=0)
+        >>> [gltr(A, g, radius, space=space).products for radius in (2.0, 1.0)]
+        [2, 0]
+
+    References:
+        Gould, Lucidi, Roma and Toint, Solving the Trust-Region Subproblem using the Lanczos Method,
+        1999; Lenders, Kirches and Potschka, trlib: a vector-free implementation of the GLTR method,
+        2018.
+
+    """
+    check_vector("g", g)
+    check_radius("radius", radius)
+    check_tolerances(rtol, atol)
+    check_count("max_iter", max_iter)
+    if space is None:
+        space = KrylovSpace(A, -g, M)
+    elif not space.is_of(-g):
+        raise ValueError("space is that of another gradient: make one by lanczos(A, -g, M=M)")
+    limit = g.numel() if max_iter is None else max_iter
+    before = space.products
+    step = space.minimize(radius, rtol=rtol, atol=atol)
+    grows = True
+    while grows and _wants_more(space, step) and space.size < limit:
+        if space.exhausted:
+            space.restart()
+        grows = space.extend(next_block(space.size, limit)) > 0
+        step = space.minimize(radius, rtol=rtol, atol=atol)
+    if step.status is Status.STAGNATED:
+        step = space.minimize(radius, rtol=rtol, atol=atol, verify=True)
+    return replace(step, products=step.products + space.products - before)
+
+
+def _wants_more(space: KrylovSpace, step: SubproblemSolution) -> bool:
+    """Say whether a larger space could change the step."""
+    if step.status is Status.MAX_ITER:
+        return True
+    if space.status is not None:
+        return False
+    if space.exhausted:
+        return not space.restarted
+    beyond = space.beyond()
+    if beyond is None:
+        return False
+    if not len(beyond):
+        return True
+    # Is there a negative eigenvalue of A + multiplier M^-1 that the first vectors do not see?
+    theta, U = torch.linalg.eigh(beyond)
+    uncertainty = space.coupling * abs(U[-1, 0].item())
+    return uncertainty > RESOLVED * theta.abs().max().item()

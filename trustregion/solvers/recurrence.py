@@ -1,0 +1,186 @@
+"""The recurrence of conjugate gradients, shared by ``cg`` and ``steihaug``.
+
+It is a generator that asks for one product at a time, ``Ap = yield p``, so that several right-hand
+sides can advance together on one block product while each stops by itself.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..operators.base import LinearOperator
+from ..status import Status
+from ..vector import dot, norm
+from .basis import Basis, orthogonalise
+from .stopping import Progress
+from .verified import Asking, Run, why_no_direction
+
+
+@dataclass(frozen=True)
+class Rules:
+    """When a run stops, in the units of the unit-scale system."""
+
+    tolerance: float
+    """On the norm of the recurred residual."""
+    max_iter: int
+    progress_tol: float | None = None
+    radius: float = math.inf
+    """On ``|x|`` in the metric ``M^-1``."""
+    reorthogonalize: bool = False
+
+
+class Recurrence:
+    r"""Alg. 5.3 of Nocedal and Wright on ``A x = b`` of unit scale, from ``x = 0``.
+
+    Vectors are carried in float64 and handed to ``A`` and ``M`` in their own dtype: the products
+    are then the only float32 rounding, and the recurred residual parts from the true one by about
+    ``eps |A| sum |alpha p|``, however many iterations there are. Memory: five vectors in float64,
+    two more with a preconditioner, and one an iteration with reorthogonalisation (two with both).
+    """
+
+    def __init__(
+        self,
+        b: Tensor,
+        dtype: torch.dtype,
+        M: LinearOperator | None,
+        rules: Rules,
+        observe: Callable[[Tensor], object] | None = None,
+    ) -> None:
+        self.dtype, self.M, self.rules, self.observe = dtype, M, rules, observe
+        self.eps, self.largest = torch.finfo(dtype).eps, torch.finfo(dtype).max
+        x = torch.zeros_like(b)
+        self.run = Run(x, x if M is None else torch.zeros_like(b), b.clone(), dot(b, b))
+        self.p = torch.zeros_like(b)
+        self.w = self.p if M is None else torch.zeros_like(b)  # M^-1 p
+        self.r_next = torch.empty_like(b)
+        self.progress = None if rules.progress_tol is None else Progress(rules.progress_tol)
+        if rules.reorthogonalize:
+            self.W = Basis(b)
+            self.Z = self.W if M is None else Basis(b)
+
+    def iterate(self) -> Asking:
+        """Run to the end; afterwards ``status`` is set."""
+        run, rz, pp = self.run, math.inf, 0.0
+        while self._goes_on():
+            z = run.r if self.M is None else self.M.mv(run.r.to(self.dtype)).double()
+            rz_old, rz = rz, run.rr if self.M is None else dot(run.r, z)
+            if not 0 < rz < math.inf:
+                run.status = why_no_direction(rz)
+                break
+            if self.rules.reorthogonalize:
+                self._keep(z, rz)
+            beta = min(rz / rz_old, self.largest)
+            torch.add(z, self.p, alpha=beta, out=self.p)
+            if self.M is None:
+                pp = rz + beta * beta * pp  # r and the old p are orthogonal
+            else:
+                torch.add(run.r, self.w, alpha=beta, out=self.w)
+                pp = dot(self.p, self.p)
+            if not 0 < pp < math.inf:
+                run.status = Status.BREAKDOWN
+                break
+            Ap = yield self.p.to(self.dtype)
+            run.products += 1
+            run.status = self._step(Ap.double(), rz, pp)
+        return run
+
+    def _goes_on(self) -> bool:
+        """Say whether another iteration is due, and set the status if not."""
+        run = self.run
+        if run.status is None:
+            # Below a tenth of the gap to the true residual the recurred one means nothing.
+            if math.sqrt(run.rr) <= max(self.rules.tolerance, 0.1 * run.gap(self.eps)):
+                run.status = Status.CONVERGED
+            elif run.iterations >= self.rules.max_iter:
+                run.status = Status.MAX_ITER
+        return run.status is None
+
+    def _keep(self, z: Tensor, rz: float) -> None:
+        scale = 1 / math.sqrt(rz)
+        self.W.append(self.run.r * scale)
+        if self.Z is not self.W:
+            self.Z.append(z * scale)
+
+    def _step(self, Ap: Tensor, rz: float, pp: float) -> Status | None:
+        """Move along ``p`` to the minimum of the model; return why to stop, or None."""
+        run, length = self.run, math.sqrt(pp)
+        pAp = dot(self.p, Ap)
+        if not math.isfinite(pAp):
+            return Status.NONFINITE_OPERATOR
+        alpha, rr = rz / pAp if pAp > 0 else math.inf, math.inf
+        if alpha < math.inf:
+            torch.add(run.r, Ap, alpha=-alpha, out=self.r_next)
+            if self.rules.reorthogonalize:
+                r = orthogonalise(self.r_next, self.W.rows, self.Z.rows)
+                run.removed += norm(self.r_next.sub_(r))
+                self.r_next = r
+            rr = dot(self.r_next, self.r_next)
+            if not math.isfinite(rr):
+                return Status.NONFINITE_OPERATOR
+            # |alpha Ap|^2 = r'r + r_next'r_next, since the two are orthogonal
+            run.norm_A = max(run.norm_A, math.sqrt(run.rr + rr) / alpha / length)
+        if pAp <= self.eps * run.norm_A * pp:
+            return self._stop_at_curvature(Ap, pAp, rz, pp)
+        if self.rules.radius < math.inf:
+            tau = self._to_the_edge()[0]
+            if alpha >= tau:
+                self._jump(Ap, tau, tau * (0.5 * tau * pAp - rz))
+                return Status.BOUNDARY
+        run.reach += alpha * length
+        if not max(alpha, run.reach) <= self.largest:
+            return Status.NONFINITE_OPERATOR
+        self._move(alpha)
+        run.r, self.r_next, run.rr = self.r_next, run.r, rr
+        run.model_value -= 0.5 * alpha * rz
+        run.iterations += 1
+        if self.observe is not None:
+            self.observe(run.x)
+        if self.progress is not None and self.progress.satisfied(run.model_value):
+            return Status.PROGRESS_BELOW_TOLERANCE
+        return None
+
+    def _move(self, length: float) -> None:
+        self.run.x.add_(self.p, alpha=length)
+        if self.M is not None:
+            self.run.y.add_(self.w, alpha=length)
+
+    def _jump(self, Ap: Tensor, tau: float, change: float) -> None:
+        """End at ``x + tau p``, where the model has changed by ``change``."""
+        run = self.run
+        self._move(tau)
+        run.r = torch.add(run.r, Ap, alpha=-tau)
+        run.rr = dot(run.r, run.r)
+        run.model_value += change
+        run.reach += abs(tau) * math.sqrt(dot(self.p, self.p))
+        run.iterations += 1
+
+    def _to_the_edge(self) -> tuple[float, float]:
+        """Return both roots ``tau`` of ``|x + tau p| = radius``, the positive one first.
+
+        In units of the radius and without a difference of nearly equal numbers.
+        """
+        radius, x, y, w = self.rules.radius, self.run.x, self.run.y, self.w
+        unit = math.sqrt(dot(self.p, w))
+        along = dot(x, w) / unit / radius
+        room = max(1 - dot(x, y) / radius / radius, 0.0)
+        root = math.sqrt(along * along + room)
+        forth = room / (along + root) if along > 0 else root - along
+        back = -room / (root - along) if along < 0 else -(root + along)
+        return forth * radius / unit, back * radius / unit
+
+    def _stop_at_curvature(self, Ap: Tensor, pAp: float, rz: float, pp: float) -> Status:
+        """Record ``p``, along which the model has no minimum, and follow it to the edge."""
+        run = self.run
+        run.direction = self.p.to(self.dtype, copy=True)
+        if self.rules.radius < math.inf:
+            values = {t: t * (0.5 * t * pAp - rz) for t in self._to_the_edge()}
+            tau = min(values, key=values.__getitem__)
+            self._jump(Ap, tau, values[tau])
+        norm_A = max(run.norm_A, math.sqrt(dot(Ap, Ap) / pp))
+        negative = pAp < -self.eps * norm_A * pp
+        return Status.NEGATIVE_CURVATURE if negative else Status.ZERO_CURVATURE

@@ -1,0 +1,101 @@
+"""What the trust-region solvers share: the unit scale of a problem, and the account of a step."""
+
+from __future__ import annotations
+
+import math
+import sys
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ..status import Status
+from ..vector import exponent, ldexp, scalar_ldexp
+from .arguments import finite
+from .solution import SubproblemSolution
+
+
+@dataclass(frozen=True)
+class Region:
+    r"""The problem ``min 1/2 s'As - b's, |s| <= radius`` with ``b`` and ``radius`` over ``2^e``."""
+
+    b: Tensor
+    """Minus the gradient, in float64, of unit size."""
+    radius: float
+    e: int
+    dtype: torch.dtype
+
+    @property
+    def eps(self) -> float:
+        """The relative rounding error of the products."""
+        return torch.finfo(self.dtype).eps
+
+    def with_radius(self, radius: float) -> Region:
+        """Return the problem with a radius in the units of the caller.
+
+        Within float64, also where it is 1e300 times larger or smaller than the gradient.
+        """
+        unit = min(max(scalar_ldexp(radius, -self.e), sys.float_info.min), sys.float_info.max)
+        return replace(self, radius=unit)
+
+    def returned(self, s: Tensor) -> Tensor:
+        """Return the step in the units and the dtype of the caller."""
+        return ldexp(s, self.e).to(self.dtype)
+
+    def rounding(self, s: Tensor) -> Tensor:
+        """Return what the returned step lacks, in the units of this problem."""
+        return s - ldexp(self.returned(s).double(), -self.e)
+
+    def account(
+        self,
+        s: Tensor,
+        status: Status,
+        *,
+        iterations: int,
+        products: int,
+        size: float,
+        reduction: float,
+        curvature: float,
+        residual_norm: float,
+        on_boundary: bool = False,
+        multiplier: float = 0.0,
+        hard_case: bool = False,
+    ) -> SubproblemSolution:
+        """Return the solution from the numbers of a step at unit scale; see its attributes."""
+        step = self.returned(s)
+        if not finite(step):
+            return no_step(step, Status.NONFINITE_OPERATOR, iterations, products)
+        return SubproblemSolution(
+            step,
+            status,
+            on_boundary,
+            multiplier,
+            scalar_ldexp(reduction, 2 * self.e),
+            iterations,
+            products,
+            scalar_ldexp(size, self.e),
+            scalar_ldexp(curvature, 2 * self.e),
+            scalar_ldexp(residual_norm, self.e),
+            hard_case,
+        )
+
+
+def region(g: Tensor, radius: float) -> Region | SubproblemSolution:
+    """Bring a problem to unit scale; or return its solution, which is none if ``g`` is not finite.
+
+    A zero gradient stays as it is.
+    """
+    if not finite(g):
+        return no_step(g, Status.NONFINITE_INPUT)
+    e = exponent(g) or 0
+    return Region(ldexp(-g.double(), -e), math.inf, e, g.dtype).with_radius(radius)
+
+
+def no_step(
+    g: Tensor, status: Status, iterations: int = 0, products: int = 0
+) -> SubproblemSolution:
+    """Return the zero step of a problem that asks for none, or whose answer is not finite."""
+    residual = 0.0 if status is Status.CONVERGED else math.inf
+    return SubproblemSolution(
+        torch.zeros_like(g), status, False, 0.0, 0.0, iterations, products, 0.0, 0.0, residual
+    )

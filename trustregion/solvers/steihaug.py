@@ -1,0 +1,119 @@
+"""The truncated conjugate gradients of Steihaug and Toint for the trust-region subproblem."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ..operators.base import LinearOperator, OperatorLike, as_operator
+from ..status import Status
+from ..vector import dot, norm
+from .arguments import check_count, check_radius, check_tolerances, check_vector, finite
+from .recurrence import Recurrence, Rules
+from .region import Region, region
+from .solution import SubproblemSolution
+from .verified import Goal, Run, drive
+
+
+@torch.no_grad()
+def steihaug(
+    A: OperatorLike,
+    g: Tensor,
+    radius: float,
+    *,
+    M: OperatorLike | None = None,
+    rtol: float | Callable[[float], float] = 1e-5,
+    atol: float = 0.0,
+    max_iter: int | None = None,
+) -> SubproblemSolution:
+    r"""Minimise :math:`g's + \frac12 s'As` over :math:`\|s\| \le \Delta`, approximately.
+
+    Conjugate gradients on :math:`As = -g` from zero, until the residual is small, the path leaves
+    the region, or a direction of no positive curvature turns up; in the last two cases the step
+    goes on to the edge, in the last to whichever end is lower. The norm is
+    :math:`\|s\|^2 = s'M^{-1}s`, in which the iterates grow, so that the first crossing is the last.
+    For a positive definite ``A`` the model falls by at least half of what the exact solution
+    gains. An indefinite ``A`` is better served by :func:`gltr`.
+
+    Cost: one product with ``A`` and one with ``M`` an iteration, one more where convergence in
+    this precision is in doubt; constant memory (five vectors in float64, seven with ``M``). The
+    model value and the norm cost none.
+
+    Args:
+        A: a :class:`LinearOperator`, a square tensor or a callable; symmetric, may be indefinite.
+        g: the gradient, shape ``(n,)``, float32 or float64.
+        radius: :math:`\Delta`, positive.
+        M: preconditioner, an approximation of the inverse of ``A``, positive definite.
+        rtol: tolerance on the residual relative to the norm of ``g``, or a rule that makes it from
+            that norm, such as :func:`forcing_sequence`.
+        atol: absolute tolerance on the residual's norm.
+        max_iter: limit on iterations; ``10 n`` when None.
+
+    Returns:
+        The step: ``CONVERGED`` inside the region, ``BOUNDARY`` or ``NEGATIVE_CURVATURE`` (or
+        ``ZERO_CURVATURE``) at its edge; see :class:`SubproblemSolution`.
+
+    Raises:
+        TypeError: ``g`` is not a real floating vector, or ``A`` or ``M`` is not an operator.
+        ValueError: shapes or dtypes do not fit, the radius is not positive, or a tolerance is
+            negative.
+
+    Example:
+        >>> A, g = torch.diag(torch.tensor([1.0, 3.0])), torch.tensor([-2.0, 0.0])
+        >>> step = steihaug(A, g, radius=1.0)
+        >>> step.s, step.status, step.predicted_reduction
+        (tensor([1., 0.]), <Status.BOUNDARY: 'boundary'>, 1.5)
+
+    References:
+        Steihaug, The Conjugate Gradient Method and Trust Regions in Large Scale Optimization,
+        1983; Conn, Gould and Toint, Trust-Region Methods, 2000, Alg. 7.5.1; Yuan, On the
+        Truncated Conjugate Gradient Method, 2000.
+
+    """
+    check_vector("g", g)
+    check_radius("radius", radius)
+    check_tolerances(rtol, atol)
+    check_count("max_iter", max_iter)
+    A = as_operator(A, g)
+    M = None if M is None else as_operator(M, g)
+    problem = region(g, radius)
+    if isinstance(problem, SubproblemSolution):
+        return problem
+    tolerance = Goal(rtol, atol).tolerance(problem.b, problem.e)
+    limit = 10 * g.numel() if max_iter is None else max_iter
+    rules = Rules(tolerance, limit, radius=problem.radius)
+    run = drive(A, Recurrence(problem.b, g.dtype, M, rules).iterate())
+    status = run.status or Status.CONVERGED
+    if status is Status.CONVERGED:
+        margin = run.margin(problem.rounding(run.x), problem.eps)
+        if math.sqrt(run.rr) + margin > tolerance:
+            status = _measure(A, problem, run, tolerance)
+    s, r, b = run.x, run.r, problem.b
+    return problem.account(
+        s,
+        status,
+        iterations=run.iterations,
+        products=run.products,
+        size=math.sqrt(max(dot(s, run.y), 0.0)),
+        reduction=0.5 * dot(s, b + r),
+        curvature=dot(s, b - r),
+        residual_norm=norm(r),
+        on_boundary=status in EDGE,
+        multiplier=math.nan if status in EDGE else 0.0,
+    )
+
+
+EDGE = (Status.BOUNDARY, Status.NEGATIVE_CURVATURE, Status.ZERO_CURVATURE)
+
+
+def _measure(A: LinearOperator, problem: Region, run: Run, tolerance: float) -> Status:
+    """Put the true residual in place of the recurred one."""
+    run.products += 1
+    r = problem.b - A.mv(run.x.to(problem.dtype)).double()
+    if not finite(r):
+        return Status.NONFINITE_OPERATOR
+    run.r = r
+    return Status.CONVERGED if norm(r) <= tolerance else Status.STAGNATED

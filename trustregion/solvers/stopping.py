@@ -1,0 +1,110 @@
+"""When a solve has done enough: forcing sequences and the relative progress of the model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+
+class Progress:
+    r"""Martens' rule on the model values :math:`\phi_i` of the iterates.
+
+    Satisfied at iteration ``i`` if, with :math:`k = \max(10, \lceil i / 10 \rceil)`,
+
+    .. math:: i > k, \quad \phi_i < 0, \quad \frac{\phi_i - \phi_{i-k}}{\phi_i} < k \epsilon
+
+    so that an iteration has to earn the fraction ``tol`` of what was gained so far, on average over
+    the last ``k``.
+
+    Args:
+        tol: epsilon; 5e-4 in the paper.
+        start: the model value of the starting point.
+
+    References:
+        Martens, Deep Learning via Hessian-free Optimization, 2010, section 4.4.
+
+    """
+
+    def __init__(self, tol: float, start: float = 0.0) -> None:
+        self.tol = tol
+        self.values = [start]
+
+    def satisfied(self, value: float) -> bool:
+        """Take in the model value of the next iterate, and say whether to stop there."""
+        self.values.append(value)
+        i = len(self.values) - 1
+        k = max(10, -(-i // 10))
+        return i > k and value < 0 and (value - self.values[i - k]) / value < k * self.tol
+
+
+def forcing_sequence(kappa: float = 0.5, theta: float = 0.5) -> Callable[[float], float]:
+    r"""Return the rule :math:`\|b\| \mapsto \min(\kappa, \|b\|^\theta)`, to be passed as ``rtol``.
+
+    In Newton's method ``b`` is minus the gradient: far from a solution the systems are solved
+    roughly, near it ever more exactly, and the method converges with order ``1 + theta``. The
+    norm enters as it is, so the loss should be of order one; divide by a reference norm where it
+    is not: ``rtol=lambda size: rule(size / first)``.
+
+    Args:
+        kappa: upper limit of the relative tolerance, in (0, 1).
+        theta: in (0, 1]: 1/2 gives superlinear, 1 quadratic convergence.
+
+    Raises:
+        ValueError: an argument out of its range.
+
+    Example:
+        >>> rule = forcing_sequence()
+        >>> rule(100.0), rule(0.01)
+        (0.5, 0.1)
+
+    References:
+        Dembo, Eisenstat and Steihaug, Inexact Newton Methods, 1982; Conn, Gould and Toint,
+        Trust-Region Methods, 2000, section 7.5.1.
+
+    """
+    if not 0 < kappa < 1:
+        raise ValueError(f"kappa must be between 0 and 1, got {kappa}")
+    if not 0 < theta <= 1:
+        raise ValueError(f"theta must be in (0, 1], got {theta}")
+    return lambda size: min(kappa, size**theta)
+
+
+def eisenstat_walker(
+    size: float,
+    previous_size: float,
+    previous_rtol: float,
+    *,
+    gamma: float = 0.9,
+    alpha: float = (1 + 5**0.5) / 2,
+    largest: float = 0.9,
+) -> float:
+    r"""Return the next relative tolerance of an inexact Newton method, from how fast ``g`` falls.
+
+    :math:`\eta_k = \gamma (\|g_k\| / \|g_{k-1}\|)^\alpha`, kept from falling faster than
+    :math:`\gamma \eta_{k-1}^\alpha` as long as that is above 0.1, and at most ``largest``. Unlike
+    :func:`forcing_sequence` it does not depend on the scale of the loss.
+
+    Args:
+        size: the norm of the gradient now.
+        previous_size: the norm of the gradient one step earlier.
+        previous_rtol: the tolerance used there.
+        gamma: in (0, 1].
+        alpha: order of convergence, in (1, 2].
+        largest: upper limit.
+
+    Example:
+        >>> eisenstat_walker(0.5, 1.0, 0.1, alpha=2.0)
+        0.225
+
+    References:
+        Eisenstat and Walker, Choosing the Forcing Terms in an Inexact Newton Method, 1996,
+        choice 2 with its safeguard.
+
+    """
+    if not (size >= 0 and previous_size > 0 and previous_rtol >= 0):
+        raise ValueError(
+            "norms and tolerances must not be negative, and the previous norm not zero, got"
+            f" size={size}, previous_size={previous_size}, previous_rtol={previous_rtol}"
+        )
+    rtol = gamma * (size / previous_size) ** alpha
+    floor = gamma * previous_rtol**alpha
+    return min(max(rtol, floor) if floor > 0.1 else rtol, largest)

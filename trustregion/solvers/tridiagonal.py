@@ -1,0 +1,106 @@
+"""Lanczos' process: an orthonormal basis of a Krylov space, and the tridiagonal matrix in it."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ..operators.base import LinearOperator
+from ..status import Status
+from ..vector import dot, norm
+from .arguments import finite
+from .basis import Basis, orthogonalise
+from .verified import why_no_direction
+
+
+class Tridiagonalisation:
+    r"""Rows ``Q``, ``W`` with :math:`QW' = I` and :math:`AQ' = W'T + \beta_k w_{k+1} e_k'`.
+
+    ``W`` is :math:`M^{-1}Q`, the same rows without a preconditioner. Every new vector is
+    orthogonalised against all the others, twice, in float64: the basis then behaves as in exact
+    arithmetic, also for an operator in float32.
+    """
+
+    def __init__(
+        self, A: LinearOperator, b: Tensor, M: LinearOperator | None, dtype: torch.dtype
+    ) -> None:
+        self.A, self.M, self.dtype = A, M, dtype
+        self.eps = torch.finfo(dtype).eps
+        self.status: Status | None = None
+        self.exhausted = False
+        self.products = 0
+        self.alphas: list[float] = []
+        self.betas: list[float] = []  # betas[j] couples the vectors j and j + 1
+        self.norm_A = 0.0  # largest |Aq|/|q|
+        self.Q = Basis(b)
+        self.W = self.Q if M is None else Basis(b)
+        self.start = self._append(b, norm(b))
+
+    @property
+    def size(self) -> int:
+        """The number of vectors that ``A`` has been applied to."""
+        return len(self.alphas)
+
+    def matrix(self, k: int) -> Tensor:
+        """Return ``T`` of the first ``k`` vectors."""
+        T = torch.diag(torch.tensor(self.alphas[:k], dtype=torch.float64))
+        if k > 1:
+            off = torch.tensor(self.betas[: k - 1], dtype=torch.float64)
+            T += torch.diag(off, 1) + torch.diag(off, -1)
+        return T.to(self.Q.rows.device)
+
+    def grow(self) -> bool:
+        """Add a vector at one product, and say whether there was one to add."""
+        if self.exhausted or self.status is not None:
+            return False
+        k = self.size
+        q = self.Q.rows[k]
+        Aq = self.A.mv(q.to(self.dtype)).double()
+        self.products += 1
+        alpha = dot(q, Aq)
+        if not (math.isfinite(alpha) and finite(Aq)):
+            self.status = Status.NONFINITE_OPERATOR
+            return False
+        self.norm_A = max(self.norm_A, norm(Aq) / norm(q))
+        r = torch.add(Aq, self.W.rows[k], alpha=-alpha)
+        if k > 0:
+            r = torch.add(r, self.W.rows[k - 1], alpha=-self.betas[k - 1])
+        r = orthogonalise(r, self.W.rows, self.Q.rows)
+        beta = self._append(r, norm(Aq))
+        if self.status is not None:
+            return False
+        self.alphas.append(alpha)
+        self.betas.append(beta)
+        return True
+
+    def restart(self, generator: torch.Generator) -> None:
+        """Go on in a new Krylov space, from a random vector orthogonal to an exhausted one."""
+        rows = self.W.rows
+        if len(rows) == rows.shape[1]:
+            return
+        r = torch.randn(rows.shape[1], generator=generator, dtype=torch.float64).to(rows.device)
+        self.exhausted = False
+        self._append(orthogonalise(r, rows, self.Q.rows), norm(r))  # its coupling stays 0
+
+    def _append(self, r: Tensor, before: float) -> float:
+        """Add ``Mr`` over its length and return the length, or 0 where nothing is left of ``r``.
+
+        ``before`` is the size of what ``r`` was made from: a remainder below ``eps`` times that is
+        rounding.
+        """
+        size = norm(r)
+        if len(self.Q) == r.numel() or size <= self.eps * before * (len(self.Q) > 0):
+            self.exhausted = True
+            return 0.0
+        z = r if self.M is None else self.M.mv(r.to(self.dtype)).double()
+        rz = size * size if self.M is None else dot(r, z)
+        if not 0 < rz < math.inf:
+            self.status = why_no_direction(rz)
+            return 0.0
+        length = math.sqrt(rz)
+        self.Q.append(z / length)
+        if self.M is not None:
+            self.W.append(r / length)
+        return length
