@@ -19,11 +19,14 @@ from .distributions import mean_kl as mean_kl
 from .distributions import register_distribution as register_distribution
 from .line_search import LineSearch as LineSearch
 from .line_search import backtracking as backtracking
+from .operators import DenseMap as DenseMap
 from .operators import DenseOperator as DenseOperator
 from .operators import FisherOperator as FisherOperator
+from .operators import FunctionMap as FunctionMap
 from .operators import FunctionOperator as FunctionOperator
 from .operators import Identity as Identity
 from .operators import KLHessianOperator as KLHessianOperator
+from .operators import LinearMap as LinearMap
 from .operators import LinearOperator as LinearOperator
 from .operators import check_symmetric as check_symmetric
 from .operators import to_dense as to_dense
@@ -35,11 +38,14 @@ from .radius import gould_radius as gould_radius
 from .radius import initial_radius as initial_radius
 from .radius import levenberg_marquardt_damping as levenberg_marquardt_damping
 from .radius import reduction_ratio as reduction_ratio
+from .solvers import DualSolution as DualSolution
 from .solvers import FixedSolution as FixedSolution
 from .solvers import KrylovSpace as KrylovSpace
 from .solvers import LinearSolution as LinearSolution
 from .solvers import SubproblemSolution as SubproblemSolution
 from .solvers import cg as cg
+from .solvers import dual_is_cheaper as dual_is_cheaper
+from .solvers import dual_solve as dual_solve
 from .solvers import eisenstat_walker as eisenstat_walker
 from .solvers import fixed_cg as fixed_cg
 from .solvers import forcing_sequence as forcing_sequence
@@ -69,11 +75,17 @@ __all__ = [
     "KLHessianOperator",
     "to_dense",
     "check_symmetric",
+    "LinearMap",
+    "DenseMap",
+    "FunctionMap",
     # linear systems
     "cg",
     "fixed_cg",
     "multishift_cg",
+    "dual_solve",
+    "dual_is_cheaper",
     "LinearSolution",
+    "DualSolution",
     "FixedSolution",
     "forcing_sequence",
     "eisenstat_walker",

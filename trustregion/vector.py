@@ -134,7 +134,11 @@ class ParameterVector:
 
 def dot(u: Tensor, v: Tensor) -> float:
     """Return the inner product ``u'v`` of two ``(n,)`` vectors, accumulated in float64."""
-    return torch.dot(u.double(), v.double()).item()  # host sync
+    if u.dtype is not torch.float64:  # asked first: a cast to the same dtype costs a quarter
+        u = u.double()
+    if v.dtype is not torch.float64:
+        v = v.double()
+    return torch.dot(u, v).item()  # host sync
 
 
 def exponent(u: Tensor) -> int | None:
@@ -158,5 +162,12 @@ def scalar_ldexp(value: float, e: int) -> float:
 
 
 def norm(u: Tensor) -> float:
-    """Return the Euclidean norm of an ``(n,)`` vector, accumulated in float64."""
-    return math.sqrt(dot(u, u))
+    """Return the Euclidean norm of an ``(n,)`` vector, accumulated in float64, at any scale."""
+    square = dot(u, u)
+    if 1e-280 < square < math.inf:  # no square has lost digits
+        return math.sqrt(square)
+    e = exponent(u)
+    if e is None or not math.isfinite(square) and not bool(u.isfinite().all()):
+        return math.sqrt(square)
+    u = ldexp(u.double(), -e)
+    return scalar_ldexp(math.sqrt(dot(u, u)), e)

@@ -13,6 +13,7 @@ from trustregion import (
     KLHessianOperator,
     to_dense,
 )
+from trustregion.operators.map import DenseMap, FunctionMap, as_map, wide_mv, wide_rmv
 
 CASES = {case.name: case for case in cases()}
 each_case = pytest.mark.parametrize("case", CASES.values(), ids=list(CASES))
@@ -213,3 +214,114 @@ def test_operators_refuse_what_does_not_fit():
     for wrong in (lambda v: v[:2], lambda v: v.float(), lambda _: None):
         with pytest.raises(ValueError, match="must map a vector"):
             FunctionOperator(wrong, 4, torch.float64) @ torch.ones(4, dtype=torch.float64)
+
+
+def dense_map(J):
+    """The matrix of a map by its products with ``J``, column by column."""
+    eye = torch.eye(J.shape[1], dtype=J.dtype)
+    return torch.stack([J.mv(e) for e in eye], dim=1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", list(CASES))
+def test_jacobian_of_the_outputs_equals_autograd(name, dtype):
+    case = next(c for c in cases(dtype) if c.name == name)
+    J = FisherOperator(case.predict(case.params), case.params).jacobian
+    exact = oracles.output_jacobian(CASES[name].predict, CASES[name].params)
+    assert (J.shape, J.dtype) == (tuple(exact.shape), dtype)
+    # a few chained products
+    atol = 50 * torch.finfo(dtype).eps * exact.abs().max().item()
+    torch.testing.assert_close(dense_map(J).double(), exact, rtol=0, atol=atol)
+    torch.testing.assert_close(J.rows().double(), exact, rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", list(CASES))
+def test_fisher_is_jacobian_metric_jacobian(name, dtype):
+    case = next(c for c in cases(dtype) if c.name == name)
+    F = FisherOperator(case.predict(case.params), case.params)
+    J, v = F.jacobian, torch.randn(F.shape[0], dtype=dtype)
+    assert torch.equal(J.rmv(F.metric(J.mv(v))) / F.batch_size, F @ v)
+    H = to_dense(FunctionOperator(F.metric, J.shape[0], dtype)).double()
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(H, H.T, rtol=0, atol=10 * eps * H.abs().max().item())
+    assert torch.linalg.eigvalsh(H)[0] >= -10 * eps * H.abs().max()
+    assert not F.metric(J.mv(v)).requires_grad
+    assert not J.mv(v).requires_grad
+
+
+def test_metric_of_a_categorical_is_its_covariance():
+    logits = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
+    F = FisherOperator(td.Categorical(logits=logits), [logits])
+    p = torch.softmax(logits.detach(), -1)
+    expected = torch.block_diag(*(torch.diag(q) - q.outer(q) for q in p))
+    H = to_dense(FunctionOperator(F.metric, 6, torch.float64))
+    torch.testing.assert_close(H, expected, rtol=1e-12, atol=1e-15)
+
+
+def test_metric_and_jacobian_of_outputs_in_another_dtype():
+    W = torch.randn(3, 4, requires_grad=True)
+    F = FisherOperator(linear_policy(torch.randn(5, 3).double(), W.double()), [W])
+    v = torch.randn(12)
+    assert F.jacobian.mv(v).dtype == torch.float32
+    # the outputs are rounded to float32 in between here, and not in the product
+    torch.testing.assert_close(F.jacobian.rmv(F.metric(F.jacobian.mv(v))) / 5, F @ v)
+
+
+def counted(matrix):
+    calls = []
+
+    def adjoint(u):
+        calls.append(u)
+        return matrix.T @ u
+
+    return FunctionMap(lambda v: matrix @ v, adjoint, tuple(matrix.shape), matrix.dtype), calls
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", [(1, 5), (3, 7), (300, 20), (600, 9000), (4, 0)])
+def test_gram_is_j_j_transposed_in_float64(shape, dtype):
+    matrix = torch.randn(shape, dtype=dtype)
+    exact = matrix.double() @ matrix.double().T
+    K = DenseMap(matrix).gram()
+    assert torch.equal(K, K.T)
+    # sums of up to 9000 products, in another order
+    torch.testing.assert_close(K, exact, rtol=0, atol=1e-13 * max(1.0, exact.abs().max().item()))
+    if shape[0] <= 3:
+        J, calls = counted(matrix)
+        assert torch.equal(J.gram(), K)
+        assert len(calls) == shape[0]
+
+
+def test_rows_of_a_map_are_m_products_and_of_a_matrix_none():
+    matrix = torch.randn(3, 5)
+    J, calls = counted(matrix)
+    assert torch.equal(J.rows(), matrix)
+    assert torch.equal(torch.stack(calls), torch.eye(3))
+    assert DenseMap(matrix).rows() is matrix
+
+
+@pytest.mark.parametrize("power", [-500, -3, 4, 500])
+def test_an_exponent_keeps_the_gram_matrix_in_range(power):
+    matrix = torch.randn(3, 5, dtype=torch.float64)
+    assert torch.equal(DenseMap(matrix * 2.0**power).gram(power), DenseMap(matrix).gram())
+
+
+@pytest.mark.parametrize("shape", [(1, 5), (3, 7), (600, 9000)])
+def test_wide_products_are_those_of_the_matrix_in_float64(shape):
+    rows = torch.randn(shape)
+    v, u = (torch.randn(k, dtype=torch.float64) for k in reversed(shape))
+    torch.testing.assert_close(wide_mv(rows, v, 2), rows.double() @ v / 4, rtol=0, atol=1e-11)
+    torch.testing.assert_close(wide_rmv(rows, u, 2), rows.double().T @ u / 4, rtol=0, atol=1e-11)
+
+
+def test_maps_refuse_what_does_not_fit():
+    with pytest.raises(TypeError, match="got list: make a map"):
+        as_map([1.0])
+    with pytest.raises(ValueError, match=r"a matrix \(m, n\) is needed"):
+        as_map(torch.ones(3))
+    J = FunctionMap(lambda v: v[:1], lambda u: u.double(), (2, 3))
+    with pytest.raises(ValueError, match=r"J v must have shape \(2,\)"):
+        J.mv(torch.ones(3))
+    with pytest.raises(ValueError, match=r"J' u must have shape \(3,\)"):
+        J.rmv(torch.ones(2))

@@ -9,3 +9,6 @@ from .base import check_symmetric as check_symmetric
 from .base import to_dense as to_dense
 from .fisher import FisherOperator as FisherOperator
 from .hessian import KLHessianOperator as KLHessianOperator
+from .map import DenseMap as DenseMap
+from .map import FunctionMap as FunctionMap
+from .map import LinearMap as LinearMap

@@ -11,6 +11,7 @@ from ..autodiff import differentiate
 from ..distributions import Joint, Prediction, joint_of
 from ..vector import ParameterVector
 from .base import LinearOperator
+from .map import FunctionMap, LinearMap
 
 
 class FisherOperator(LinearOperator):
@@ -64,7 +65,7 @@ class FisherOperator(LinearOperator):
                 "the distribution carries no graph: build it from the model's outputs with grad"
                 " enabled, without detach(), .item() or torch.no_grad()"
             )
-        self._metric, self._batch_size = joint.fisher(), joint.batch_size
+        self._metric, self.batch_size = joint.fisher(), joint.batch_size
         self._linearise()
 
     def _linearise(self) -> None:
@@ -109,4 +110,44 @@ class FisherOperator(LinearOperator):
     @torch.no_grad()
     def mv(self, v: Tensor) -> Tensor:
         """Return ``F v``. Cost: one product, no forward pass."""
-        return self.vjp(self._metric(self.jvp(v))).div_(self._batch_size)
+        return self.vjp(self._metric(self.jvp(v))).div_(self.batch_size)
+
+    @property
+    def jacobian(self) -> LinearMap:
+        """The Jacobian ``J`` of shape ``(m, n)``: of all parameters of the distribution, flattened.
+
+        Its rows are the parameter tensors in the order of :meth:`jvp`, each in its logical order; a
+        product with ``J`` or with ``J'`` costs half a product with ``F``.
+
+        Example:
+            >>> from torch.distributions import Normal
+            >>> mean = torch.zeros(2, requires_grad=True)
+            >>> F = FisherOperator(Normal(mean, torch.tensor([1.0, 2.0])), [mean])
+            >>> F.jacobian.shape, F.jacobian.mv(torch.tensor([3.0, 4.0]))
+            ((4, 2), tensor([3., 4., 0., 0.]))
+
+        """
+        shape = (sum(y.numel() for y in self._outputs), self._vector.numel)
+        return FunctionMap(
+            lambda v: self._flatten(self.jvp(v)),
+            lambda u: self.vjp(self._unflatten(u)),
+            shape,
+            self.dtype,
+            self.device,
+        )
+
+    @torch.no_grad()
+    def metric(self, u: Tensor) -> Tensor:
+        """Return ``M u`` of shape ``(m,)``: the Fisher matrix of the family, sample by sample.
+
+        With it, ``F v`` is ``jacobian.rmv(metric(jacobian.mv(v))) / batch_size``.
+        """
+        return self._flatten(self._metric(self._unflatten(u)))
+
+    def _flatten(self, tensors: Sequence[Tensor]) -> Tensor:
+        return torch.cat([t.reshape(-1) for t in tensors]).to(self.dtype)
+
+    def _unflatten(self, u: Tensor) -> tuple[Tensor, ...]:
+        parts = u.split([y.numel() for y in self._outputs])
+        pairs = zip(parts, self._outputs, strict=True)
+        return tuple(part.view(y.shape) for part, y in pairs)

@@ -2,6 +2,9 @@
 
 from .cg import cg as cg
 from .dense import trust_region_dense as trust_region_dense
+from .dual import DualSolution as DualSolution
+from .dual import dual_is_cheaper as dual_is_cheaper
+from .dual import dual_solve as dual_solve
 from .fixed import FixedSolution as FixedSolution
 from .fixed import fixed_cg as fixed_cg
 from .gltr import gltr as gltr
