@@ -46,6 +46,7 @@ slow: $(READY)
 
 bench: $(READY_BENCH)
 	@$(BIN)/python -m pytest benchmarks -q --benchmark-only --benchmark-sort=name
+	@$(BIN)/python -m benchmarks.solvers
 
 cartpole: $(READY)
 	@$(BIN)/python benchmarks/cartpole.py

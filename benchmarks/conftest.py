@@ -4,10 +4,12 @@ import importlib.util
 
 import pytest
 
-# The doctest collector imports every module; these need sb3-contrib, which the test skips without.
-collect_ignore = (
-    [] if importlib.util.find_spec("sb3_contrib") else ["cases.py", "peers.py", "report.py"]
-)
+# The doctest collector imports every module; these need the peers, which the tests skip without.
+collect_ignore = []
+if not importlib.util.find_spec("sb3_contrib"):
+    collect_ignore += ["cases.py", "peers.py", "report.py"]
+if not all(map(importlib.util.find_spec, ("sb3_contrib", "linear_operator", "torchopt"))):
+    collect_ignore += ["solver_peers.py", "solvers.py"]
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -51,11 +51,15 @@ from .solvers import fixed_cg as fixed_cg
 from .solvers import forcing_sequence as forcing_sequence
 from .solvers import gltr as gltr
 from .solvers import lanczos as lanczos
+from .solvers import lsqr as lsqr
+from .solvers import minres as minres
 from .solvers import multishift_cg as multishift_cg
 from .solvers import steihaug as steihaug
 from .solvers import trust_region_dense as trust_region_dense
 from .status import Status as Status
+from .subproblem import ConstrainedStep as ConstrainedStep
 from .subproblem import Step as Step
+from .subproblem import constrained_kl_ball_step as constrained_kl_ball_step
 from .subproblem import kl_ball_step as kl_ball_step
 from .vector import ParameterVector as ParameterVector
 
@@ -82,6 +86,8 @@ __all__ = [
     "cg",
     "fixed_cg",
     "multishift_cg",
+    "minres",
+    "lsqr",
     "dual_solve",
     "dual_is_cheaper",
     "LinearSolution",
@@ -105,6 +111,8 @@ __all__ = [
     "InitialRadius",
     "kl_ball_step",
     "Step",
+    "constrained_kl_ball_step",
+    "ConstrainedStep",
     "backtracking",
     "LineSearch",
     # models

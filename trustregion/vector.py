@@ -167,7 +167,7 @@ def norm(u: Tensor) -> float:
     if 1e-280 < square < math.inf:  # no square has lost digits
         return math.sqrt(square)
     e = exponent(u)
-    if e is None or not math.isfinite(square) and not bool(u.isfinite().all()):
+    if e is None or (not math.isfinite(square) and not bool(u.isfinite().all())):
         return math.sqrt(square)
     u = ldexp(u.double(), -e)
     return scalar_ldexp(math.sqrt(dot(u, u)), e)

@@ -10,6 +10,8 @@ from .fixed import fixed_cg as fixed_cg
 from .gltr import gltr as gltr
 from .krylov import KrylovSpace as KrylovSpace
 from .lanczos import lanczos as lanczos
+from .least_squares import lsqr as lsqr
+from .minres import minres as minres
 from .multishift import multishift_cg as multishift_cg
 from .solution import LinearSolution as LinearSolution
 from .solution import SubproblemSolution as SubproblemSolution

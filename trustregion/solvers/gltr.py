@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from ..operators.base import OperatorLike
-from ..status import Status
 from .arguments import check_count, check_radius, check_tolerances, check_vector
 from .krylov import KrylovSpace
 from .multishift import next_block
@@ -60,7 +59,9 @@ def gltr(
 
     Returns:
         The step, ``CONVERGED`` inside the region or on its edge; see :class:`SubproblemSolution`.
-        ``products`` are those of this call.
+        ``products`` are those of this call. Converged means the equation above and the minimum over
+        the space: a space that reaches the tolerance well before it is invariant gives no sign of
+        an eigenvector that ``g`` has no part in. :func:`trust_region_dense` sees them all.
 
     Raises:
         TypeError: ``g`` is not a real floating vector, or ``A`` or ``M`` is not an operator.
@@ -92,23 +93,23 @@ def gltr(
     elif not space.is_of(-g):
         raise ValueError("space is that of another gradient: make one by lanczos(A, -g, M=M)")
     limit = g.numel() if max_iter is None else max_iter
-    before = space.products
-    step = space.minimize(radius, rtol=rtol, atol=atol)
-    grows = True
-    while grows and _wants_more(space, step) and space.size < limit:
+    before, grows = space.products, True
+    while grows and space.size < limit:
+        if not space.is_too_small(radius=radius, rtol=rtol, atol=atol) and not _might_miss(space):
+            break
         if space.exhausted:
             space.restart()
         grows = space.extend(next_block(space.size, limit)) > 0
-        step = space.minimize(radius, rtol=rtol, atol=atol)
-    if step.status is Status.STAGNATED:
-        step = space.minimize(radius, rtol=rtol, atol=atol, verify=True)
+    step = space.minimize(radius, rtol=rtol, atol=atol, verify=True)
     return replace(step, products=step.products + space.products - before)
 
 
-def _wants_more(space: KrylovSpace, step: SubproblemSolution) -> bool:
-    """Say whether a larger space could change the step."""
-    if step.status is Status.MAX_ITER:
-        return True
+def _might_miss(space: KrylovSpace) -> bool:
+    """Say whether an invariant space may lack an eigenvector that lowers the model.
+
+    Past its end there is a space of its own, which tells whether there is an eigenvalue lower than
+    the ones within, once its leftmost value has settled.
+    """
     if space.status is not None:
         return False
     if space.exhausted:
@@ -118,7 +119,6 @@ def _wants_more(space: KrylovSpace, step: SubproblemSolution) -> bool:
         return False
     if not len(beyond):
         return True
-    # Is there a negative eigenvalue of A + multiplier M^-1 that the first vectors do not see?
     theta, U = torch.linalg.eigh(beyond)
     uncertainty = space.coupling * abs(U[-1, 0].item())
     return uncertainty > RESOLVED * theta.abs().max().item()

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..operators.base import OperatorLike, as_operator
 from ..status import Status
-from ..vector import dot, exponent, ldexp, norm, scalar_ldexp
+from ..vector import dot, norm, scalar_ldexp
 from .arguments import (
     check_count,
     check_number,
@@ -55,7 +55,6 @@ class KrylovSpace:
         unit = self._given.b if isinstance(self._given, Region) else torch.zeros_like(b).double()
         self._zero = torch.zeros_like(b)
         self._process = Tridiagonalisation(self._A, unit, M, b.dtype)
-        self._spectra: dict[int, tuple[Tensor, Tensor]] = {}
         self.restarted = False
 
     @property
@@ -133,7 +132,7 @@ class KrylovSpace:
         if not isinstance(self._given, Region) or not self._process.start:
             return self._nothing()
         definite, lowest, direction = self._definite(k, damping)
-        theta, U = self._spectrum(definite)
+        theta, U = self._process.spectrum(definite)
         first = U[0] if definite else U.new_zeros(0)
         point = self._point(U @ (self._process.start * first / (theta + damping)), damping)
         goal = Goal(rtol, atol)
@@ -185,7 +184,7 @@ class KrylovSpace:
             rest = Status.MAX_ITER if self._process.start else Status.CONVERGED
             return no_step(self._zero, self.status or rest)
         problem = self._given.with_radius(radius)
-        theta, U = self._spectrum(k)
+        theta, U = self._process.spectrum(k)
         found = minimize_in_eigenbasis(theta + damping, self._process.start * U[0], problem.radius)
         shift, goal = damping + found.multiplier, Goal(rtol, atol)
         point = self._point(U @ found.h, damping, shift)
@@ -208,6 +207,38 @@ class KrylovSpace:
             hard_case=found.hard_case,
         )
 
+    def is_too_small(
+        self,
+        *,
+        damping: float = 0.0,
+        radius: float | None = None,
+        rtol: float | Callable[[float], float] = 1e-5,
+        atol: float = 0.0,
+    ) -> bool:
+        """Say whether a larger space is needed: :meth:`solve`, or with a radius :meth:`minimize`,
+        would end with ``MAX_ITER``. Cheaper than either: no pass over the basis.
+        """
+        process, k, goal = self._process, self.size, Goal(rtol, atol)
+        if not isinstance(self._given, Region) or (self.status is not None):
+            return False
+        if not process.start:  # b = 0, whose tolerance is relative to the step
+            step = None if radius is None else self.minimize(radius, damping=damping, rtol=rtol)
+            return step is not None and step.status is Status.MAX_ITER
+        if k == 0:
+            return True
+        if radius is None:
+            definite, last = process.eliminate(k, damping)
+            if definite < k:
+                return False
+        else:
+            theta, U = process.spectrum(k)
+            inner = self._given.with_radius(radius).radius
+            last = dot(
+                U[-1], minimize_in_eigenbasis(theta + damping, process.start * U[0], inner).h
+            )
+        return process.onward(k, last) > goal.tolerance(self._given.b, self._given.e)
+
+    @torch.no_grad()
     def restart(self) -> None:
         """Go on from a random vector orthogonal to an exhausted space, from an own generator.
 
@@ -257,40 +288,21 @@ class KrylovSpace:
         residual = no_step(self._zero, status).residual_norm
         return LinearSolution(self._zero, status, 0, 0, residual, 0.0)
 
-    def _spectrum(self, k: int) -> tuple[Tensor, Tensor]:
-        """Return eigenvalues and eigenvectors of ``T``, scaled to unit size in between."""
-        if k not in self._spectra:
-            T = self._process.matrix(k)
-            e = exponent(T) or 0
-            theta, U = torch.linalg.eigh(ldexp(T, -e))
-            self._spectra[k] = ldexp(theta, e), U
-        return self._spectra[k]
-
     def _definite(self, k: int, damping: float) -> tuple[int, Status | None, Tensor | None]:
         """Return how far ``T + damping I`` is positive definite; why it ends, and where to."""
         process = self._process
         largest = max(map(abs, [*process.alphas, *process.betas, damping]))
-        j = self._positive_pivots(k, damping, process.eps * largest)
+        j, _ = process.eliminate(k, damping)
         # and where a pivot is positive by rounding only
-        while j and self._spectrum(j)[0][0].item() + damping <= EPS * j * largest:
+        while j and process.spectrum(j)[0][0].item() + damping <= EPS * j * largest:
             j -= 1
         if j == k:
             return k, None, None
-        theta, U = self._spectrum(j + 1)
+        theta, U = process.spectrum(j + 1)
         direction = process.Q.rows[: j + 1].T @ U[:, 0]
         negative = theta[0].item() + damping < -process.eps * largest
         why = Status.NEGATIVE_CURVATURE if negative else Status.ZERO_CURVATURE
         return j, why, direction.to(self._zero.dtype)
-
-    def _positive_pivots(self, k: int, damping: float, floor: float) -> int:
-        """Return how many pivots, the curvatures that ``cg`` would meet, are above ``floor``."""
-        alphas, betas, pivot, before = self._process.alphas, self._process.betas, math.inf, 0.0
-        for j in range(k):
-            pivot = alphas[j] + damping - before * before / pivot
-            if pivot <= floor:
-                return j
-            before = betas[j]
-        return k
 
     def _point(self, h: Tensor, damping: float, shift: float | None = None) -> Point:
         """Return ``Q'h`` and its account; the residual is that of ``A + shift M^-1``."""
@@ -298,9 +310,7 @@ class KrylovSpace:
         x = process.Q.rows[:k].T @ h
         y = x if process.M is None else process.W.rows[:k].T @ h
         size, Th = norm(h), process.matrix(k) @ h
-        onward = process.betas[k - 1] * abs(h[-1].item()) if k else process.start
-        if onward:
-            onward *= norm(process.W.rows[k])
+        onward = process.onward(k, h[-1].item() if k else 1.0)
         curvature = dot(h, Th) + damping * size * size
         shift = damping if shift is None else shift
         rounding = process.eps * (process.norm_A * norm(x) + abs(shift) * norm(y))

@@ -58,47 +58,54 @@ class Recurrence:
         self.p = torch.zeros_like(b)
         self.w = self.p if M is None else torch.zeros_like(b)  # M^-1 p
         self.r_next = torch.empty_like(b)
+        narrow = dtype is not b.dtype
+        self.asked = torch.empty_like(b, dtype=dtype) if narrow else None
+        self.given = torch.empty_like(b) if narrow else None
         self.progress = None if rules.progress_tol is None else Progress(rules.progress_tol)
         if rules.reorthogonalize:
             self.W = Basis(b)
             self.Z = self.W if M is None else Basis(b)
 
     def iterate(self) -> Asking:
-        """Run to the end; afterwards ``status`` is set."""
-        run, rz, pp = self.run, math.inf, 0.0
-        while self._goes_on():
+        """Run to the end; afterwards ``status`` is set.
+
+        At small n the time is that of the calls, so the common path makes few: six of torch, two
+        more for an operator in float32.
+        """
+        run, rules, plain = self.run, self.rules, self.M is None
+        rz, pp = math.inf, 0.0
+        while run.status is None:
+            size = math.sqrt(run.rr)
+            # Below a tenth of the gap to the true residual the recurred one means nothing.
+            if size <= rules.tolerance or size <= 0.1 * run.gap(self.eps):
+                run.status = Status.CONVERGED
+                break
+            if run.iterations >= rules.max_iter:
+                run.status = Status.MAX_ITER
+                break
             z = run.r if self.M is None else self.M.mv(run.r.to(self.dtype)).double()
-            rz_old, rz = rz, run.rr if self.M is None else dot(run.r, z)
+            rz_old, rz = rz, run.rr if plain else dot(run.r, z)
             if not 0 < rz < math.inf:
                 run.status = why_no_direction(rz)
                 break
-            if self.rules.reorthogonalize:
+            if rules.reorthogonalize:
                 self._keep(z, rz)
             beta = min(rz / rz_old, self.largest)
             torch.add(z, self.p, alpha=beta, out=self.p)
-            if self.M is None:
-                pp = rz + beta * beta * pp  # r and the old p are orthogonal
-            else:
-                torch.add(run.r, self.w, alpha=beta, out=self.w)
-                pp = dot(self.p, self.p)
+            # without M the residual and the old p are orthogonal
+            pp = rz + beta * beta * pp if plain else self._turn(beta)
             if not 0 < pp < math.inf:
                 run.status = Status.BREAKDOWN
                 break
-            Ap = yield self.p.to(self.dtype)
+            Ap = yield self.p if self.asked is None else self.asked.copy_(self.p)
             run.products += 1
-            run.status = self._step(Ap.double(), rz, pp)
+            run.status = self._step(Ap if self.given is None else self.given.copy_(Ap), rz, pp)
         return run
 
-    def _goes_on(self) -> bool:
-        """Say whether another iteration is due, and set the status if not."""
-        run = self.run
-        if run.status is None:
-            # Below a tenth of the gap to the true residual the recurred one means nothing.
-            if math.sqrt(run.rr) <= max(self.rules.tolerance, 0.1 * run.gap(self.eps)):
-                run.status = Status.CONVERGED
-            elif run.iterations >= self.rules.max_iter:
-                run.status = Status.MAX_ITER
-        return run.status is None
+    def _turn(self, beta: float) -> float:
+        """Turn ``M^-1 p`` with ``p``, and return ``p'p``."""
+        torch.add(self.run.r, self.w, alpha=beta, out=self.w)
+        return dot(self.p, self.p)
 
     def _keep(self, z: Tensor, rz: float) -> None:
         scale = 1 / math.sqrt(rz)
@@ -109,17 +116,15 @@ class Recurrence:
     def _step(self, Ap: Tensor, rz: float, pp: float) -> Status | None:
         """Move along ``p`` to the minimum of the model; return why to stop, or None."""
         run, length = self.run, math.sqrt(pp)
-        pAp = dot(self.p, Ap)
+        pAp = torch.dot(self.p, Ap).item()
         if not math.isfinite(pAp):
             return Status.NONFINITE_OPERATOR
         alpha, rr = rz / pAp if pAp > 0 else math.inf, math.inf
         if alpha < math.inf:
             torch.add(run.r, Ap, alpha=-alpha, out=self.r_next)
             if self.rules.reorthogonalize:
-                r = orthogonalise(self.r_next, self.W.rows, self.Z.rows)
-                run.removed += norm(self.r_next.sub_(r))
-                self.r_next = r
-            rr = dot(self.r_next, self.r_next)
+                self._reorthogonalise()
+            rr = torch.dot(self.r_next, self.r_next).item()
             if not math.isfinite(rr):
                 return Status.NONFINITE_OPERATOR
             # |alpha Ap|^2 = r'r + r_next'r_next, since the two are orthogonal
@@ -129,33 +134,36 @@ class Recurrence:
         if self.rules.radius < math.inf:
             tau = self._to_the_edge()[0]
             if alpha >= tau:
-                self._jump(Ap, tau, tau * (0.5 * tau * pAp - rz))
+                self._jump(Ap, tau)
                 return Status.BOUNDARY
         run.reach += alpha * length
         if not max(alpha, run.reach) <= self.largest:
             return Status.NONFINITE_OPERATOR
         self._move(alpha)
         run.r, self.r_next, run.rr = self.r_next, run.r, rr
-        run.model_value -= 0.5 * alpha * rz
         run.iterations += 1
         if self.observe is not None:
             self.observe(run.x)
-        if self.progress is not None and self.progress.satisfied(run.model_value):
+        if self.progress is not None and self.progress.stops_after(0.5 * alpha * rz):
             return Status.PROGRESS_BELOW_TOLERANCE
         return None
+
+    def _reorthogonalise(self) -> None:
+        r = orthogonalise(self.r_next, self.W.rows, self.Z.rows)
+        self.run.removed += norm(self.r_next.sub_(r))
+        self.r_next = r
 
     def _move(self, length: float) -> None:
         self.run.x.add_(self.p, alpha=length)
         if self.M is not None:
             self.run.y.add_(self.w, alpha=length)
 
-    def _jump(self, Ap: Tensor, tau: float, change: float) -> None:
-        """End at ``x + tau p``, where the model has changed by ``change``."""
+    def _jump(self, Ap: Tensor, tau: float) -> None:
+        """End at ``x + tau p``."""
         run = self.run
         self._move(tau)
         run.r = torch.add(run.r, Ap, alpha=-tau)
         run.rr = dot(run.r, run.r)
-        run.model_value += change
         run.reach += abs(tau) * math.sqrt(dot(self.p, self.p))
         run.iterations += 1
 
@@ -180,7 +188,7 @@ class Recurrence:
         if self.rules.radius < math.inf:
             values = {t: t * (0.5 * t * pAp - rz) for t in self._to_the_edge()}
             tau = min(values, key=values.__getitem__)
-            self._jump(Ap, tau, values[tau])
+            self._jump(Ap, tau)
         norm_A = max(run.norm_A, math.sqrt(dot(Ap, Ap) / pp))
         negative = pAp < -self.eps * norm_A * pp
         return Status.NEGATIVE_CURVATURE if negative else Status.ZERO_CURVATURE

@@ -35,6 +35,10 @@ class Progress:
         k = max(10, -(-i // 10))
         return i > k and value < 0 and (value - self.values[i - k]) / value < k * self.tol
 
+    def stops_after(self, gain: float) -> bool:
+        """The same, for an iterate whose model value is lower by ``gain``."""
+        return self.satisfied(self.values[-1] - gain)
+
 
 def forcing_sequence(kappa: float = 0.5, theta: float = 0.5) -> Callable[[float], float]:
     r"""Return the rule :math:`\|b\| \mapsto \min(\kappa, \|b\|^\theta)`, to be passed as ``rtol``.

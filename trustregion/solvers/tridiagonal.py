@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..operators.base import LinearOperator
 from ..status import Status
-from ..vector import dot, norm
+from ..vector import dot, exponent, ldexp, norm
 from .arguments import finite
 from .basis import Basis, orthogonalise
 from .verified import why_no_direction
@@ -34,6 +34,7 @@ class Tridiagonalisation:
         self.alphas: list[float] = []
         self.betas: list[float] = []  # betas[j] couples the vectors j and j + 1
         self.norm_A = 0.0  # largest |Aq|/|q|
+        self._spectra: dict[int, tuple[Tensor, Tensor]] = {}
         self.Q = Basis(b)
         self.W = self.Q if M is None else Basis(b)
         self.start = self._append(b, norm(b))
@@ -50,6 +51,41 @@ class Tridiagonalisation:
             off = torch.tensor(self.betas[: k - 1], dtype=torch.float64)
             T += torch.diag(off, 1) + torch.diag(off, -1)
         return T.to(self.Q.rows.device)
+
+    def spectrum(self, k: int) -> tuple[Tensor, Tensor]:
+        """Return eigenvalues and eigenvectors of ``T``; of unit size in between, kept for later."""
+        if k not in self._spectra:
+            T = self.matrix(k)
+            e = exponent(T) or 0
+            theta, U = torch.linalg.eigh(ldexp(T, -e))
+            self._spectra[k] = ldexp(theta, e), U
+        return self._spectra[k]
+
+    def eliminate(self, k: int, damping: float) -> tuple[int, float]:
+        r"""Eliminate in :math:`(T + \lambda I) h = |b| e_1` from the top, as ``cg`` does.
+
+        Returns how many pivots, the curvatures that ``cg`` would meet, are positive to working
+        precision, and the last entry of the ``h`` of that size. Cost: O(k).
+        """
+        floor = self.eps * max(map(abs, [*self.alphas, *self.betas, damping]))
+        pivot, before, right, last = math.inf, 0.0, self.start, 0.0
+        for j in range(k):
+            right *= -before / pivot if j else 1.0
+            pivot = self.alphas[j] + damping - before * before / pivot
+            if pivot <= floor:
+                return j, last
+            last, before = right / pivot, self.betas[j]
+        return k, last
+
+    def onward(self, k: int, last: float) -> float:
+        """Return the norm of what ``A`` takes out of the first ``k`` vectors.
+
+        For a point with the last coefficient ``last`` it is the norm of its residual.
+        """
+        if k == 0:
+            return self.start * norm(self.W.rows[0]) if self.start else 0.0
+        beta = self.betas[k - 1]
+        return beta * abs(last) * norm(self.W.rows[k]) if beta else 0.0
 
     def grow(self) -> bool:
         """Add a vector at one product, and say whether there was one to add."""

@@ -40,7 +40,6 @@ class Run:
     status: Status | None = None
     iterations: int = 0
     products: int = 0
-    model_value: float = 0.0
     direction: Tensor | None = None
     norm_A: float = 0.0
     """The largest ``|Ap|/|p|`` seen: a lower bound of ``|A|``."""

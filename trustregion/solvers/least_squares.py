@@ -1,0 +1,317 @@
+"""Least squares with a Jacobian and its transpose, without forming their product."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..operators.map import DenseMap, LinearMap
+from ..status import Status
+from ..vector import dot, exponent, ldexp, norm, scalar_ldexp
+from .arguments import check_count, check_tolerances, check_vector, finite
+from .solution import LinearSolution
+from .verified import SAFETY, Goal
+
+ROUNDING = torch.finfo(torch.float64).eps
+# In eps: where the rules of Paige and Saunders (section 6) end a run whatever the tolerance. Going
+# on would solve for rounding, to which a J of deficient rank has a tiny singular value and x is
+# huge; that happened at 2 in one of 420 solves, and in none at 4.
+SPENT = 4.0
+
+
+class _Lsqr:
+    r"""Alg. LSQR of Paige and Saunders on ``J`` and ``b`` of unit scale.
+
+    ``J v_k = beta u_{k+1} + alpha u_k`` and ``J' u_{k+1} = alpha v_{k+1} + beta v_k``; the lower
+    bidiagonal matrix of these, stacked on ``sqrt(damping) I``, is reduced to an upper one. With
+    ``y`` the last coordinate of ``x`` in the basis ``v``, what is left of the normal equations is
+    ``J'(b - Jx) - damping x = -alpha beta y v``, at no product.
+    """
+
+    def __init__(self, J: LinearMap, b: Tensor, damping: float) -> None:
+        self.J, self.b, self.damping = J, b, damping
+        self.eps, self.largest = torch.finfo(J.dtype).eps, torch.finfo(J.dtype).max
+        self.products = self.iterations = 0
+        size = norm(b)
+        self.u = b / size
+        v = self._adjoint(self.u)
+        self.unit = exponent(v) or 0  # of J
+        v = ldexp(v, -self.unit)
+        self.g, self.alpha = v * size, norm(v)
+        self.v = v / self.alpha if 0 < self.alpha < math.inf else v
+        self.x, self.w = torch.zeros_like(v), self.v.clone()
+        self.damp = scalar_ldexp(math.sqrt(damping), -self.unit)
+        self.rhobar, self.phibar, self.damped = self.alpha, size, 0.0
+        self.slope = self.alpha * size  # J'(b - Jx) - damping x, as a multiple of v
+        self.norm_J = self.reach = 0.0
+        self.growth = 1.0
+
+    def _forward(self, v: Tensor) -> Tensor:
+        self.products += 1
+        return self.J.mv(v.to(self.J.dtype)).double()
+
+    def _adjoint(self, u: Tensor) -> Tensor:
+        self.products += 1
+        return self.J.rmv(u.to(self.J.dtype)).double()
+
+    def gap(self) -> float:
+        """Estimate how far ``slope v`` is from what it stands for.
+
+        On the 420 systems tried (sides up to 300, conditions to 1e6) it is 0.95 of this or less.
+        """
+        rounding = self.eps + ROUNDING * self.growth
+        return rounding * self.norm_J * (self._residual() + self.norm_J * self.reach)
+
+    def _residual(self) -> float:
+        return math.hypot(self.phibar, self.damped)
+
+    def _spent(self) -> bool:
+        """Say whether ``x`` is exact for a ``J`` or ``b`` within rounding of those given."""
+        residual, unseen = self._residual(), SPENT * self.eps * self.norm_J
+        return abs(self.slope) <= unseen * residual or residual <= unseen * norm(self.x)
+
+    def run(self, tolerance: float, max_iter: int, observe: Callable[[], object]) -> Status:
+        """Iterate until the carried residual is below a tolerance, or means nothing."""
+        while not self._spent() and abs(self.slope) > tolerance:
+            if self.iterations >= max_iter:
+                return Status.MAX_ITER
+            if not self._step():
+                return Status.NONFINITE_OPERATOR
+            observe()
+        return Status.STAGNATED if self._spent() else Status.CONVERGED
+
+    def _step(self) -> bool:
+        """Grow both spaces by one vector and move ``x``; say whether all is finite."""
+        Jv = ldexp(self._forward(self.v), -self.unit)
+        size = norm(Jv)
+        if not math.isfinite(size):
+            return False
+        u = Jv.sub_(self.u, alpha=self.alpha)
+        beta = norm(u)
+        v, alpha = torch.zeros_like(self.v), 0.0
+        if beta <= self.eps * size:  # b is in the space of the products
+            beta = 0.0
+        else:
+            u.div_(beta)
+            v = ldexp(self._adjoint(u), -self.unit)
+            longest = norm(v)
+            alpha = norm(v.sub_(self.v, alpha=beta))
+            if not math.isfinite(longest + alpha):
+                return False
+            alpha = alpha if alpha > self.eps * longest else 0.0
+            v = v.div_(alpha) if alpha else v.zero_()
+        if not self._advance(v, alpha, beta):
+            return False
+        self.norm_J = max(self.norm_J, size)
+        self.u, self.v, self.alpha = u, v, alpha
+        self.iterations += 1
+        return True
+
+    def _advance(self, v: Tensor, alpha: float, beta: float) -> bool:
+        damped = math.hypot(self.rhobar, self.damp)
+        rho = math.hypot(damped, beta)
+        psi, phibar = self.phibar * self.damp / damped, self.phibar * self.rhobar / damped
+        cs, sn = damped / rho, beta / rho
+        y = cs * phibar / rho
+        length = norm(self.w)
+        reach = self.reach + abs(y) * length
+        if not scalar_ldexp(reach, -self.unit) <= self.largest:
+            return False
+        self.reach, self.damped = reach, math.hypot(self.damped, psi)
+        self.x.add_(self.w, alpha=y)
+        self.w.mul_(-sn * alpha / rho).add_(v)
+        self.growth = max(self.growth, abs(sn * alpha / rho) * length)
+        self.rhobar, self.phibar, self.slope = -cs * alpha, sn * phibar, -alpha * beta * y
+        return True
+
+    def measure(self, x: Tensor) -> Tensor:
+        """Return ``J'(b - Jx) - damping x`` by two products, for ``x`` in the units of ``b``."""
+        s = self._adjoint(self.b - self._forward(x)) - self.damping * x
+        return ldexp(s, -self.unit)
+
+
+@dataclass(frozen=True)
+class _Point:
+    x: Tensor
+    """As it is returned, in the units of ``b``, in float64."""
+    s: Tensor
+    """``J'(b - Jx) - damping x`` over the units of ``b`` and ``J``."""
+    measured: bool
+
+
+class _Solve:
+    """A run of unit scale, and the measurements that its end rests on."""
+
+    def __init__(self, run: _Lsqr, e: int, goal: Goal) -> None:
+        self.lsqr, self.e, self.goal = run, e, goal
+        self.tolerance = goal.tolerance(run.g, e + run.unit)
+
+    def solve(self) -> tuple[_Point, Status]:
+        """Run, measure where it matters, and go on while that helps."""
+        lsqr, trigger, best, status = self.lsqr, self.tolerance, math.inf, Status.CONVERGED
+        point = _Point(lsqr.x, lsqr.g, measured=True)
+        while norm(lsqr.g) > self.tolerance:
+            status = lsqr.run(trigger, self.goal.max_iter, self._observe)
+            point = _Point(self._returned(), lsqr.v * lsqr.slope, measured=False)
+            if not finite(point.x):
+                return _Point(torch.zeros_like(lsqr.x), lsqr.g, True), Status.NONFINITE_OPERATOR
+            if status not in (Status.CONVERGED, Status.STAGNATED):
+                break
+            if self._sure(point):
+                return point, Status.CONVERGED
+            s = lsqr.measure(point.x)
+            size = norm(s)
+            if not math.isfinite(size):
+                return point, Status.NONFINITE_OPERATOR
+            point = _Point(point.x, s, measured=True)
+            if size <= self.tolerance:
+                return point, Status.CONVERGED
+            if status is Status.STAGNATED or size > 0.5 * best:
+                return point, Status.STAGNATED
+            best, trigger = size, 0.1 * abs(lsqr.slope)
+        return point, status
+
+    def _returned(self) -> Tensor:
+        """Return ``x`` as the caller will get it, in the units of ``b``."""
+        e, unit = self.e, self.lsqr.unit
+        return ldexp(ldexp(self.lsqr.x, e - unit).to(self.lsqr.J.dtype).double(), -e)
+
+    def _sure(self, point: _Point) -> bool:
+        lsqr = self.lsqr
+        rounding = norm(ldexp(point.x, lsqr.unit) - lsqr.x)
+        curvature = math.hypot(lsqr.norm_J, lsqr.damp)
+        margin = SAFETY * (lsqr.gap() + curvature * curvature * rounding)
+        return norm(point.s) + margin <= self.tolerance
+
+    def _observe(self) -> None:
+        if self.goal.callback is not None:
+            self.goal.callback(ldexp(self._returned(), self.e).to(self.lsqr.J.dtype))
+
+    def account(self, point: _Point, status: Status) -> LinearSolution:
+        """Return the solution in the units of the caller."""
+        lsqr, e = self.lsqr, self.e
+        x, size = point.x, scalar_ldexp(norm(point.s), e + lsqr.unit)
+        return LinearSolution(
+            ldexp(x, e).to(lsqr.J.dtype),
+            status,
+            lsqr.iterations,
+            lsqr.products,
+            size,
+            scalar_ldexp(dot(x, lsqr.g - point.s), 2 * e + lsqr.unit),
+            model_value=scalar_ldexp(-0.5 * dot(x, lsqr.g + point.s), 2 * e + lsqr.unit),
+            norm=scalar_ldexp(norm(x), e),
+            true_residual_norm=size if point.measured else None,
+        )
+
+
+@torch.no_grad()
+def lsqr(
+    J: LinearMap | Tensor,
+    b: Tensor,
+    *,
+    damping: float = 0.0,
+    rtol: float | Callable[[float], float] = 1e-5,
+    atol: float = 0.0,
+    max_iter: int | None = None,
+    callback: Callable[[Tensor], object] | None = None,
+) -> LinearSolution:
+    r"""Minimise :math:`\|J x - b\|^2 + \lambda \|x\|^2` by products with ``J`` and its transpose.
+
+    The solution is :math:`x = (J'J + \lambda I)^{-1} J'b`, the one that :func:`cg` finds on the
+    normal equations in as many iterations. But those square the condition of ``J``, and a product
+    with :math:`J'J` in float32 rounds away all that is below ``eps`` of its largest eigenvalue;
+    here ``J`` is met at its own condition. On a ``J`` of deficient rank, without damping and from
+    zero as always, the solution is the shortest one.
+
+    With the residual of the normal equations :math:`s = J'(b - Jx) - \lambda x` the kernel stops
+    when :math:`\|s\| \le \max(\mathrm{rtol}\,\|J'b\|, \mathrm{atol})`, whether or not ``J x = b``
+    can be solved. This is the test of :func:`cg` on the normal equations, and needs no estimate of
+    the norm of ``J``. ``s`` is carried at no product; ``CONVERGED`` is a statement on the true
+    one, which is measured by two products where the carried one is not surely below the tolerance.
+    If it is above after all the iteration goes on, and ends as ``STAGNATED`` where that does not
+    help, or where ``x`` is exact for a ``J`` or ``b`` within rounding of those given:
+    :math:`\|s\| \le 4 \epsilon \|J\| \|r\|` or :math:`\|r\| \le 4 \epsilon \|J\| \|x\|`. In
+    float32 such an ``x`` can be far more accurate than any measurement of ``s`` can show. Scale and
+    precision are as for :func:`cg`.
+
+    Why LSQR and not CGLS: measured on ``J`` of 80 x 40 at conditions 1e1 to 1e6, in float32 and
+    float64, with and without a residual. At conditions 1e1 and 1e2 CGLS is up to 7 times more
+    accurate, where both are near rounding. In float32 on inconsistent systems at conditions 1e3
+    and 1e4, damped by 1e-6, the error of ``x`` is 14 to 60 times smaller with LSQR, and with that
+    damping at conditions 1e5 and 1e6 it needs 0.4 to 0.6 of the iterations.
+
+    Cost: one product with ``J`` and one with ``J'`` an iteration, one with ``J'`` at the start, and
+    one with each where the residual is measured. Memory: five vectors of length ``n`` and three of
+    length ``m`` in float64.
+
+    Args:
+        J: a :class:`LinearMap` or a tensor of shape ``(m, n)``.
+        b: right-hand side, shape ``(m,)``, float32 or float64.
+        damping: lambda.
+        rtol: tolerance relative to the norm of ``J'b``, or a rule that makes it from that norm.
+        atol: absolute tolerance on the norm of ``s``.
+        max_iter: limit on iterations; ``10 min(m, n)`` when None.
+        callback: called with the current iterate after each iteration.
+
+    Returns:
+        The solution and how it ended, as of :math:`A x = J'b` with :math:`A = J'J + \lambda I`:
+        ``residual_norm`` is the norm of ``s``, ``curvature`` is :math:`x'Ax`. ``products`` counts
+        those with ``J`` and those with ``J'``, summed.
+
+    Raises:
+        TypeError: ``b`` is not a real floating tensor, or ``J`` is neither a map nor a tensor.
+        ValueError: shapes or dtypes do not fit, or the damping, a tolerance or limit is negative.
+
+    Example:
+        >>> J = torch.tensor([[1.0, 0.0], [1.0, 1.0], [1.0, 2.0]])
+        >>> solution = lsqr(J, torch.tensor([6.0, 0.0, 0.0]))
+        >>> solution.x
+        tensor([ 5., -3.])
+        >>> solution.iterations, solution.products
+        (2, 5)
+
+    References:
+        Golub and Kahan, Calculating the singular values and pseudo-inverse of a matrix, 1965; Paige
+        and Saunders, LSQR: an algorithm for sparse linear equations and sparse least squares, 1982;
+        Bjorck, Elfving and Strakos, Stability of conjugate gradient and Lanczos methods for linear
+        least squares problems, 1998.
+
+    """
+    check_vector("b", b)
+    check_tolerances(rtol, atol)
+    check_count("max_iter", max_iter)
+    J = _as_map(J, b)
+    if not (isinstance(damping, (int, float)) and 0 <= damping < math.inf):
+        raise ValueError(f"damping must be a finite number and not negative, got {damping}")
+    x = b.new_zeros(J.shape[1])
+    if not finite(b):
+        return LinearSolution(x, Status.NONFINITE_INPUT, 0, 0, math.inf, 0.0)
+    e = exponent(b)
+    if e is None or x.numel() == 0:  # the solution is 0
+        return LinearSolution(x, Status.CONVERGED, 0, 0, 0.0, 0.0)
+    run = _Lsqr(J, ldexp(b.double(), -e), damping)
+    if not math.isfinite(run.alpha):
+        return LinearSolution(x, Status.NONFINITE_OPERATOR, 0, run.products, math.inf, 0.0)
+    limit = 10 * min(J.shape) if max_iter is None else max_iter
+    solve = _Solve(run, e, Goal(rtol, atol, limit, verify=False, callback=callback))
+    return solve.account(*solve.solve())
+
+
+def _as_map(J: object, b: Tensor) -> LinearMap:
+    if isinstance(J, Tensor):
+        J = DenseMap(J)
+    if not isinstance(J, LinearMap):
+        raise TypeError(
+            f"J must be a LinearMap or a tensor of shape (m, n), got {type(J).__name__}:"
+            " wrap a pair of functions as FunctionMap(forward, adjoint, (m, n))"
+        )
+    if J.shape[0] != b.numel() or J.dtype != b.dtype:
+        raise ValueError(
+            f"J has shape {J.shape} and dtype {J.dtype}, which does not fit a vector b of shape"
+            f" {tuple(b.shape)} and dtype {b.dtype}: b must be of shape ({J.shape[0]},)"
+        )
+    return J
