@@ -242,6 +242,9 @@ def test_curvature_below_rounding_is_none():
     assert solution.x.abs().max() < 3
     assert abs(solution.direction @ A @ solution.direction) < 1e-7 * solution.direction.norm() ** 2
     assert cg(A.double(), torch.ones(2).double()).status is Status.CONVERGED  # not below it there
+    below = torch.diag(torch.tensor([1.0, -1e-9]))  # a sign that is rounding too
+    assert cg(below, torch.ones(2)).status is Status.ZERO_CURVATURE
+    assert cg(below.double(), torch.ones(2).double()).status is Status.NEGATIVE_CURVATURE
 
 
 def test_negative_curvature_comes_with_its_direction():
@@ -678,3 +681,24 @@ def test_results_below_the_normal_numbers_claim_nothing():
     solution = cg(3 * torch.eye(2), torch.full((2,), 1e-44))
     assert solution.status is not Status.CONVERGED
     assert solution.x.isfinite().all()
+
+
+@given(systems(max_log_condition=3, max_n=20))
+def test_a_tolerance_of_zero_ends_at_what_the_precision_allows(system):
+    """Not at ten times n: below the rounding of the products the recurred residual says nothing."""
+    n = len(system.b)
+    solution = cg(system.A, system.b, rtol=0.0, max_iter=1000 * n)
+    assert solution.status in (Status.STAGNATED, Status.CONVERGED)  # a residual of exactly zero
+    assert solution.products <= 100 + 20 * n
+    x = solution.x.double()
+    true = (system.b.double() - system.exact @ x).norm()
+    assert true <= 10 * system.eps * (system.b.double().norm() + system.scale * x.norm())
+
+
+def test_a_product_of_overflowing_norm_is_not_curvature():
+    def lopsided(v):
+        return torch.stack([v[0], v[1] + 1e200 * v[0]])
+
+    solution = cg(lopsided, torch.tensor([1.0, 0.0], dtype=torch.float64))
+    assert solution.status is Status.NONFINITE_OPERATOR
+    assert not solution.x.any()

@@ -126,6 +126,8 @@ def test_converged_is_a_statement_on_the_true_residual(system, seed, tight):
         slack = 8 * attainable(system, solution.x)
         assert abs(solution.true_residual_norm - true) <= slack
         assert solution.residual_norm == solution.true_residual_norm
+        if solution.status is Status.CONVERGED:
+            assert solution.residual_norm <= rtol * system.b.double().norm() * (1 + 1e-6)
 
 
 @given(systems(kinds=KINDS), st.integers(0, 12), st.booleans())
@@ -577,6 +579,20 @@ def test_the_last_product_with_the_preconditioner_is_checked(bad, low, watch):
     assert solution.status is Status.NONFINITE_OPERATOR
     assert solution.direction is None
     assert solution.x.isfinite().all()
+
+
+@pytest.mark.parametrize("scale", [1e-320, 1e-300, 1e-160, 1e160, 1e300])
+@pytest.mark.parametrize("last", [0.0, 1.0])
+def test_preconditioners_of_any_scale_and_range(scale, last):
+    A = torch.diag(torch.tensor([2.0, -1.0, last], dtype=torch.float64))
+    b = torch.tensor([1.0, 1.0, 1.0], dtype=torch.float64)
+    for entries in ([1.0, 1.0, 1.0], [1.0, 1e-160, 1.0], [1.0, 1e160, 1.0]):
+        M = torch.diag(scale * torch.tensor(entries, dtype=torch.float64))
+        solution = minres(A, b, M=M)
+        assert solution.x.isfinite().all()
+        assert not math.isnan(solution.residual_norm)
+        if solution.status is Status.CONVERGED:
+            assert (A @ solution.x - b).norm() <= 1.1e-5 * b.norm()
 
 
 @bad_numbers

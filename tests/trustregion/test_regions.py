@@ -362,3 +362,46 @@ def test_a_space_of_another_gradient_is_refused():
     with pytest.raises(ValueError, match="another gradient"):
         gltr(eye, torch.ones(2), 1.0, space=space)
     assert gltr(eye, -torch.ones(2), 1.0, space=space).status is Status.CONVERGED
+
+
+def test_the_way_to_the_edge_keeps_its_digits():
+    """From just inside, nearly outwards: the naive root is all cancellation."""
+    from decimal import Decimal, getcontext
+
+    from trustregion.solvers.recurrence import Recurrence, Rules
+
+    getcontext().prec = 60
+    for inside in (1e-4, 1e-9, 1e-14):
+        x, y = 1 - inside, 0.25 * inside
+        p, q = 0.9, 0.1
+        solver = Recurrence(
+            torch.ones(2, dtype=torch.float64), torch.float64, None, Rules(0.0, 1, radius=1.0)
+        )
+        solver.run.x.copy_(torch.tensor([x, y], dtype=torch.float64))
+        solver.p.copy_(torch.tensor([p, q], dtype=torch.float64))
+        X, Y, P, Q = (Decimal(value) for value in (x, y, p, q))
+        a, b, c = P * P + Q * Q, X * P + Y * Q, 1 - X * X - Y * Y
+        exact = (-b + (b * b + a * c).sqrt()) / a
+        # 1 - |x|^2 itself is good to eps / inside
+        bound = 4 * 2.3e-16 / inside
+        assert solver._to_the_edge()[0] == pytest.approx(float(exact), rel=bound + 1e-14)
+
+
+def test_steihaug_takes_the_far_end_where_that_is_lower():
+    far = 0
+    for seed in range(400):
+        generator = torch.Generator().manual_seed(seed)
+        A = torch.randn(3, 3, generator=generator, dtype=torch.float64)
+        A, g = A + A.T, torch.randn(3, generator=generator, dtype=torch.float64)
+        step = steihaug(A, g, radius=1.0)
+        if step.status is not Status.NEGATIVE_CURVATURE or step.iterations < 2:
+            continue
+        x = steihaug(A, g, radius=1.0, max_iter=step.iterations - 1).s
+        p = (step.s - x) / (step.s - x).norm()
+        along = (x @ p).item()
+        other = x - (2 * along + (step.s - x).norm()) * p  # the other end of the chord
+        assert other.norm().item() == pytest.approx(1, rel=1e-9)
+        value = (g @ other + 0.5 * other @ A @ other).item()
+        assert -step.predicted_reduction <= value + 1e-12
+        far += bool((-g - A @ x) @ p < 0)  # uphill at first, lower at the end
+    assert far > 0
