@@ -297,6 +297,29 @@ def test_a_warm_start_costs_one_product_and_helps(system):
     assert (far.x - exact).norm() <= 1e-6 * exact.norm() * (1 + system.condition * 1e-3)
 
 
+def test_a_product_that_went_wrong_once_is_mended_by_verification():
+    A, b, calls = torch.diag(torch.logspace(0, 2, 30, dtype=torch.float64)), torch.ones(30), 0
+    b = b.double()
+
+    def hit(v):
+        nonlocal calls
+        calls += 1
+        return A @ v + (0.1 * v.norm() if calls == 2 else 0.0)
+
+    solution = cg(hit, b, rtol=1e-8, verify=True)
+    assert solution.status is Status.CONVERGED
+    assert (b - A @ solution.x).norm() <= 1e-8 * b.norm()
+    assert solution.products == calls > solution.iterations + 1  # measured, and gone on
+
+
+@given(systems(max_log_condition=3, dtypes=[torch.float64]), st.integers(1, 6))
+def test_the_norm_is_that_of_the_way_from_the_start(system, k):
+    start = torch.ones_like(system.b) / system.scale
+    solution = cg(system.A, system.b, start, rtol=0.0, max_iter=k)
+    way = (solution.x - start).norm().item()
+    assert solution.norm == pytest.approx(way, rel=1e-12, abs=1e-13 * start.norm().item())
+
+
 @given(systems(max_log_condition=3, dtypes=[torch.float64]), st.integers(1, 6))
 def test_curvature_with_a_warm_start(system, k):
     start = torch.ones_like(system.b) / system.scale
@@ -651,7 +674,7 @@ def test_martens_rule_stops_where_progress_has_faded(tol):
 
 def test_a_callable_tolerance_is_checked_when_it_speaks():
     with pytest.raises(ValueError, match="rtol must return"):
-        cg(torch.eye(2), torch.ones(2), rtol=lambda size: math.nan)
+        cg(torch.eye(2), torch.ones(2), rtol=lambda _: math.nan)
 
 
 @pytest.mark.parametrize(

@@ -79,6 +79,13 @@ def test_other_dampings_and_sizes_cost_nothing_and_are_exact(system, preconditio
         assert solution.status is Status.CONVERGED
         # condition of the preconditioned system, of M, and a margin
         assert (solution.x - exact).norm() <= 1e-11 * 1e2 * system.condition * exact.norm()
+        curvature = (exact @ system.b).item()
+        assert solution.curvature == pytest.approx(curvature, rel=1e-6)
+        assert solution.model_value == pytest.approx(-0.5 * curvature, rel=1e-6)
+        step = space.minimize(0.5 * solution.norm, damping=damping, rtol=1e-6)
+        s = step.s
+        value = 0.5 * (s @ system.exact @ s + damping * (s @ inverse @ s)) - system.b @ s
+        assert step.predicted_reduction == pytest.approx(-value.item(), rel=1e-6)
     for k in range(space.size + 1):
         short = space.solve(size=k)
         assert short.iterations == k
@@ -117,6 +124,37 @@ def test_an_indefinite_space_gives_the_iterates_before_and_the_direction(system)
         assert solution.iterations == direct.iterations
         gap = (solution.x - direct.x).norm()
         assert gap <= 1e-6 * direct.x.norm()  # a pivot near zero before it amplifies rounding
+
+
+@given(systems(kinds=ALL, max_n=15, max_log_condition=3), st.sampled_from([0.0, 1e-2, 1.0]))
+def test_asking_whether_it_is_too_small_is_asking_for_the_status(system, factor):
+    space = lanczos(system.A, system.b, max_iter=0)
+    damping = factor * system.scale
+    radius = 0.5 * system.b.double().norm().item() / system.scale
+    while True:
+        asked = space.is_too_small(damping=damping, rtol=1e-3)
+        assert asked == (space.solve(damping, rtol=1e-3).status is Status.MAX_ITER)
+        if radius > 0:
+            asked = space.is_too_small(damping=damping, radius=radius, rtol=1e-3)
+            status = space.minimize(radius, damping=damping, rtol=1e-3).status
+            assert asked == (status is Status.MAX_ITER)
+        if not space.extend(1):
+            break
+
+
+def test_a_whole_space_in_float32_does_not_claim_what_its_rounding_hides():
+    g = torch.Generator().manual_seed(0)
+    Q, _ = torch.linalg.qr(torch.randn(30, 30, generator=g, dtype=torch.float64))
+    A = ((Q * torch.logspace(0, -5, 30, dtype=torch.float64)) @ Q.T).float()
+    b = torch.randn(30, generator=g)
+    space = lanczos(A, b, max_iter=30)
+    for solution in (space.solve(rtol=1e-6), space.solve(rtol=1e-6, verify=True)):
+        assert solution.status is Status.STAGNATED
+        true = (b.double() - A.double() @ solution.x.double()).norm().item()
+        assert true > 1e-6 * b.norm()
+        assert 0.05 * true < solution.residual_norm < 20 * true
+    assert space.solve(rtol=1e-6, verify=True).products == 1
+    assert space.solve(rtol=0.5, verify=True).products == 0  # beyond doubt
 
 
 def test_an_extended_space_is_the_longer_space():

@@ -387,6 +387,17 @@ def test_the_way_to_the_edge_keeps_its_digits():
         assert solver._to_the_edge()[0] == pytest.approx(float(exact), rel=bound + 1e-14)
 
 
+@pytest.mark.parametrize("solver", [gltr, trust_region_dense])
+def test_on_the_edge_is_on_it_to_the_last_digit(solver):
+    for seed in range(30):
+        generator = torch.Generator().manual_seed(seed)
+        A = torch.randn(60, 60, generator=generator, dtype=torch.float64)
+        g = torch.randn(60, generator=generator, dtype=torch.float64)
+        step = solver(A + A.T, g, radius=0.1)
+        assert step.on_boundary
+        assert step.s.norm().item() == pytest.approx(0.1, rel=5e-16, abs=0)
+
+
 def test_steihaug_takes_the_far_end_where_that_is_lower():
     far = 0
     for seed in range(400):

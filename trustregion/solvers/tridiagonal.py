@@ -65,12 +65,12 @@ class Tridiagonalisation:
         r"""Eliminate in :math:`(T + \lambda I) h = |b| e_1` from the top, as ``cg`` does.
 
         Returns how many pivots, the curvatures that ``cg`` would meet, are positive to working
-        precision, and the last entry of the ``h`` of that size. Cost: O(k).
+        precision, and the size of the last entry of the ``h`` of that size. Cost: O(k).
         """
         floor = self.eps * max(map(abs, [*self.alphas, *self.betas, damping]))
         pivot, before, right, last = math.inf, 0.0, self.start, 0.0
         for j in range(k):
-            right *= -before / pivot if j else 1.0
+            right *= before / pivot if j else 1.0
             pivot = self.alphas[j] + damping - before * before / pivot
             if pivot <= floor:
                 return j, last
@@ -100,10 +100,7 @@ class Tridiagonalisation:
             self.status = Status.NONFINITE_OPERATOR
             return False
         self.norm_A = max(self.norm_A, norm(Aq) / norm(q))
-        r = torch.add(Aq, self.W.rows[k], alpha=-alpha)
-        if k > 0:
-            r = torch.add(r, self.W.rows[k - 1], alpha=-self.betas[k - 1])
-        r = orthogonalise(r, self.W.rows, self.Q.rows)
+        r = orthogonalise(Aq, self.W.rows, self.Q.rows)
         beta = self._append(r, norm(Aq))
         if self.status is not None:
             return False
