@@ -88,10 +88,10 @@ class ConstrainedStep:
 
     Attributes:
         s: the step, shape ``(n,)``; finite, and within the ball.
-        status: ``CONVERGED`` where ``s`` is the minimiser; ``INFEASIBLE`` where no step in the ball
-            satisfies the constraints and ``s`` recovers from that; the status of the first linear
-            solve that did not converge; ``ZERO_CURVATURE`` where the KL does not see a solution;
-            ``STAGNATED`` where rounding in ``s`` violates a constraint.
+        status: that of the first linear solve that did not converge; else ``ZERO_CURVATURE`` where
+            the KL does not see a solution, ``INFEASIBLE`` where no step in the ball satisfies the
+            constraints and ``s`` recovers from that, ``STAGNATED`` where rounding violates one or
+            hides the minimiser, and ``CONVERGED`` where ``s`` is the minimiser.
         predicted_reduction: how much the linear model falls along ``s``: ``-g's``.
         multipliers: :math:`\mu \ge 0`, shape ``(m,)``; zero where ``INFEASIBLE``.
         ball_multiplier: :math:`\nu \ge 0`; zero inside the ball. Infinite, as are those of the
@@ -310,7 +310,7 @@ class _Problem:
         s = P @ (root * point.y).to(P)
         if point.status is Status.CONVERGED:  # a basis of long vectors rounds coarsely: once more
             short = h + (V[1:] @ s).cpu() / sizes[1:] / root
-            tight = (short.abs() <= math.sqrt(EPS)) & live[1:]
+            tight = (short.abs() <= math.sqrt(EPS)) & ((short > 0) | (point.multipliers > 0))
             fix = -torch.linalg.pinv(shadows[1:][tight], rtol=math.sqrt(EPS)) @ short[tight]
             s = s + P @ (root * fix).to(P)
         s = ldexp(s, shift)

@@ -120,6 +120,24 @@ def test_compiled_to_code():
     torch.testing.assert_close(compiled(A, b).x, fixed_cg(A, b, 3).x)
 
 
+def test_failures_are_those_of_cg():
+    ones = torch.ones(2)
+    below_rounding = fixed_cg(torch.diag(torch.tensor([1.0, 1e-9])), ones, 5)
+    assert below_rounding.failed
+    assert below_rounding.x.abs().max() < 3
+    assert fixed_cg(torch.eye(2), ones, 5, M=-torch.eye(2)).failed
+    assert not fixed_cg(torch.eye(2), ones, 5, rtol=1e-6).failed
+
+
+@pytest.mark.parametrize("power", [-1000, -600, 600, 1000])
+def test_no_scale_of_the_right_hand_side_is_out_of_reach(power):
+    A = torch.diag(torch.tensor([1.0, 2.0, 4.0], dtype=torch.float64))
+    b = torch.full((3,), 2.0**power, dtype=torch.float64)
+    solution = fixed_cg(A, b, 4, rtol=1e-12)
+    assert solution.converged
+    torch.testing.assert_close(solution.x, b / A.diagonal(), rtol=1e-12, atol=0)
+
+
 def test_gradients_flow_through_it():
     A = torch.diag(torch.tensor([1.0, 2.0], dtype=torch.float64)).requires_grad_()
     b = torch.ones(2, dtype=torch.float64)

@@ -153,6 +153,9 @@ def test_a_whole_space_in_float32_does_not_claim_what_its_rounding_hides():
         true = (b.double() - A.double() @ solution.x.double()).norm().item()
         assert true > 1e-6 * b.norm()
         assert 0.05 * true < solution.residual_norm < 20 * true
+    damped = space.solve(1e-5, rtol=1e-6, verify=True)
+    residual = b.double() - A.double() @ damped.x.double() - 1e-5 * damped.x.double()
+    assert damped.true_residual_norm == pytest.approx(residual.norm().item(), rel=0.9)
     assert space.solve(rtol=1e-6, verify=True).products == 1
     assert space.solve(rtol=0.5, verify=True).products == 0  # beyond doubt
 
@@ -263,6 +266,19 @@ def test_many_shifts_for_the_products_of_the_hardest(system, preconditioned):
             assert true.norm() <= 1e-3 * system.b.double().norm() + 10 * system.eps * size
         elif system.eps * system.condition * 1e4 < 1e-3:
             raise AssertionError(column.status)
+
+
+def test_shifts_in_doubt_are_measured_and_the_measuring_counted():
+    g = torch.Generator().manual_seed(0)
+    Q, _ = torch.linalg.qr(torch.randn(40, 40, generator=g, dtype=torch.float64))
+    A = Counting(((Q * torch.logspace(0, -3, 40, dtype=torch.float64)) @ Q.T).float())
+    b = torch.randn(40, generator=g)
+    solution = multishift_cg(A, b, [1e-2, 1.0], rtol=2e-5)
+    assert solution.status is Status.CONVERGED
+    assert A.products == solution.products
+    near, far = solution.columns
+    assert near.true_residual_norm is not None  # in doubt
+    assert solution.products == near.iterations + near.products + far.products
 
 
 def test_a_shift_that_is_not_definite_does_not_hold_up_the_others():

@@ -350,6 +350,7 @@ def test_what_is_not_finite_is_named(bad, problem, at):
     st.sampled_from([0.0, 1.0, 1e-40, 1e200]),
 )
 @example([0.0] * 6, [1.0] * 3, torch.float32, 0.0)
+@example([0.0, 1.0, 0.0, 0.0, 232.0, 2.0**-24], [1.0, 0.0, 0.0], torch.float32, 0.0)
 @example([1e-30] * 6, [1e30] * 3, torch.float64, 1e200)
 def test_no_input_whatever_gives_a_nan_or_a_false_success(entries, b, dtype, damping):
     J, b = torch.tensor(entries, dtype=dtype).view(3, 2), torch.tensor(b, dtype=dtype)

@@ -498,6 +498,14 @@ def test_max_iter_is_named_and_defaults_to_ten_n():
     assert minres(noise, b, rtol=0.0).iterations == 500
 
 
+def test_an_unreachable_tolerance_ends_at_rounding():
+    A = torch.diag(torch.linspace(1, 2, 100, dtype=torch.float64))
+    solution = minres(A, torch.ones(100).double(), rtol=1e-30)
+    assert solution.status is Status.STAGNATED
+    assert solution.iterations < 90  # the recurred residual would go on falling
+    assert solution.residual_norm < 1e-14
+
+
 def test_the_callback_sees_each_iterate():
     A = torch.diag(torch.tensor([1.0, -2.0, 4.0]))
     seen = []
@@ -593,6 +601,21 @@ def test_preconditioners_of_any_scale_and_range(scale, last):
         assert not math.isnan(solution.residual_norm)
         if solution.status is Status.CONVERGED:
             assert (A @ solution.x - b).norm() <= 1.1e-5 * b.norm()
+
+
+def test_a_direction_that_underflows_is_left_alone():
+    A, b = torch.diag(torch.tensor([1.0, 0.0])).double(), torch.tensor([1.0, 0.3]).double()
+    calls = 0
+
+    def M(v):  # its last product, with the residual of the least-squares solution, underflows
+        nonlocal calls
+        calls += 1
+        return v * (1.0 if calls < 3 else 0.0)
+
+    solution = minres(A, b, M=M)
+    assert (solution.status, calls) == (Status.LEAST_SQUARES, 3)
+    assert solution.x[0].item() == pytest.approx(1.0, rel=1e-6)
+    assert solution.x.isfinite().all()
 
 
 @bad_numbers

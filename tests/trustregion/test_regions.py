@@ -215,6 +215,7 @@ def test_steihaug_follows_negative_curvature_to_the_lower_end():
     g = torch.tensor([-4.0, -0.5], dtype=torch.float64)
     step = steihaug(A, g, radius=3.0)
     assert (step.status, step.iterations) == (Status.NEGATIVE_CURVATURE, 2)
+    assert step.on_boundary
     assert step.norm == pytest.approx(3.0, rel=1e-14)
     assert math.isnan(step.multiplier)
     inside = steihaug(A, g, radius=3.0, max_iter=1)  # where the second direction starts
@@ -253,6 +254,10 @@ def test_at_a_saddle_the_exact_solvers_leave_it(dtype):
         assert (step.status, step.on_boundary) == (Status.CONVERGED, True)
         torch.testing.assert_close(step.s.abs(), torch.tensor([0.0, 2.0, 0.0], dtype=dtype))
         assert step.predicted_reduction == pytest.approx(2.0, rel=1e-6)
+        Q, _ = torch.linalg.qr(torch.randn(3, 3, generator=torch.Generator().manual_seed(0)))
+        turned = solver((Q @ A.float() @ Q.T).to(dtype), g, radius=2.0)
+        assert turned.status is Status.CONVERGED  # relative to the multiplier: there is no |g|
+        assert turned.predicted_reduction == pytest.approx(2.0, rel=1e-5)
     still = steihaug(A, g, radius=2.0)
     assert (still.status, still.products) == (Status.CONVERGED, 0)
     for solver in SOLVERS:
@@ -396,6 +401,27 @@ def test_on_the_edge_is_on_it_to_the_last_digit(solver):
         step = solver(A + A.T, g, radius=0.1)
         assert step.on_boundary
         assert step.s.norm().item() == pytest.approx(0.1, rel=5e-16, abs=0)
+
+
+@every
+def test_what_float32_cannot_reach_is_not_claimed(solver):
+    g = torch.Generator().manual_seed(0)
+    Q, _ = torch.linalg.qr(torch.randn(30, 30, generator=g, dtype=torch.float64))
+    A = ((Q * torch.logspace(0, -4, 30, dtype=torch.float64)) @ Q.T).float()
+    gradient = torch.randn(30, generator=g)
+    step = solver(A, gradient, 1e9, rtol=1e-7)
+    assert step.status is Status.STAGNATED
+    true = (A.double() @ step.s.double() + gradient.double()).norm().item()
+    assert 1e-7 * gradient.norm() < true < 1e-2 * gradient.norm()
+    assert 0.02 * true < step.residual_norm < 50 * true
+    edge = solver(A, gradient, 1.0, rtol=1e-4)
+    if solver is not steihaug:  # whose equation holds on the edge too
+        s = edge.s.double()
+        residual = (A.double() @ s + edge.multiplier * s + gradient.double()).norm()
+        assert edge.status is Status.CONVERGED
+        assert residual <= 1e-4 * gradient.norm()
+        tight = solver(A, gradient, 1.0, rtol=1e-10)
+        assert tight.status is Status.STAGNATED
 
 
 def test_steihaug_takes_the_far_end_where_that_is_lower():

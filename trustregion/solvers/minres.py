@@ -19,8 +19,8 @@ from .verified import Asking, Goal, Observer, Run, drive, solve
 ROUNDING = torch.finfo(torch.float64).eps
 # |Ar| below this many eps |A||r| is rounding.
 NEGLIGIBLE = 8.0
-# Rounding keeps |Ar| / |A||r| of a system without a solution from falling below a tenth of
-# sqrt(eps) (all tried, n to 200); an iterate below this may be the last good one.
+# Where there is no solution, rounding ends the fall of |Ar| / |A||r| at about a tenth of sqrt(eps)
+# (all tried, n to 200); an iterate below this may be the last good one.
 CANDIDATE = 10.0
 
 
@@ -225,7 +225,8 @@ class _Lanczos:
         if not finite(p):
             run.status = Status.NONFINITE_OPERATOR
             return run
-        share = dot(run.x, run.r) / dot(run.r, p)
+        rMr = dot(run.r, p)
+        share = dot(run.x, run.r) / rMr if rMr > 0 else math.inf  # it may underflow
         if math.isfinite(share):
             run.x.sub_(p, alpha=share)
             if self.M is not None:
