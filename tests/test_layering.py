@@ -14,6 +14,7 @@ LEVELS = {
     "distributions": 1,
     "operators.base": 1,
     "operators.map": 1,
+    "operators.root": 1,
     "operators.fisher": 2,
     "operators.hessian": 2,
     "solvers.arguments": 1,

@@ -48,7 +48,8 @@ class Status(enum.Enum):
 
     STAGNATED = (
         "stagnated",
-        "The residual stopped falling above the tolerance: the working precision allows no more.",
+        "The residual cannot be brought, or shown to be, below the tolerance: the working precision"
+        " allows no more.",
     )
     PROGRESS_BELOW_TOLERANCE = (
         "progress_below_tolerance",

@@ -48,13 +48,13 @@ def kl_ball_step(
     Args:
         x: the direction, shape ``(n,)``.
         g: the gradient of the loss, shape ``(n,)``.
-        delta: radius of the ball in nats.
+        delta: radius of the ball in nats, positive.
         damped_curvature: ``x'(F + damping I)x``, as :func:`cg` returns it.
         damping: lambda.
 
     Returns:
         The step, or a zero step with status ``ZERO_CURVATURE`` (the difference above is lost in
-        rounding: the KL does not see the direction) or ``NOT_A_DESCENT``.
+        rounding: the KL does not see the direction), ``NOT_A_DESCENT`` or ``NONFINITE_INPUT``.
 
     Example:
         >>> x, g = torch.tensor([-1.0, 0.0]), torch.tensor([2.0, 0.0])
@@ -65,6 +65,9 @@ def kl_ball_step(
         Schulman et al., Trust Region Policy Optimization, 2015, appendix C.
 
     """
+    check_radius("delta", delta)
+    if not (finite(x) and finite(g)):
+        return Step(torch.zeros_like(x), Status.NONFINITE_INPUT, 0.0)
     curvature = damped_curvature - damping * dot(x, x)
     # The recurrence carries x'(F + damping I)x to about k eps; 100 covers the usual k.
     if not curvature > 100 * torch.finfo(x.dtype).eps * damped_curvature:
@@ -101,7 +104,6 @@ class ConstrainedStep:
         kl_model: :math:`\frac12 s'Fs`, at most ``delta``.
         products: products with ``A``.
         iterations: of the longest linear solve.
-
     """
 
     s: Tensor
@@ -131,8 +133,8 @@ def constrained_kl_ball_step(
 ) -> ConstrainedStep:
     r"""Minimise :math:`g's` subject to :math:`\frac12 s'Hs \le \delta` and :math:`b + as \le 0`.
 
-    :math:`H = F + \lambda I` is also the metric of the ball, which lies within the ball of ``F``.
-    (Scaling the step up to that, as :func:`kl_ball_step` does, could break a constraint.)
+    :math:`H = F + \lambda I` is also the metric of the ball, which lies within the ball of ``F``:
+    scaling up to that, as :func:`kl_ball_step` does, could break a constraint.
 
     The systems :math:`H x = v` for ``g`` and each row of ``a`` are solved together by :func:`cg`.
     The problem is then solved exactly on the span of the solutions, with the values ``HX`` and
@@ -147,9 +149,7 @@ def constrained_kl_ball_step(
     constraint this is the dual of constrained policy optimisation. Where no point of the ball is
     feasible, the step goes along the shortest feasible one to the edge; if the constraints
     contradict each other, along the shortest of those with the least sum of squared violations,
-    each measured as a distance in the metric.
-
-    Cost: the products of ``m + 1`` solves by :func:`cg`, and one block of ``m + 1`` more.
+    each measured as a distance in the metric. Cost: ``m + 1`` solves, ``m + 1`` products more.
 
     Args:
         A: F, the Fisher matrix or another positive semidefinite operator.
@@ -253,8 +253,9 @@ def _ball_basis(X: Tensor, HX: Tensor, eps: float, error: float) -> _Basis:
     f += f % 2  # the square root of 2^f is a power of two
     HX = ldexp(HX, -f)
     squares = (X * HX).sum(dim=0)
-    lengths = torch.linalg.vector_norm(X, dim=0) * torch.linalg.vector_norm(HX, dim=0)
-    seen = squares > 100 * eps * lengths
+    before, after = torch.linalg.vector_norm(X, dim=0), torch.linalg.vector_norm(HX, dim=0)
+    lengths, largest = before * after, (after / before).max() if X.numel() else 0.0
+    seen = squares > eps * torch.maximum(100 * lengths, largest * before**2)
     scale = squares[seen].sqrt()
     X, HX = X[:, seen] / scale, HX[:, seen] / scale
     if not X.shape[1]:

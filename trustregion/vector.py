@@ -148,9 +148,10 @@ def exponent(u: Tensor) -> int | None:
 
 
 def ldexp(u: Tensor, e: int) -> Tensor:
-    """Return ``u * 2^e``, exact unless the result over- or underflows."""
-    half = e // 2  # in two factors, since 2^1074 is not a float64
-    return (u.double() * math.ldexp(1.0, half) * math.ldexp(1.0, e - half)).to(u.dtype)
+    """Return ``u * 2^e`` as a new tensor, exact unless the result over- or underflows."""
+    part = max(min(e, 1000), -1000)  # in steps, since 2^1074 is not a float64
+    out = u.double() * math.ldexp(1.0, part)
+    return (ldexp(out, e - part) if e != part else out).to(u.dtype)
 
 
 def scalar_ldexp(value: float, e: int) -> float:

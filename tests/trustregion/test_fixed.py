@@ -138,6 +138,22 @@ def test_no_scale_of_the_right_hand_side_is_out_of_reach(power):
     torch.testing.assert_close(solution.x, b / A.diagonal(), rtol=1e-12, atol=0)
 
 
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_nonfinite_inputs_and_results_fail_in_numbers(bad):
+    b = torch.tensor([1.0, bad])
+    for solution in (
+        fixed_cg(torch.eye(2), b, 3),
+        fixed_cg(torch.eye(2), torch.ones(2), 3, x0=b),
+        fixed_cg(1e-30 * torch.eye(2), torch.full((2,), 1e30), 3),
+    ):
+        assert solution.failed
+        assert not solution.converged
+        assert not solution.x.any()
+        assert not solution.curvature.isnan()
+        assert not solution.model_value.isnan()
+    assert fixed_cg(torch.zeros(0, 0), torch.zeros(0), 2).x.shape == (0,)
+
+
 def test_gradients_flow_through_it():
     A = torch.diag(torch.tensor([1.0, 2.0], dtype=torch.float64)).requires_grad_()
     b = torch.ones(2, dtype=torch.float64)

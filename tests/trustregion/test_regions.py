@@ -197,10 +197,10 @@ def test_products_are_counted_and_a_smaller_radius_costs_none(system, factor, pr
         assert step.iterations <= step.products <= step.iterations + 1
     A = Counting(system.A)
     space = lanczos(A, system.b, M=M, max_iter=0)
-    first = gltr(A, -system.b, radius, M=M, space=space)
+    first = gltr(A, -system.b, radius, space=space)
     spent = A.products
     assert first.products == spent
-    shorter = gltr(A, -system.b, 0.1 * radius, M=M, space=space)
+    shorter = gltr(A, -system.b, 0.1 * radius, space=space)
     fresh = gltr(system.A, -system.b, 0.1 * radius, M=M)
     assert shorter.products == A.products - spent
     # a shorter step needs no larger space, where the first was not kept from converging
@@ -442,3 +442,86 @@ def test_steihaug_takes_the_far_end_where_that_is_lower():
         assert -step.predicted_reduction <= value + 1e-12
         far += bool((-g - A @ x) @ p < 0)  # uphill at first, lower at the end
     assert far > 0
+
+
+def rank_one(n, seed):
+    g = torch.Generator().manual_seed(seed)
+    u = torch.randn(n, 1, generator=g, dtype=torch.float64)
+    return u @ u.T
+
+
+@pytest.mark.parametrize("solver", [steihaug, gltr])
+def test_a_singular_metric_is_a_status_not_an_exception(solver):
+    for seed in range(300):
+        g = torch.Generator().manual_seed(seed)
+        G = torch.randn(20, 20, generator=g, dtype=torch.float64)
+        for dtype in DTYPES:
+            A, M = (G @ G.T / 20).to(dtype), rank_one(20, seed).to(dtype)
+            step = solver(A, torch.randn(20, generator=g).to(dtype), 0.1 + seed % 7, M=M)
+            assert step.s.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_no_false_convergence_behind_a_rounded_preconditioner(dtype):
+    """M of condition 1e5 is not symmetric to its smallest eigenvalue: the basis has to tell."""
+    rtol = 1e-3 if dtype is torch.float32 else 1e-9
+    for seed in range(60):
+        g = torch.Generator().manual_seed(seed)
+        Q, _ = torch.linalg.qr(torch.randn(20, 20, generator=g, dtype=torch.float64))
+        P, _ = torch.linalg.qr(torch.randn(20, 20, generator=g, dtype=torch.float64))
+        exact = (Q * torch.logspace(0, -2, 20, dtype=torch.float64)) @ Q.T
+        power = -5 if dtype is torch.float32 else -7
+        M = ((P * torch.logspace(0, power, 20, dtype=torch.float64)) @ P.T).to(dtype)
+        A, b = exact.to(dtype), torch.randn(20, generator=g).to(dtype)
+        solution = lanczos(A, b, M=M, max_iter=20).solve(rtol=rtol)
+        step = gltr(A, -b, 1e9, M=M, rtol=rtol)
+        for x, status in ((solution.x, solution.status), (step.s, step.status)):
+            true = (b.double() - A.double() @ x.double()).norm()
+            rounding = torch.finfo(dtype).eps * (b.double().norm() + x.double().norm())
+            if status is Status.CONVERGED:
+                assert true <= rtol * b.double().norm() + rounding
+
+
+def test_an_operator_that_is_not_symmetric_does_not_converge():
+    A = torch.tensor([[1.0, 5.0, 0.0], [-5.0, 1.0, 2.0], [0.0, 1.0, 3.0]], dtype=torch.float64)
+    g = torch.ones(3, dtype=torch.float64)
+    step = gltr(A, g, radius=1e3)
+    residual = (A @ step.s + step.multiplier * step.s + g).norm()
+    assert step.status is not Status.CONVERGED or residual <= 1e-5 * g.norm()
+
+
+def test_a_space_is_that_of_one_operator_and_one_gradient():
+    A, g = torch.diag(torch.tensor([1.0, 2.0])), torch.ones(2)
+    space = lanczos(A, -g, max_iter=2)
+    with pytest.raises(ValueError, match="another gradient or operator"):
+        gltr(2 * A, g, 1.0, space=space)
+    with pytest.raises(ValueError, match="its own preconditioner"):
+        gltr(A, g, 1.0, M=eye, space=space)
+    bad = torch.tensor([1.0, math.nan])
+    poisoned = lanczos(A, -bad, max_iter=0)
+    assert gltr(A, bad, 1.0, space=poisoned).status is Status.NONFINITE_INPUT
+    with pytest.raises(ValueError, match="another gradient"):
+        gltr(A, bad, 1.0, space=space)
+
+
+def test_results_are_not_shared_with_the_space():
+    space = lanczos(eye, torch.zeros(2), max_iter=0)
+    space.solve().x.add_(5)
+    space.minimize(1.0).s.add_(5)
+    assert not space.solve().x.any()
+    assert not space.minimize(1.0).s.any()
+    poisoned = lanczos(eye, torch.tensor([1.0, math.nan]), max_iter=0)
+    poisoned.minimize(1.0).s.fill_(9)
+    assert not poisoned.minimize(1.0).s.any()
+
+
+@every
+def test_nothing_to_do_for_no_parameters(solver):
+    step = solver(torch.zeros(0, 0), torch.zeros(0), 1.0)
+    assert (step.status, step.s.shape) == (Status.CONVERGED, (0,))
+
+
+def test_steihaug_returns_the_direction_it_followed():
+    A = torch.diag(torch.tensor([-1.0, 2.0]))
+    step = steihaug(A, torch.tensor([1.0, 0.0]), 1.0)
+    assert step.direction @ A @ step.direction < 0

@@ -33,14 +33,21 @@ class LinearOperator(abc.ABC):
 
     @abc.abstractmethod
     def mv(self, v: Tensor) -> Tensor:
-        """Return the product ``A v`` of shape ``(n,)`` as a new tensor."""
+        """Return the product ``A v`` of shape ``(n,)``.
+
+        ``v`` is lent: an operator does not write to it, and does not keep it. Both kinds of mistake
+        make a kernel's vectors change behind its back; the first is refused by name.
+        """
 
     def mm(self, V: Tensor) -> Tensor:
         """Return the products ``A V`` with the columns of ``V``, shape ``(n, k)``.
 
         Column by column here; an operator that has a faster way overrides it.
         """
-        return torch.stack([self.mv(v) for v in V.unbind(1)], dim=1)
+        out = torch.empty_like(V)
+        for i, v in enumerate(V.unbind(1)):
+            out[:, i] = product(self, v.contiguous())  # copied, in case the next one overwrites it
+        return out
 
     def __matmul__(self, v: Tensor) -> Tensor:
         """Return ``A v`` for a vector ``(n,)`` or a matrix of columns ``(n, k)``, checked."""
@@ -49,7 +56,7 @@ class LinearOperator(abc.ABC):
                 f"the operator takes vectors of shape ({self.shape[0]},), or ({self.shape[0]}, k),"
                 f" and dtype {self.dtype}, got shape {tuple(v.shape)} and dtype {v.dtype}"
             )
-        return self.mv(v) if v.ndim == 1 else self.mm(v)
+        return product(self, v) if v.ndim == 1 else self.mm(v)
 
     def __add__(self, other: LinearOperator) -> LinearOperator:
         """Return the operator ``A + B``."""
@@ -88,7 +95,11 @@ class DenseOperator(LinearOperator):
 
 
 class FunctionOperator(LinearOperator):
-    """The operator of a function ``v -> A v``; the shape of each product is checked."""
+    """The operator of a function ``v -> A v``.
+
+    The kernels run without recording a graph; a function that differentiates, such as a Hessian
+    product by a second backward pass, is run with grad enabled once it has asked for it.
+    """
 
     def __init__(
         self,
@@ -99,21 +110,21 @@ class FunctionOperator(LinearOperator):
     ) -> None:
         super().__init__(n, dtype, device or torch.device("cpu"))
         self.fn = fn
+        self._differentiates = False
 
     def mv(self, v: Tensor) -> Tensor:
         """Return ``fn(v)``."""
-        out = self.fn(v)
-        if not isinstance(out, Tensor) or out.shape != v.shape or out.dtype != v.dtype:
-            given = (
-                f"shape {tuple(out.shape)} and dtype {out.dtype}"
-                if isinstance(out, Tensor)
-                else type(out).__name__
-            )
-            raise ValueError(
-                f"the operator function must map a vector of shape {tuple(v.shape)} and dtype"
-                f" {v.dtype} to one alike, got {given}"
-            )
-        return out
+        if torch.is_grad_enabled():
+            return self.fn(v)
+        if not self._differentiates:
+            try:
+                return self.fn(v)
+            except RuntimeError as error:
+                if "does not require grad" not in str(error):
+                    raise
+            self._differentiates = True
+        with torch.enable_grad():
+            return self.fn(v).detach()
 
 
 class Identity(LinearOperator):
@@ -127,6 +138,10 @@ class Identity(LinearOperator):
     def mv(self, v: Tensor) -> Tensor:
         """Return a copy of ``v``."""
         return v.clone()
+
+    def mm(self, V: Tensor) -> Tensor:
+        """Return a copy of ``V``."""
+        return V.clone()
 
 
 class _Sum(LinearOperator):
@@ -142,6 +157,9 @@ class _Sum(LinearOperator):
     def mv(self, v: Tensor) -> Tensor:
         return self.left.mv(v) + self.right.mv(v)
 
+    def mm(self, V: Tensor) -> Tensor:
+        return self.left.mm(V) + self.right.mm(V)
+
 
 class _Scaled(LinearOperator):
     def __init__(self, operator: LinearOperator, factor: float) -> None:
@@ -152,6 +170,31 @@ class _Scaled(LinearOperator):
 
     def mv(self, v: Tensor) -> Tensor:
         return self.factor * self.operator.mv(v)
+
+    def mm(self, V: Tensor) -> Tensor:
+        return self.factor * self.operator.mm(V)
+
+
+def product(A: LinearOperator, v: Tensor) -> Tensor:
+    """Return ``A v`` after checking that it is like ``v``, and that ``v`` was left alone."""
+    version = v._version
+    out = A.mv(v)
+    if not isinstance(out, Tensor) or out.shape != v.shape or out.dtype is not v.dtype:
+        given = (
+            f"shape {tuple(out.shape)} and dtype {out.dtype}"
+            if isinstance(out, Tensor)
+            else type(out).__name__
+        )
+        raise ValueError(
+            f"the operator must map a vector of shape {tuple(v.shape)} and dtype {v.dtype} to one"
+            f" alike, got {given}"
+        )
+    if v._version != version:
+        raise ValueError(
+            "the operator writes to the vector it is given, which belongs to the caller: let it"
+            " return a new tensor, for example v * d instead of v.mul_(d)"
+        )
+    return out
 
 
 def as_operator(A: OperatorLike, like: Tensor) -> LinearOperator:

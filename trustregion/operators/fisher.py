@@ -12,6 +12,7 @@ from ..distributions import Joint, Prediction, joint_of
 from ..vector import ParameterVector
 from .base import LinearOperator
 from .map import FunctionMap, LinearMap
+from .root import FisherRoot
 
 
 class FisherOperator(LinearOperator):
@@ -65,7 +66,8 @@ class FisherOperator(LinearOperator):
                 "the distribution carries no graph: build it from the model's outputs with grad"
                 " enabled, without detach(), .item() or torch.no_grad()"
             )
-        self._metric, self.batch_size = joint.fisher(), joint.batch_size
+        self._joint, self.batch_size = joint, joint.batch_size
+        self._metric = joint.fisher()
         self._linearise()
 
     def _linearise(self) -> None:
@@ -143,6 +145,39 @@ class FisherOperator(LinearOperator):
         With it, ``F v`` is ``jacobian.rmv(metric(jacobian.mv(v))) / batch_size``.
         """
         return self._flatten(self._metric(self._unflatten(u)))
+
+    @torch.no_grad()
+    def root(self) -> FisherRoot:
+        r"""Return ``R`` of shape ``(m, n)`` with :math:`R'R = F`, a map for least squares.
+
+        ``lsqr(F.root(), y, damping=d)`` solves :math:`(F + d I) x = R'y`, and
+        :meth:`FisherRoot.lift` gives the ``y`` with :math:`R'y = g` for the gradient ``g`` of a
+        loss. It needs no more iterations than :func:`cg`. In float32, measured on linear models at
+        conditions of ``F`` from 1e2 to 1e6 with a damping of 1e-6 of its largest eigenvalue, its
+        error is 10 to 1e5 times smaller where ``R x`` comes near ``y``. For a ``y`` mostly out of
+        reach, as the gradient of noisy labels gives, the problem itself is as sensitive as the
+        condition of ``F``: the error is 300 times smaller to 200 times larger, and smaller at ``F``
+        of deficient rank and moderate condition only.
+
+        With ``C`` outputs a sample, the cost is ``C + 1`` products with the metric, none with the
+        network, and the eigenvectors of N matrices ``(C, C)`` in float64; the memory is N C^2. That
+        is for few outputs a sample: ``C`` counts all factors, and ``d + d^2`` for a
+        ``MultivariateNormal``.
+
+        Raises:
+            ValueError: the family is not one with parameters for each sample; see
+                :class:`FisherRoot`.
+
+        Example:
+            >>> from torch.distributions import Categorical
+            >>> W, v = torch.zeros(2, 3, requires_grad=True), torch.tensor([3.0, 0, 0, 0, 6, 0])
+            >>> F = FisherOperator(Categorical(logits=torch.eye(2) @ W), [W])
+            >>> R = F.root()
+            >>> R.shape, torch.allclose(R.rmv(R.mv(v)), F @ v)
+            ((6, 6), True)
+
+        """
+        return FisherRoot(self.jacobian, self._joint)
 
     def _flatten(self, tensors: Sequence[Tensor]) -> Tensor:
         return torch.cat([t.reshape(-1) for t in tensors]).to(self.dtype)

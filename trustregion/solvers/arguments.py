@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from numbers import Integral, Real
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
@@ -25,6 +27,8 @@ def check_vector(name: str, b: object, *, columns: bool = False) -> None:
 
 def check_start(x0: Tensor | None, b: Tensor) -> None:
     """Refuse a starting point that does not fit the right-hand side."""
+    if x0 is not None and not isinstance(x0, Tensor):
+        raise TypeError(f"x0 must be a tensor like b, got {type(x0).__name__}")
     if x0 is not None and (x0.shape != b.shape or x0.dtype != b.dtype):
         raise ValueError(
             f"x0 must have the shape {tuple(b.shape)} and dtype {b.dtype} of b,"
@@ -32,30 +36,45 @@ def check_start(x0: Tensor | None, b: Tensor) -> None:
         )
 
 
-def check_tolerances(rtol: object, atol: float) -> None:
+def check_tolerances(rtol: object, atol: object) -> None:
     """Refuse negative tolerances and NaN; a callable ``rtol`` is checked when it is called."""
-    if not callable(rtol) and not (isinstance(rtol, (int, float)) and rtol >= 0 and atol >= 0):
-        raise ValueError(f"rtol and atol must not be negative, got rtol={rtol}, atol={atol}")
-    if not atol >= 0:
-        raise ValueError(f"atol must not be negative, got {atol}")
+    for name, value in (("rtol", rtol), ("atol", atol)):
+        if name == "rtol" and callable(value):
+            continue
+        if not (is_number(value) and value >= 0):
+            raise ValueError(f"{name} must be a number and not negative, got {shown(value)}")
 
 
-def check_count(name: str, value: int | None) -> None:
+def check_count(name: str, value: object) -> None:
     """Refuse a limit that is not an integer or is negative; None stands for the default."""
-    if value is not None and not (isinstance(value, int) and value >= 0):
-        raise ValueError(f"{name} must be an integer and not negative, got {value}")
+    whole = isinstance(value, Integral) and not isinstance(value, bool)
+    if value is not None and not (whole and is_number(value) and value >= 0):
+        raise ValueError(f"{name} must be an integer and not negative, got {shown(value)}")
 
 
-def check_number(name: str, value: float) -> None:
+def check_number(name: str, value: object) -> None:
     """Refuse what is not a finite number."""
-    if not (isinstance(value, (int, float)) and math.isfinite(value)):
-        raise ValueError(f"{name} must be a finite number, got {value}")
+    if not (is_number(value) and math.isfinite(value)):
+        raise ValueError(f"{name} must be a finite number, got {shown(value)}")
 
 
-def check_radius(name: str, radius: float) -> None:
+def check_radius(name: str, radius: object) -> None:
     """Refuse a radius that is not a positive finite number."""
-    if not (isinstance(radius, (int, float)) and radius > 0 and math.isfinite(radius)):
-        raise ValueError(f"{name} must be a positive finite number, got {radius}")
+    if not (is_number(radius) and radius > 0 and math.isfinite(radius)):
+        raise ValueError(f"{name} must be a positive finite number, got {shown(radius)}")
+
+
+def is_number(value: object) -> TypeGuard[float]:
+    """Say whether a value is a real number of Python's or numpy's."""
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def shown(value: object) -> str:
+    """Return a value for an error message, with its type where that is the trouble."""
+    if is_number(value):
+        return f"{value}"
+    hint = ": pass a Python number, for example by .item()" if isinstance(value, Tensor) else ""
+    return f"{value!r} of type {type(value).__name__}{hint}"
 
 
 def finite(u: Tensor) -> bool:

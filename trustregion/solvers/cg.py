@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -12,6 +13,7 @@ from ..status import Status
 from .arguments import check_count, check_start, check_tolerances, check_vector
 from .recurrence import Recurrence, Rules
 from .solution import LinearSolution
+from .stopping import Progress
 from .verified import Asking, Goal, Observer, Solving, drive, solve
 
 
@@ -25,6 +27,7 @@ def cg(
     rtol: float | Callable[[float], float] = 1e-5,
     atol: float = 0.0,
     max_iter: int | None = None,
+    max_products: int | None = None,
     progress_tol: float | None = None,
     reorthogonalize: bool = False,
     verify: bool = False,
@@ -68,6 +71,8 @@ def cg(
             as :func:`forcing_sequence`.
         atol: absolute tolerance on the residual's norm.
         max_iter: limit on iterations; ``10 n`` when None.
+        max_products: limit on products with ``A``, those that measure a residual included; none
+            when None. It ends a solve as ``MAX_ITER``. The product for ``x0`` is always spent.
         progress_tol: epsilon of Martens' rule: stop when the model value has improved by less
             than this fraction an iteration (see :class:`Progress`); 5e-4 is his choice.
         reorthogonalize: keep the residuals and orthogonalise each new one against all of them. In
@@ -101,6 +106,7 @@ def cg(
     check_start(x0, b)
     check_tolerances(rtol, atol)
     check_count("max_iter", max_iter)
+    check_count("max_products", max_products)
     if progress_tol is not None and not progress_tol > 0:
         raise ValueError(f"progress_tol must be positive, got {progress_tol}")
     if b.ndim == 2 and callback is not None:
@@ -109,10 +115,14 @@ def cg(
     A = as_operator(A, like)
     M = None if M is None else as_operator(M, like)
     limit = 10 * like.numel() if max_iter is None else max_iter
-    goal = Goal(rtol, atol, limit, verify, callback)
+    spend = math.inf if max_products is None else max_products
+    goal = Goal(rtol, atol, limit, spend, verify, callback)
 
-    def start(r: Tensor, tolerance: float, left: int, observe: Observer | None) -> Asking:
-        rules = Rules(tolerance, left, progress_tol, reorthogonalize=reorthogonalize)
+    def start(
+        r: Tensor, tolerance: float, left: int, observe: Observer | None, value: float
+    ) -> Asking:
+        progress = None if progress_tol is None else Progress(progress_tol, value)
+        rules = Rules(tolerance, left, progress, reorthogonalize=reorthogonalize)
         return Recurrence(r, b.dtype, M, rules, observe).iterate()
 
     if b.ndim == 1:
@@ -135,7 +145,13 @@ def _together(A: LinearOperator, b: Tensor, solves: list[Solving]) -> LinearSolu
                 ended[i] = end.value
         if not asked:
             break
-        block = A.mm(torch.stack(list(asked.values()), dim=1))
+        V = torch.stack(list(asked.values()), dim=1)
+        block = A.mm(V)
+        if block.shape != V.shape or block.dtype is not V.dtype:
+            raise ValueError(
+                f"the operator must map a block of shape {tuple(V.shape)} and dtype {V.dtype} to"
+                f" one alike, got shape {tuple(block.shape)} and dtype {block.dtype}"
+            )
         answers = dict(zip(asked, block.T.contiguous(), strict=True))
     return join(b, [ended[i] for i in range(len(solves))])
 
@@ -149,8 +165,15 @@ def join(b: Tensor, columns: list[LinearSolution]) -> LinearSolution:
         max((c.iterations for c in columns), default=0),
         sum(c.products for c in columns),
         max((c.residual_norm for c in columns), default=0.0),
-        max((c.curvature for c in columns), default=0.0),
-        model_value=sum(c.model_value for c in columns),
+        math.fsum(c.curvature for c in columns),
+        model_value=math.fsum(c.model_value for c in columns),
         norm=max((c.norm for c in columns), default=0.0),
+        true_residual_norm=_largest([c.true_residual_norm for c in columns]),
         columns=tuple(columns),
     )
+
+
+def _largest(norms: list[float | None]) -> float | None:
+    """Return the largest, or None if one is not known."""
+    known = [size for size in norms if size is not None]
+    return max(known) if known and len(known) == len(norms) else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ def trust_region_dense(
     radius: float,
     *,
     M: OperatorLike | None = None,
-    rtol: float = 1e-5,
+    rtol: float | Callable[[float], float] = 1e-5,
     atol: float = 0.0,
 ) -> SubproblemSolution:
     r"""Minimise :math:`g's + \frac12 s'As` over :math:`\|s\| \le \Delta`, globally, for small n.
@@ -42,7 +43,8 @@ def trust_region_dense(
         g: the gradient, shape ``(n,)``, float32 or float64.
         radius: :math:`\Delta`, positive.
         M: preconditioner, positive definite; the metric is its inverse.
-        rtol: tolerance on the residual relative to the norm of ``g``, for the status.
+        rtol: tolerance on the residual relative to the norm of ``g``, or a rule that makes it from
+            that norm; for the status.
         atol: absolute tolerance, for the status.
 
     Returns:
@@ -70,6 +72,8 @@ def trust_region_dense(
     problem = region(g, radius)
     if isinstance(problem, SubproblemSolution):
         return problem
+    if not g.numel():
+        return no_step(g, Status.CONVERGED)
     matrix, products = _matrix(A, g), 0 if isinstance(A, Tensor) else g.numel()
     if not finite(matrix):
         return no_step(g, Status.NONFINITE_OPERATOR, products=products)
@@ -90,7 +94,9 @@ def trust_region_dense(
     r, pull = problem.b - As, found.multiplier * y
     residual = norm(r - pull)
     tolerance = Goal(rtol, atol).tolerance(problem.b, problem.e)
-    below = residual <= (tolerance or rtol * norm(pull))  # for g = 0 relative to the pull
+    if not g.any() and not callable(rtol):  # there is no |g| to be relative to
+        tolerance = max(tolerance, rtol * norm(pull))
+    below = residual <= tolerance
     return problem.account(
         s,
         Status.CONVERGED if below else Status.STAGNATED,

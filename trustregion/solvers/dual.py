@@ -223,13 +223,13 @@ def _ended(
 
 def _primal(system: _System, rtol: Rtol, max_iter: int | None) -> LinearSolution:
     k = exponent(system.u) or 0
-    g = system.J.rmv(_shift(system.u, -k))  # at unit scale, where nothing overflows early
-    b = _shift(g, k)
+    g = system.J.rmv(ldexp(system.u, -k))  # at unit scale, where nothing overflows early
+    b = ldexp(g, k)
     if not finite(b):
         return _ended(system, Status.NONFINITE_OPERATOR, 1)
     found = cg(system.mv, b, rtol=rtol, max_iter=max_iter)
     found = replace(found, products=2 * found.products + 1)
-    if found.status is Status.CONVERGED and not torch.equal(_shift(b, -k), g):  # J'u underflowed
+    if found.status is Status.CONVERGED and not torch.equal(ldexp(b, -k), g):  # J'u underflowed
         return replace(found, status=Status.STAGNATED)
     return found
 
@@ -293,10 +293,10 @@ def _dual(system: _System, goal: Goal) -> LinearSolution:
     x = unit.adjoint(T @ y)
     if curved is not None:
         return _ended(system, curved, products, start, x.to(rows.dtype))
-    out = _shift(x, f - t - q).to(rows.dtype)
+    out = ldexp(x, f - t - q).to(rows.dtype)
     if not finite(out):
         return _ended(system, Status.NONFINITE_OPERATOR, products, start)
-    x = _shift(out.double(), q - f)  # as it is returned
+    x = ldexp(out.double(), q - f)  # as it is returned
     r = g - unit.mv(x)
     size, tolerance = norm(r), goal.tolerance(g, f)
     if not size <= norm(g):
@@ -348,11 +348,3 @@ def _solve_reduced(
     along, kept = Q.T @ c, values > (-math.inf if damping > 0 else cut)
     y = Q[:, kept] @ (along[kept] / (values[kept].clamp(min=0) + damping))
     return y, None, norm(along[~kept])
-
-
-def _shift(u: Tensor, e: int) -> Tensor:
-    """Return ``u * 2^e`` for any ``e``; :func:`ldexp` takes the range of a float64."""
-    while e:
-        step = max(-2000, min(2000, e))
-        u, e = ldexp(u, step), e - step
-    return u

@@ -23,7 +23,8 @@ class FixedSolution(NamedTuple):
         converged: whether the residual reached the tolerance; always False for ``rtol=0``, unless
             it is exactly zero.
         failed: whether a direction without positive curvature, or a product that is not finite,
-            ended the solve: ``x`` is then the iterate before it.
+            ended the solve: ``x`` is then the iterate before it. Also for an input or a result that
+            is not finite: ``x`` is then zero.
 
     """
 
@@ -102,14 +103,18 @@ def fixed_cg(
     for _ in range(iterations):
         state = _iterate(state, A, M, tolerance, dtype)
     x, r = start + state.x, state.r
+    returned = (x * unit).to(dtype)
+    sound = returned.isfinite().all() & rr.isfinite()
+    numbers = (state.rr.sqrt(), x @ (b - r) * unit, -0.5 * (x @ (b + r)) * unit)
+    residual, curvature, value = (torch.where(sound, t, 0.0) * unit for t in numbers)
     return FixedSolution(
-        (x * unit).to(dtype),
-        state.rr.sqrt() * unit,
-        x @ (b - r) * unit.square(),
-        -0.5 * (x @ (b + r)) * unit.square(),
+        torch.where(sound, returned, 0.0),
+        torch.where(sound, residual, torch.inf),
+        curvature,
+        value,
         state.steps,
-        state.rr <= tolerance,
-        state.failed,
+        sound & (state.rr <= tolerance),
+        state.failed | ~sound,
     )
 
 
@@ -143,7 +148,8 @@ def _iterate(
     alpha = rz / torch.where(pAp > 0, pAp, 1.0)
     r_next = r - alpha * Ap
     rr_next = r_next @ r_next
-    steep = (rr + rr_next).sqrt() / alpha / pp.sqrt()  # |Ap|/|p|, as in the recurrence of cg
+    # |Ap|/|p|, as in the recurrence of cg
+    steep = ((rr + rr_next).sqrt() / alpha if M is None else Ap.norm()) / pp.sqrt()
     norm_A = torch.maximum(norm_A, steep)
     sound = (rz > 0) & (pAp > torch.finfo(dtype).eps * norm_A * pp) & rr_next.isfinite()
     moved = _State(x + alpha * p, r_next, p, rr_next, rz, norm_A, steps + 1, failed)
@@ -153,6 +159,6 @@ def _iterate(
 
 def _unit(b: Tensor) -> Tensor:
     """Return the power of two at the size of ``b``, 1 for ``b = 0``, float64."""
-    largest = b.double().abs().amax()
-    _, e = torch.frexp(torch.where(largest > 0, largest, 1.0))
+    largest = torch.cat([b.double().abs(), b.new_zeros(1).double()]).amax()  # b may be empty
+    _, e = torch.frexp(torch.where((largest > 0) & largest.isfinite(), largest, 1.0))
     return torch.ldexp(torch.ones_like(largest), e)

@@ -53,9 +53,10 @@ def gltr(
             rule that makes it from that norm, such as :func:`forcing_sequence`.
         atol: absolute tolerance.
         max_iter: limit on the size of the space; ``n`` when None.
-        space: the space of the same ``A``, ``-g`` and ``M`` from an earlier call, made by
-            ``lanczos(A, -g, M=M, max_iter=0)``. It is used as far as it goes and extended where it
-            does not: after a rejection, a step for a smaller radius usually costs no product.
+        space: the space of the same ``A`` (the same object) and ``-g`` from an earlier call, made
+            by ``lanczos(A, -g, M=M, max_iter=0)``, which holds ``M``. It is used as far as it goes
+            and extended where it does not: after a rejection, a step for a smaller radius usually
+            costs no product.
 
     Returns:
         The step, ``CONVERGED`` inside the region or on its edge; see :class:`SubproblemSolution`.
@@ -90,8 +91,13 @@ def gltr(
     check_count("max_iter", max_iter)
     if space is None:
         space = KrylovSpace(A, -g, M)
-    elif not space.is_of(-g):
-        raise ValueError("space is that of another gradient: make one by lanczos(A, -g, M=M)")
+    elif M is not None:
+        raise ValueError("space has its own preconditioner: pass M to lanczos, not beside space")
+    elif not space.is_of(A, -g):
+        raise ValueError(
+            "space is that of another gradient or operator: make one by lanczos(A, -g, max_iter=0),"
+            " and pass the same A here"
+        )
     limit = g.numel() if max_iter is None else max_iter
     before, grows = space.products, True
     while grows and space.size < limit:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..operators.base import OperatorLike, as_operator
+from ..operators.base import OperatorLike, as_operator, product
 from ..status import Status
 from ..vector import dot, norm, scalar_ldexp
 from .arguments import (
@@ -50,6 +50,7 @@ class KrylovSpace:
     """
 
     def __init__(self, A: OperatorLike, b: Tensor, M: OperatorLike | None) -> None:
+        b = b.detach()
         self._A, M = as_operator(A, b), None if M is None else as_operator(M, b)
         self._given = region(-b, 1.0)
         unit = self._given.b if isinstance(self._given, Region) else torch.zeros_like(b).double()
@@ -142,7 +143,7 @@ class KrylovSpace:
         e = self._given.e
         x = self._given.returned(point.x)
         if not finite(x):
-            x, status = self._zero, Status.NONFINITE_OPERATOR
+            x, status = torch.zeros_like(self._zero), Status.NONFINITE_OPERATOR
         return LinearSolution(
             x,
             status,
@@ -179,7 +180,7 @@ class KrylovSpace:
         check_tolerances(rtol, atol)
         k = self._checked(size)
         if not isinstance(self._given, Region):
-            return self._given
+            return no_step(self._zero, self._given.status)
         if k == 0:
             rest = Status.MAX_ITER if self._process.start else Status.CONVERGED
             return no_step(self._zero, self.status or rest)
@@ -222,8 +223,10 @@ class KrylovSpace:
         if not isinstance(self._given, Region) or (self.status is not None):
             return False
         if not process.start:  # b = 0, whose tolerance is relative to the step
-            step = None if radius is None else self.minimize(radius, damping=damping, rtol=rtol)
-            return step is not None and step.status is Status.MAX_ITER
+            if radius is None:
+                return False
+            step = self.minimize(radius, damping=damping, rtol=rtol, atol=atol)
+            return step.status is Status.MAX_ITER
         if k == 0:
             return True
         if radius is None:
@@ -268,13 +271,16 @@ class KrylovSpace:
         start = small[-1] + 1 if small else 0
         return process.matrix(self.size)[start:, start:]
 
-    def is_of(self, b: Tensor) -> bool:
-        """Say whether this is a space of ``b``."""
+    def is_of(self, A: OperatorLike, b: Tensor) -> bool:
+        """Say whether this is a space of that operator, the same object, and of ``b``."""
+        mine = self._A
+        known: list[object] = [mine, getattr(mine, "matrix", mine), getattr(mine, "fn", mine)]
+        if not any(A is other for other in known) or b.dtype is not self._zero.dtype:
+            return False
         other = region(-b, 1.0)
         if not (isinstance(other, Region) and isinstance(self._given, Region)):
-            return other == self._given
-        same = (other.e, other.dtype) == (self._given.e, self._given.dtype)
-        return same and torch.equal(other.b, self._given.b)
+            return type(other) is type(self._given)  # both are not finite
+        return other.e == self._given.e and torch.equal(other.b, self._given.b)
 
     def _checked(self, size: int | None) -> int:
         check_count("size", size)
@@ -286,7 +292,7 @@ class KrylovSpace:
         """Return zero: the answer for ``b = 0``, and all there is if no vector could be made."""
         status = self.status or Status.CONVERGED
         residual = no_step(self._zero, status).residual_norm
-        return LinearSolution(self._zero, status, 0, 0, residual, 0.0)
+        return LinearSolution(torch.zeros_like(self._zero), status, 0, 0, residual, 0.0)
 
     def _definite(self, k: int, damping: float) -> tuple[int, Status | None, Tensor | None]:
         """Return how far ``T + damping I`` is positive definite; why it ends, and where to."""
@@ -313,7 +319,8 @@ class KrylovSpace:
         onward = process.onward(k, h[-1].item() if k else 1.0)
         curvature = dot(h, Th) + damping * size * size
         shift = damping if shift is None else shift
-        rounding = process.eps * (process.norm_A * norm(x) + abs(shift) * norm(y))
+        removed = sum(r * abs(c) for r, c in zip(process.removed, h.tolist(), strict=False))
+        rounding = process.eps * (process.norm_A * norm(x) + abs(shift) * norm(y)) + removed
         linear = process.start * h[0].item() if k else 0.0
         return Point(x, y, shift, size, curvature, linear, onward, rounding)
 
@@ -334,11 +341,13 @@ class KrylovSpace:
 
     def _measure(self, point: Point, problem: Region, goal: Goal) -> tuple[Status, float]:
         """Return the status by the true residual, and its norm. Cost: one product."""
+        process = self._process
         x = point.x - problem.rounding(point.x)  # as it is returned
-        y = x if self._process.M is None else point.y
-        Ax = self._A.mv(x.to(self._zero.dtype)).double()
+        y = x if process.M is None else point.y
+        Ax = product(self._A, x.to(self._zero.dtype)).double()
         size = norm(problem.b - Ax - point.shift * y)
         if not math.isfinite(size):
             return Status.NONFINITE_OPERATOR, point.residual
-        below = size <= self._tolerance(point, problem, goal)
+        noise = process.eps * process.norm_A * norm(x)  # of the product that measured it
+        below = size + noise <= self._tolerance(point, problem, goal)
         return Status.CONVERGED if below else Status.STAGNATED, size

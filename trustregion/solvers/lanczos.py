@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from ..operators.base import OperatorLike
@@ -9,6 +10,7 @@ from .arguments import check_count, check_vector
 from .krylov import KrylovSpace
 
 
+@torch.no_grad()
 def lanczos(
     A: OperatorLike, b: Tensor, *, M: OperatorLike | None = None, max_iter: int
 ) -> KrylovSpace:

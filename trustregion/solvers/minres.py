@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..operators.base import LinearOperator, OperatorLike, as_operator
+from ..operators.base import LinearOperator, OperatorLike, as_operator, product
 from ..status import Status
 from ..vector import dot, exponent, ldexp, norm, scalar_ldexp
 from .arguments import check_count, check_start, check_tolerances, check_vector, finite
@@ -115,7 +115,7 @@ class _Lanczos:
         if self.M is None:
             size = norm(z)
             return (z, size) if math.isfinite(size) else Status.NONFINITE_OPERATOR
-        Mz = self.M.mv(z.to(self.dtype)).double()
+        Mz = product(self.M, z.to(self.dtype)).double()
         if self.M_unit is None:
             self.M_unit = (exponent(Mz) or 0) - (exponent(z) or 0)
         Mz = ldexp(Mz, -self.M_unit)
@@ -178,7 +178,7 @@ class _Lanczos:
 
     def _direction(self, r: Tensor) -> Tensor:
         """Return ``M r``, in the space of ``x``."""
-        return r if self.M is None else self.M.mv(r.to(self.dtype)).double()
+        return r if self.M is None else product(self.M, r.to(self.dtype)).double()
 
     def _advance(
         self, z: Tensor, gbar: float, delta: float, beta: float, size_v: float
@@ -318,8 +318,10 @@ def minres(
     M = None if M is None else as_operator(M, b)
     limit = 10 * b.numel() if max_iter is None else max_iter
 
-    def start(r: Tensor, tolerance: float, left: int, observe: Observer | None) -> Asking:
+    def start(
+        r: Tensor, tolerance: float, left: int, observe: Observer | None, _value: float
+    ) -> Asking:
         rules = _Rules(tolerance, left, stop_at_negative_curvature)
         return _Lanczos(r, b.dtype, M, rules, observe).iterate()
 
-    return drive(A, solve(b, x0, Goal(rtol, atol, limit, verify, callback), start))
+    return drive(A, solve(b, x0, Goal(rtol, atol, limit, verify=verify, callback=callback), start))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 import torch
@@ -19,10 +19,10 @@ from .solution import LinearSolution
 def multishift_cg(
     A: OperatorLike,
     b: Tensor,
-    shifts: Sequence[float],
+    shifts: Iterable[float],
     *,
     M: OperatorLike | None = None,
-    rtol: float = 1e-5,
+    rtol: float | Callable[[float], float] = 1e-5,
     atol: float = 0.0,
     max_iter: int | None = None,
 ) -> LinearSolution:
@@ -74,7 +74,8 @@ def multishift_cg(
     check_vector("b", b)
     check_tolerances(rtol, atol)
     check_count("max_iter", max_iter)
-    if len(shifts) == 0:
+    shifts = [float(shift) for shift in shifts]
+    if not shifts:
         raise ValueError("shifts is empty: pass at least one damping")
     for shift in shifts:
         check_number("a shift", shift)

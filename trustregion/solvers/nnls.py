@@ -93,6 +93,7 @@ def nnls(A: Tensor, b: Tensor, *, max_iter: int | None = None) -> NonnegativeSol
     unit, powers = _at_unit_scale(A.T)
     target = ldexp(b.double(), -e)
     limit = 10 * A.shape[1] if max_iter is None else max_iter
+    unit, target = unit.cpu(), target.cpu()  # small, and no device has this factorisation
     y, iterations, done = _active_set(unit.T, target, limit)
     x = zero.new_tensor([scalar_ldexp(v, e - p) for v, p in zip(y.tolist(), powers, strict=True)])
     status = Status.CONVERGED if done else Status.MAX_ITER
@@ -236,12 +237,13 @@ def _active_set(A: Tensor, b: Tensor, limit: int) -> tuple[Tensor, int, bool]:
             z[free] = fit.solution.squeeze(1)
             iterations += 1
             blocking = free & (z <= 0)
+            dependent = int(fit.rank) < int(free.sum())
+            if x[j] == 0 and (dependent or bool(blocking[j])):
+                free[j], barred[j] = False, True
+                break
             if not bool(blocking.any()):
                 x = z
                 barred.zero_()
-                break
-            if bool(blocking[j]) and x[j] == 0:
-                free[j], barred[j] = False, True
                 break
             reach = torch.where(blocking, x / (x - z), math.inf)
             x = x + reach.min() * (z - x)
@@ -354,5 +356,4 @@ def _least_violation(G: Tensor, h: Tensor) -> Tensor:
     N = torch.eye(len(h), dtype=h.dtype) - G @ torch.linalg.pinv(G)
     violation = (N @ (bounds + nnls(N, -N @ bounds).x)).clamp(min=0.0)
     slack = math.sqrt(EPS) * violation.max()  # rounding must not empty the polyhedron again
-    bounds = torch.where(G.any(dim=1), bounds - violation - slack, -math.inf)
-    return least_distance(G, bounds).x
+    return least_distance(G, bounds - violation - slack).x

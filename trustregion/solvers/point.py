@@ -31,7 +31,10 @@ class Point:
 
     def stretched(self, radius: float) -> Point:
         """Return the point at exactly the radius, from one there to rounding."""
-        factor = 1 / math.sqrt(dot(self.x / radius, self.y / radius))
+        square = dot(self.x / radius, self.y / radius)
+        if not 0 < square < math.inf:  # M is not positive definite, which the residual will show
+            return self
+        factor = 1 / math.sqrt(square)
         x = self.x * factor
         return replace(self, x=x, y=x if self.y is self.x else self.y * factor)
 

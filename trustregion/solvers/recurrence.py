@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..operators.base import LinearOperator
+from ..operators.base import LinearOperator, product
 from ..status import Status
 from ..vector import dot, norm
 from .basis import Basis, orthogonalise
@@ -28,7 +28,7 @@ class Rules:
     tolerance: float
     """On the norm of the recurred residual."""
     max_iter: int
-    progress_tol: float | None = None
+    progress: Progress | None = None
     radius: float = math.inf
     """On ``|x|`` in the metric ``M^-1``."""
     reorthogonalize: bool = False
@@ -61,7 +61,6 @@ class Recurrence:
         narrow = dtype is not b.dtype
         self.asked = torch.empty_like(b, dtype=dtype) if narrow else None
         self.given = torch.empty_like(b) if narrow else None
-        self.progress = None if rules.progress_tol is None else Progress(rules.progress_tol)
         if rules.reorthogonalize:
             self.W = Basis(b)
             self.Z = self.W if M is None else Basis(b)
@@ -83,7 +82,7 @@ class Recurrence:
             if run.iterations >= rules.max_iter:
                 run.status = Status.MAX_ITER
                 break
-            z = run.r if self.M is None else self.M.mv(run.r.to(self.dtype)).double()
+            z = run.r if self.M is None else product(self.M, run.r.to(self.dtype)).double()
             rz_old, rz = rz, run.rr if plain else dot(run.r, z)
             if not 0 < rz < math.inf:
                 run.status = why_no_direction(rz)
@@ -127,11 +126,15 @@ class Recurrence:
             rr = torch.dot(self.r_next, self.r_next).item()
             if not math.isfinite(rr):
                 return Status.NONFINITE_OPERATOR
-            # |alpha Ap|^2 = r'r + r_next'r_next, since the two are orthogonal
-            run.norm_A = max(run.norm_A, math.sqrt(run.rr + rr) / alpha / length)
+            # Without M |alpha Ap|^2 = r'r + r_next'r_next, since the two are orthogonal.
+            free = math.sqrt(run.rr + rr) / alpha if self.M is None else norm(Ap)
+            run.norm_A = max(run.norm_A, free / length)
         if pAp <= self.eps * run.norm_A * pp:
             return self._stop_at_curvature(Ap, pAp, rz, pp)
         if self.rules.radius < math.inf:
+            size = dot(self.p, self.w)  # in the metric M^-1
+            if not 0 < size < math.inf:
+                return why_no_direction(size)
             tau = self._to_the_edge()[0]
             if alpha >= tau:
                 self._jump(Ap, tau)
@@ -144,7 +147,7 @@ class Recurrence:
         run.iterations += 1
         if self.observe is not None:
             self.observe(run.x)
-        if self.progress is not None and self.progress.stops_after(0.5 * alpha * rz):
+        if self.rules.progress is not None and self.rules.progress.stops_after(0.5 * alpha * rz):
             return Status.PROGRESS_BELOW_TOLERANCE
         return None
 
@@ -186,6 +189,9 @@ class Recurrence:
         run = self.run
         run.direction = self.p.to(self.dtype, copy=True)
         if self.rules.radius < math.inf:
+            size = dot(self.p, self.w)
+            if not 0 < size < math.inf:
+                return why_no_direction(size)
             values = {t: t * (0.5 * t * pAp - rz) for t in self._to_the_edge()}
             tau = min(values, key=values.__getitem__)
             self._jump(Ap, tau)

@@ -60,6 +60,7 @@ class Region:
         on_boundary: bool = False,
         multiplier: float = 0.0,
         hard_case: bool = False,
+        direction: Tensor | None = None,
     ) -> SubproblemSolution:
         """Return the solution from the numbers of a step at unit scale; see its attributes."""
         step = self.returned(s)
@@ -77,6 +78,7 @@ class Region:
             scalar_ldexp(curvature, 2 * self.e),
             scalar_ldexp(residual_norm, self.e),
             hard_case,
+            direction,
         )
 
 

@@ -9,20 +9,21 @@ from torch import Tensor
 from ..status import Status
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # a tensor has no truth value to compare by
 class LinearSolution:
     r"""The result of solving ``A x = b``, or several such systems at once.
 
     For a right-hand side of shape ``(n, k)`` each of :attr:`columns` is the account of one column;
     the other numbers then sum them up: ``status`` is ``CONVERGED`` only if every column converged,
-    and that of the first other column if not; norms are the largest, products the sum.
+    and that of the first other column if not; norms and iterations are the largest, products,
+    curvature and model value the sum.
 
     Attributes:
         x: the last finite iterate, of the shape of ``b``; never holds a NaN when ``x0`` holds none.
         status: how the solve ended.
         iterations: completed iterations.
-        products: products with ``A``: one an iteration, one more for a warm start and one more
-            each time the true residual was measured.
+        products: products with ``A``: one an iteration, one more for a warm start, for a direction
+            that ended the solve, and each time the true residual was measured.
         residual_norm: the norm of ``b - A x``: as measured by a product where
             ``true_residual_norm`` is not None, as the recurrence carries it otherwise.
         curvature: ``x'Ax``, computed from the residual, without a product.
@@ -52,7 +53,7 @@ class LinearSolution:
     columns: tuple[LinearSolution, ...] = ()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # a tensor has no truth value to compare by
 class SubproblemSolution:
     r"""The result of minimising :math:`g's + \frac12 s'As` over :math:`\|s\| \le \Delta`.
 
@@ -75,6 +76,7 @@ class SubproblemSolution:
             of ``A s + g`` where the multiplier is unknown.
         hard_case: the step was completed by an eigenvector of the leftmost eigenvalue, to which
             the gradient is orthogonal.
+        direction: from :func:`steihaug`, the direction without positive curvature that ended it.
 
     """
 
@@ -89,3 +91,4 @@ class SubproblemSolution:
     curvature: float
     residual_norm: float
     hard_case: bool = False
+    direction: Tensor | None = None

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..operators.base import LinearOperator, OperatorLike, as_operator
+from ..operators.base import LinearOperator, OperatorLike, as_operator, product
 from ..status import Status
 from ..vector import dot, norm
 from .arguments import check_count, check_radius, check_tolerances, check_vector, finite
@@ -103,6 +103,7 @@ def steihaug(
         residual_norm=norm(r),
         on_boundary=status in EDGE,
         multiplier=math.nan if status in EDGE else 0.0,
+        direction=run.direction,
     )
 
 
@@ -112,8 +113,9 @@ EDGE = (Status.BOUNDARY, Status.NEGATIVE_CURVATURE, Status.ZERO_CURVATURE)
 def _measure(A: LinearOperator, problem: Region, run: Run, tolerance: float) -> Status:
     """Put the true residual in place of the recurred one."""
     run.products += 1
-    r = problem.b - A.mv(run.x.to(problem.dtype)).double()
+    r = problem.b - product(A, run.x.to(problem.dtype)).double()
     if not finite(r):
         return Status.NONFINITE_OPERATOR
     run.r = r
-    return Status.CONVERGED if norm(r) <= tolerance else Status.STAGNATED
+    noise = problem.eps * run.norm_A * norm(run.x)  # of this product
+    return Status.CONVERGED if norm(r) + noise <= tolerance else Status.STAGNATED

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from ..operators.base import LinearOperator
+from ..operators.base import LinearOperator, product
 from ..status import Status
 from ..vector import dot, exponent, ldexp, norm
 from .arguments import finite
@@ -33,6 +33,8 @@ class Tridiagonalisation:
         self.products = 0
         self.alphas: list[float] = []
         self.betas: list[float] = []  # betas[j] couples the vectors j and j + 1
+        # what T does not hold: rounding, and all that A and M lack to symmetry
+        self.removed: list[float] = []
         self.norm_A = 0.0  # largest |Aq|/|q|
         self._spectra: dict[int, tuple[Tensor, Tensor]] = {}
         self.Q = Basis(b)
@@ -93,19 +95,23 @@ class Tridiagonalisation:
             return False
         k = self.size
         q = self.Q.rows[k]
-        Aq = self.A.mv(q.to(self.dtype)).double()
+        Aq = product(self.A, q.to(self.dtype)).double()
         self.products += 1
         alpha = dot(q, Aq)
         if not (math.isfinite(alpha) and finite(Aq)):
             self.status = Status.NONFINITE_OPERATOR
             return False
         self.norm_A = max(self.norm_A, norm(Aq) / norm(q))
-        r = orthogonalise(Aq, self.W.rows, self.Q.rows)
-        beta = self._append(r, norm(Aq))
+        r = torch.add(Aq, self.W.rows[k], alpha=-alpha)
+        if k > 0:
+            r = torch.add(r, self.W.rows[k - 1], alpha=-self.betas[k - 1])
+        kept = orthogonalise(r, self.W.rows, self.Q.rows)
+        beta = self._append(kept, norm(Aq))
         if self.status is not None:
             return False
         self.alphas.append(alpha)
         self.betas.append(beta)
+        self.removed.append(norm(r - kept))
         return True
 
     def restart(self, generator: torch.Generator) -> None:
@@ -127,7 +133,7 @@ class Tridiagonalisation:
         if len(self.Q) == r.numel() or size <= self.eps * before * (len(self.Q) > 0):
             self.exhausted = True
             return 0.0
-        z = r if self.M is None else self.M.mv(r.to(self.dtype)).double()
+        z = r if self.M is None else product(self.M, r.to(self.dtype)).double()
         rz = size * size if self.M is None else dot(r, z)
         if not 0 < rz < math.inf:
             self.status = why_no_direction(rz)

@@ -14,7 +14,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from ..operators.base import LinearOperator
+from ..operators.base import LinearOperator, product
 from ..status import Status
 from ..vector import dot, exponent, ldexp, norm, scalar_ldexp
 from .arguments import finite
@@ -61,8 +61,11 @@ T = TypeVar("T")
 Asking = Generator[Tensor, Tensor, Run]
 Solving = Generator[Tensor, Tensor, LinearSolution]
 Observer = Callable[[Tensor], object]
-Start = Callable[[Tensor, float, int, Observer | None], Asking]
-"""``(r, tolerance, max_iter, observe)`` -> a run on ``A d = r`` that shows each ``d``."""
+Start = Callable[[Tensor, float, int, Observer | None, float], Asking]
+"""``(r, tolerance, max_iter, observe, value)`` -> a run on ``A d = r`` that shows each ``d``.
+
+``value`` is that of the model where the run starts.
+"""
 
 
 def drive(A: LinearOperator, asking: Generator[Tensor, Tensor, T]) -> T:
@@ -70,7 +73,7 @@ def drive(A: LinearOperator, asking: Generator[Tensor, Tensor, T]) -> T:
     try:
         v = next(asking)
         while True:
-            v = asking.send(A.mv(v))
+            v = asking.send(product(A, v))
     except StopIteration as end:
         return end.value
 
@@ -89,6 +92,7 @@ class Goal:
     rtol: float | Callable[[float], float]
     atol: float
     max_iter: int = 0
+    max_products: float = math.inf
     verify: bool = False
     callback: Observer | None = None
 
@@ -148,6 +152,7 @@ class _System:
         self.b, self.dtype, self.e, self.goal = b, dtype, e, goal
         self.eps, self.tolerance = torch.finfo(dtype).eps, goal.tolerance(b, e)
         self.x0 = torch.zeros_like(b)
+        self.norm_A = 0.0
         self.iterations = self.products = 0
 
     def solve(self, x0: Tensor | None, start: Start) -> Solving:
@@ -155,39 +160,59 @@ class _System:
         best = _Point(self.x0, self.b, torch.zeros_like(self.b), measured=True)
         if x0 is not None:
             self.x0 = ldexp(x0.double(), -self.e)
+            best = replace(best, x=self.x0)
             r = yield from self._residual(self.x0)
             if not finite(r):
-                self.x0 = best.x
                 return self._end(best, Status.NONFINITE_OPERATOR)
-            best = replace(best, x=self.x0, r=r)
+            best = replace(best, r=r)
+            self.norm_A = norm(self.b - r) / (norm(self.x0) or 1.0)
         while True:
-            left = self.goal.max_iter - self.iterations
-            run = yield from start(best.r, self.tolerance, left, self._observer(best.x))
+            value = -0.5 * dot(best.x, self.b + best.r)
+            run = yield from start(
+                best.r, self.tolerance, self._left(), self._observer(best.x), value
+            )
             self.iterations += run.iterations
             self.products += run.products
+            self.norm_A = max(self.norm_A, run.norm_A)
             status = run.status or Status.CONVERGED
             if run.products == 0:
-                return self._end(best, status)
+                shown = status is not Status.CONVERGED or self._shown(best)
+                return self._end(best, status if shown else Status.STAGNATED)
             point, margin = self._arrive(best, run)
             # behind a preconditioner minres may not get to see the largest |Ap|/|p|
             sure = run.metric_norm is None and math.sqrt(run.rr) + margin <= self.tolerance
             if status is Status.LEAST_SQUARES and math.sqrt(run.rr) <= margin:
                 status = Status.STAGNATED  # what is left is rounding, and shows nothing about A
-            if self.goal.verify or (status is Status.CONVERGED and not sure):
-                r = yield from self._residual(point.x)
-                if not finite(r):
-                    return self._end(point, Status.NONFINITE_OPERATOR, run.direction)
-                point = replace(point, r=r, measured=True)
-                size, before = norm(r), norm(best.r)
-                if status in (Status.CONVERGED, Status.MAX_ITER) and size <= self.tolerance:
-                    status = Status.CONVERGED
-                elif status is Status.CONVERGED:
-                    if size <= 0.5 * before:
-                        best = point
-                        continue
-                    status = Status.STAGNATED
-                point = point if size <= before else best
-            return self._end(point, status, run.direction)
+            in_doubt = status is Status.CONVERGED and not sure
+            if not (self.goal.verify or in_doubt):
+                return self._end(point, status, run.direction)
+            if self.products >= self.goal.max_products:
+                status = Status.MAX_ITER if in_doubt else status
+                return self._end(point, status, run.direction)
+            r = yield from self._residual(point.x)
+            if not finite(r):
+                return self._end(point, Status.NONFINITE_OPERATOR, run.direction)
+            point = replace(point, r=r, measured=True)
+            if status in (Status.CONVERGED, Status.MAX_ITER) and self._shown(point):
+                return self._end(point, Status.CONVERGED)
+            if status is not Status.CONVERGED:
+                return self._end(point, status, run.direction)
+            if norm(r) > 0.5 * norm(best.r):
+                point = point if norm(r) <= norm(best.r) else best
+                return self._end(point, Status.STAGNATED)
+            best = point
+
+    def _left(self) -> int:
+        """Return how many iterations, a product each, are left."""
+        left = min(self.goal.max_iter - self.iterations, self.goal.max_products - self.products)
+        return int(max(left, 0))
+
+    def _shown(self, point: _Point) -> bool:
+        """Say whether a measured residual shows that the true one is below the tolerance.
+
+        The product that measured it is rounded too, by about ``eps |A| |x|``.
+        """
+        return norm(point.r) + self.eps * self.norm_A * norm(point.x) <= self.tolerance
 
     def _observer(self, x: Tensor) -> Observer | None:
         callback, dtype = self.goal.callback, self.dtype
