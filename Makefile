@@ -47,6 +47,9 @@ slow: $(READY)
 bench: $(READY_BENCH)
 	@$(BIN)/python -m pytest benchmarks -q --benchmark-only --benchmark-sort=name
 	@$(BIN)/python -m benchmarks.solvers
+	@$(BIN)/python -m benchmarks.regions
+	@$(BIN)/python -m benchmarks.pairs
+	@$(BIN)/python -m benchmarks.rosenbrock
 
 cartpole: $(READY)
 	@$(BIN)/python benchmarks/cartpole.py

@@ -9,7 +9,7 @@ collect_ignore = []
 if not importlib.util.find_spec("sb3_contrib"):
     collect_ignore += ["cases.py", "peers.py", "report.py"]
 if not all(map(importlib.util.find_spec, ("sb3_contrib", "linear_operator", "torchopt"))):
-    collect_ignore += ["solver_peers.py", "solvers.py"]
+    collect_ignore += ["pairs.py", "solver_peers.py", "solvers.py"]
 
 
 def pytest_configure(config: pytest.Config) -> None:

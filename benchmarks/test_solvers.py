@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
@@ -11,6 +14,7 @@ pytest.importorskip("torchopt")
 pytest.importorskip("linear_operator")
 
 from benchmarks.allocator import keep_freed_memory
+from benchmarks.pairs import PAIRS, Pair
 from benchmarks.solver_peers import SOLVERS, Ask, Counted
 from benchmarks.solvers import TIMED, diagonal
 from benchmarks.systems import System, dense
@@ -68,8 +72,30 @@ def test_iterations(benchmark: BenchmarkFixture, n: int, name: str) -> None:
     ask = Ask(counted, system.b, 0.0, system.iterations)
     SOLVERS[name](ask)
     benchmark.extra_info.update(n=n, iterations=system.iterations, products=counted.calls)
+    measure(benchmark, lambda: SOLVERS[name](ask))
+
+
+@pytest.mark.parametrize("side", ["ours", "peer"])
+@pytest.mark.parametrize("name", PAIRS)
+def test_pairs(
+    benchmark: BenchmarkFixture, pairs: Callable[[str], Pair], name: str, side: str
+) -> None:
+    pair = pairs(name)
+    ours, peer = pair.check()  # no timing of things that differ
+    benchmark.group = name
+    benchmark.extra_info.update(products=(ours if side == "ours" else peer).products)
+    measure(benchmark, pair.ours if side == "ours" else pair.peer)
+
+
+@pytest.fixture(scope="module")
+def pairs() -> Callable[[str], Pair]:
+    return functools.cache(lambda name: PAIRS[name]())
+
+
+def measure(benchmark: BenchmarkFixture, run: Callable[[], object]) -> None:
+    """Time a run on one thread."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with threadpool_limits(1, "blas"):
-        benchmark.pedantic(lambda: SOLVERS[name](ask), rounds=ROUNDS, warmup_rounds=WARMUP)
+        benchmark.pedantic(run, rounds=ROUNDS, warmup_rounds=WARMUP)
     torch.set_num_threads(threads)

@@ -22,6 +22,7 @@ from .line_search import backtracking as backtracking
 from .operators import DenseMap as DenseMap
 from .operators import DenseOperator as DenseOperator
 from .operators import FisherOperator as FisherOperator
+from .operators import FisherRoot as FisherRoot
 from .operators import FunctionMap as FunctionMap
 from .operators import FunctionOperator as FunctionOperator
 from .operators import Identity as Identity
@@ -82,6 +83,7 @@ __all__ = [
     "LinearMap",
     "DenseMap",
     "FunctionMap",
+    "FisherRoot",
     # linear systems
     "cg",
     "fixed_cg",

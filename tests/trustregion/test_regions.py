@@ -525,3 +525,15 @@ def test_steihaug_returns_the_direction_it_followed():
     A = torch.diag(torch.tensor([-1.0, 2.0]))
     step = steihaug(A, torch.tensor([1.0, 0.0]), 1.0)
     assert step.direction @ A @ step.direction < 0
+
+
+def test_a_direction_of_hardly_any_curvature_is_not_followed_uphill():
+    """1e-17 is below rounding, but over a radius of 1e12 it bends the model upwards again."""
+    A = torch.diag(torch.tensor([1.0, 1e-17], dtype=torch.float64))
+    g = torch.tensor([1.0, 1e-8], dtype=torch.float64)
+    step = steihaug(A, g, radius=1e12, rtol=1e-12)
+    assert step.status is Status.ZERO_CURVATURE
+    assert step.predicted_reduction >= 0.5
+    assert step.on_boundary == (step.norm > 0.999e12)
+    far = steihaug(A, g, radius=1.5, rtol=1e-12)
+    assert far.on_boundary

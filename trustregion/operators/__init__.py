@@ -12,3 +12,4 @@ from .hessian import KLHessianOperator as KLHessianOperator
 from .map import DenseMap as DenseMap
 from .map import FunctionMap as FunctionMap
 from .map import LinearMap as LinearMap
+from .root import FisherRoot as FisherRoot

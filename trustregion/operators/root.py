@@ -21,6 +21,7 @@ class FisherRoot(LinearMap):
 
     so that outputs of very different scales do not round each other away. It is an orthogonal
     matrix times the symmetric root of :math:`M_i`; no least-squares problem sees the difference.
+    Eigenvectors are not unique, so a ``y`` of shape ``(m,)`` belongs to the root that made it.
 
     The blocks are made in float64 from the parameters of the distribution: in float32 a block of
     deficient rank would have a root that is off by the square root of the rounding. Eigenvalues
@@ -161,11 +162,10 @@ def _factor(blocks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     diagonal = blocks.diagonal(dim1=1, dim2=2)
     alive = finite.unsqueeze(1) & (diagonal > 0)
     _, e = torch.frexp(torch.where(alive, diagonal, 1.0))
-    D = torch.ldexp(torch.ones_like(diagonal), e.div(2, rounding_mode="floor"))  # exp2 rounds
+    D = torch.ldexp(torch.ones_like(diagonal), e.div(2, rounding_mode="floor"))
     scaled = blocks / D.unsqueeze(2) / D.unsqueeze(1)
-    # where the diagonal of a semi-definite matrix is zero, the rest of the row is rounding
-    both = alive.unsqueeze(2) & alive.unsqueeze(1)
-    values, Q = torch.linalg.eigh(torch.where(both, scaled, 0.0))
+    # eigh raises for one NaN in the batch
+    values, Q = torch.linalg.eigh(torch.where(finite.view(-1, 1, 1), scaled, 0.0))
     rounding = values.shape[1] * torch.finfo(values.dtype).eps * values[:, -1:]
     values = torch.where(values > rounding, values, 0.0)
     return Q.mT, D, torch.where(finite.unsqueeze(1), values, torch.nan)

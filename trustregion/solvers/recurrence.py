@@ -138,6 +138,7 @@ class Recurrence:
             tau = self._to_the_edge()[0]
             if alpha >= tau:
                 self._jump(Ap, tau)
+                run.at_edge = True
                 return Status.BOUNDARY
         run.reach += alpha * length
         if not max(alpha, run.reach) <= self.largest:
@@ -185,16 +186,20 @@ class Recurrence:
         return forth * radius / unit, back * radius / unit
 
     def _stop_at_curvature(self, Ap: Tensor, pAp: float, rz: float, pp: float) -> Status:
-        """Record ``p``, along which the model has no minimum, and follow it to the edge."""
+        """Record ``p``, along which the model has no minimum that shows, and follow it."""
         run = self.run
         run.direction = self.p.to(self.dtype, copy=True)
         if self.rules.radius < math.inf:
             size = dot(self.p, self.w)
             if not 0 < size < math.inf:
                 return why_no_direction(size)
-            values = {t: t * (0.5 * t * pAp - rz) for t in self._to_the_edge()}
+            forth, back = self._to_the_edge()
+            # a curvature that is positive, if only by rounding, has its minimum before the edge
+            before = [rz / pAp] if 0 < rz < forth * pAp else []
+            values = {t: t * (0.5 * t * pAp - rz) for t in (forth, back, *before)}
             tau = min(values, key=values.__getitem__)
             self._jump(Ap, tau)
+            run.at_edge = tau not in before
         norm_A = max(run.norm_A, math.sqrt(dot(Ap, Ap) / pp))
         negative = pAp < -self.eps * norm_A * pp
         return Status.NEGATIVE_CURVATURE if negative else Status.ZERO_CURVATURE

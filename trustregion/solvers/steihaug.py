@@ -101,7 +101,7 @@ def steihaug(
         reduction=0.5 * dot(s, b + r),
         curvature=dot(s, b - r),
         residual_norm=norm(r),
-        on_boundary=status in EDGE,
+        on_boundary=run.at_edge,
         multiplier=math.nan if status in EDGE else 0.0,
         direction=run.direction,
     )

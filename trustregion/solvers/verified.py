@@ -41,6 +41,8 @@ class Run:
     iterations: int = 0
     products: int = 0
     direction: Tensor | None = None
+    at_edge: bool = False
+    """``x`` has the length of the radius."""
     norm_A: float = 0.0
     """The largest ``|Ap|/|p|`` seen: a lower bound of ``|A|``."""
     reach: float = 0.0
