@@ -71,11 +71,14 @@ Start = Callable[[Tensor, float, int, Observer | None, float], Asking]
 
 
 def drive(A: LinearOperator, asking: Generator[Tensor, Tensor, T]) -> T:
-    """Give a generator the products it asks for, and return what it returns."""
+    """Give a generator the products it asks for, and return what it returns.
+
+    The first product is checked; at small n the check takes a tenth of an iteration.
+    """
     try:
-        v = next(asking)
+        answer = product(A, next(asking))
         while True:
-            v = asking.send(product(A, v))
+            answer = A.mv(asking.send(answer))
     except StopIteration as end:
         return end.value
 
