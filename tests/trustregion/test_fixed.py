@@ -15,7 +15,10 @@ from trustregion import Status, cg, fixed_cg
 script_is_deprecated = pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")
 
 
-@given(systems(kinds=[*POSITIVE, "sign-mixed", "rank-deficient"], max_n=20), st.integers(1, 8))
+KINDS = [*POSITIVE, "sign-mixed", "rank-deficient"]
+
+
+@given(systems(kinds=KINDS, max_n=20, max_log_condition=2), st.integers(1, 8))
 def test_the_numbers_are_those_of_cg(system, k):
     rtol = 1e-3
     plain = cg(system.A, system.b, rtol=rtol, max_iter=k)
@@ -23,11 +26,11 @@ def test_the_numbers_are_those_of_cg(system, k):
     if plain.products > plain.iterations + (plain.direction is not None):
         return  # cg has measured its residual and gone on
     assert fixed.iterations == plain.iterations
-    # a sum of products in another order, amplified by the search directions that follow
-    tolerance = {"rtol": 1e3 * system.eps, "atol": 1e3 * system.eps * plain.x.abs().max().item()}
-    torch.testing.assert_close(fixed.x, plain.x, **tolerance)
-    assert fixed.curvature.item() == pytest.approx(plain.curvature, rel=1e3 * system.eps)
-    assert fixed.model_value.item() == pytest.approx(plain.model_value, rel=1e3 * system.eps)
+    # sums of products in another order, amplified over the iterations by the condition at most
+    rounding = 100 * system.eps * system.condition
+    assert (fixed.x - plain.x).norm() <= rounding * plain.x.norm()
+    assert fixed.curvature.item() == pytest.approx(plain.curvature, rel=rounding)
+    assert fixed.model_value.item() == pytest.approx(plain.model_value, rel=rounding)
     assert bool(fixed.failed) == (plain.direction is not None)
     assert bool(fixed.converged) == (plain.status is Status.CONVERGED)
 

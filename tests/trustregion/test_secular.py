@@ -67,3 +67,11 @@ def test_a_part_just_above_rounding_beside_nearly_equal_eigenvalues():
     c = [0.0, 0.0, 6e-14, -1.3, -3.2]
     found = solve(theta, c, 12.0)
     assert found.h[3:].tolist() == pytest.approx([-1.3, -3.2], rel=1e-12)
+
+
+def test_what_a_twin_of_the_leftmost_sees_does_not_fill_the_ball():
+    """The part is on a neighbour a rounding unit away: the rest is along the leftmost itself."""
+    found = solve([-1.0, -0.9999999999999998, 1.0], [0.0, 1e-13, 1.0], 1e6)
+    assert found.h.norm().item() == pytest.approx(1e6)
+    assert found.multiplier == pytest.approx(1.0)
+    assert found.h[2].item() == pytest.approx(0.5)

@@ -36,7 +36,8 @@ class Point:
             return self
         factor = 1 / math.sqrt(square)
         x = self.x * factor
-        return replace(self, x=x, y=x if self.y is self.x else self.y * factor)
+        y = x if self.y is self.x else self.y * factor
+        return replace(self, x=x, y=y, size=radius)
 
     @property
     def residual(self) -> float:
