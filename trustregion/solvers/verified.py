@@ -171,11 +171,10 @@ class _System:
                 return self._end(best, Status.NONFINITE_OPERATOR)
             best = replace(best, r=r)
             self.norm_A = norm(self.b - r) / (norm(self.x0) or 1.0)
+        aim, doubted = self.tolerance, False
         while True:
             value = -0.5 * dot(best.x, self.b + best.r)
-            run = yield from start(
-                best.r, self.tolerance, self._left(), self._observer(best.x), value
-            )
+            run = yield from start(best.r, aim, self._left(), self._observer(best.x), value)
             self.iterations += run.iterations
             self.products += run.products
             self.norm_A = max(self.norm_A, run.norm_A)
@@ -204,8 +203,10 @@ class _System:
                 return self._end(point, status, run.direction)
             if norm(r) > 0.5 * norm(best.r):
                 point = point if norm(r) <= norm(best.r) else best
-                return self._end(point, Status.STAGNATED)
-            best = point
+                if doubted:
+                    return self._end(point, Status.STAGNATED)
+            # Lower than asked from now on, so that what is gained is more than the doubt.
+            best, aim, doubted = point, 0.25 * self.tolerance, True
 
     def _left(self) -> int:
         """Return how many iterations, a product each, are left."""
