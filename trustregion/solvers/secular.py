@@ -93,7 +93,7 @@ def _root(gaps: Tensor, c: Tensor, radius: float, low: float) -> float:
         mean = (weights / (gaps + mu)).sum().item()  # -|h|' / |h|
         mu += (size / radius - 1) / mean
         if not low < mu < high:
-            mu = math.sqrt(low) * math.sqrt(high)
+            mu = low * math.sqrt(min(high / low, 1e300))  # exact under powers of two
         if not low < mu < high:  # neighbours in float64
             mu = high
             break
