@@ -75,7 +75,7 @@ def kl_ball_step(
     length = math.sqrt(2 * delta / curvature)
     predicted = -length * dot(g, x)
     s = (length * x.double()).to(x.dtype)  # a length above float32 can give a step within it
-    if not bool(s.isfinite().all()):
+    if not finite(s):
         return Step(torch.zeros_like(x), Status.ZERO_CURVATURE, 0.0)
     if not predicted > 0:
         return Step(torch.zeros_like(x), Status.NOT_A_DESCENT, predicted)

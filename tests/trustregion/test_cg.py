@@ -9,16 +9,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 import oracles
+from counting import Counting
 from strategies import DTYPES, POSITIVE, systems
 from trustregion import DenseOperator, FunctionOperator, Identity, Status, cg, forcing_sequence
-
-
-class Counting(DenseOperator):
-    products = 0
-
-    def mv(self, v):
-        self.products += 1
-        return super().mv(v)
 
 
 def iterates(system, k=12, **options):

@@ -8,18 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import oracles
+from counting import Counting
 from strategies import DTYPES, POSITIVE, systems
-from trustregion import DenseOperator, Status, cg, lanczos, multishift_cg
+from trustregion import Status, cg, lanczos, multishift_cg
 
 ALL = [*POSITIVE, "rank-deficient", "sign-mixed"]
-
-
-class Counting(DenseOperator):
-    products = 0
-
-    def mv(self, v):
-        self.products += 1
-        return super().mv(v)
 
 
 def metric(n, dtype, seed=0, log_condition=2):

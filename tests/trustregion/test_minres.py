@@ -9,20 +9,13 @@ from hypothesis import strategies as st
 from scipy.sparse.linalg import minres as scipy_minres
 
 import oracles
+from counting import Counting
 from strategies import DTYPES, POSITIVE, systems
 from trustregion import DenseOperator, FunctionOperator, Status, cg, minres
 from trustregion.vector import ldexp
 
 REGULAR = [*POSITIVE, "sign-mixed"]
 KINDS = [*REGULAR, "rank-deficient"]
-
-
-class Counting(DenseOperator):
-    products = 0
-
-    def mv(self, v):
-        self.products += 1
-        return super().mv(v)
 
 
 def preconditioner(n, dtype, log_condition=2.0, seed=0):

@@ -8,9 +8,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 import oracles
+from counting import Counting
 from strategies import DTYPES, POSITIVE, systems
 from trustregion import (
-    DenseOperator,
     Status,
     cg,
     forcing_sequence,
@@ -24,14 +24,6 @@ ALL = [*POSITIVE, "rank-deficient", "sign-mixed"]
 SOLVERS = [steihaug, gltr, trust_region_dense]
 radii = st.floats(-3, 3).map(lambda power: 10.0**power)
 every = pytest.mark.parametrize("solver", SOLVERS)
-
-
-class Counting(DenseOperator):
-    products = 0
-
-    def mv(self, v):
-        self.products += 1
-        return super().mv(v)
 
 
 def natural(system):

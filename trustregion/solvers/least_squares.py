@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..operators.map import DenseMap, LinearMap
+from ..operators.map import LinearMap, as_map
 from ..status import Status
 from ..vector import dot, exponent, ldexp, norm, scalar_ldexp
 from .arguments import check_count, check_tolerances, check_vector, finite
@@ -278,7 +278,12 @@ def lsqr(
     check_vector("b", b)
     check_tolerances(rtol, atol)
     check_count("max_iter", max_iter)
-    J = _as_map(J, b)
+    J = as_map(J)
+    if J.shape[0] != b.numel() or J.dtype != b.dtype:
+        raise ValueError(
+            f"J has shape {J.shape} and dtype {J.dtype}, which does not fit a vector b of shape"
+            f" {tuple(b.shape)} and dtype {b.dtype}: b must be of shape ({J.shape[0]},)"
+        )
     if not (isinstance(damping, (int, float)) and 0 <= damping < math.inf):
         raise ValueError(f"damping must be a finite number and not negative, got {damping}")
     x = b.new_zeros(J.shape[1])
@@ -293,19 +298,3 @@ def lsqr(
     limit = 10 * min(J.shape) if max_iter is None else max_iter
     solve = _Solve(run, e, Goal(rtol, atol, limit, verify=False, callback=callback))
     return solve.account(*solve.solve())
-
-
-def _as_map(J: object, b: Tensor) -> LinearMap:
-    if isinstance(J, Tensor):
-        J = DenseMap(J)
-    if not isinstance(J, LinearMap):
-        raise TypeError(
-            f"J must be a LinearMap or a tensor of shape (m, n), got {type(J).__name__}:"
-            " wrap a pair of functions as FunctionMap(forward, adjoint, (m, n))"
-        )
-    if J.shape[0] != b.numel() or J.dtype != b.dtype:
-        raise ValueError(
-            f"J has shape {J.shape} and dtype {J.dtype}, which does not fit a vector b of shape"
-            f" {tuple(b.shape)} and dtype {b.dtype}: b must be of shape ({J.shape[0]},)"
-        )
-    return J
