@@ -23,7 +23,7 @@ from .region import Region, no_step, region
 from .secular import EPS, minimize_in_eigenbasis
 from .solution import LinearSolution, SubproblemSolution
 from .tridiagonal import Tridiagonalisation
-from .verified import SAFETY, Goal
+from .verified import SAFETY, Goal, shows
 
 
 class KrylovSpace:
@@ -348,6 +348,6 @@ class KrylovSpace:
         size = norm(problem.b - Ax - point.shift * y)
         if not math.isfinite(size):
             return Status.NONFINITE_OPERATOR, point.residual
-        noise = process.eps * process.norm_A * norm(x)  # of the product that measured it
-        below = size + noise <= self._tolerance(point, problem, goal)
+        rounding = process.eps * process.norm_A * norm(x)
+        below = shows(size, rounding, self._tolerance(point, problem, goal))
         return Status.CONVERGED if below else Status.STAGNATED, size

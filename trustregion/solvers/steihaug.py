@@ -15,7 +15,7 @@ from .arguments import check_count, check_radius, check_tolerances, check_vector
 from .recurrence import Recurrence, Rules
 from .region import Region, region
 from .solution import SubproblemSolution
-from .verified import Goal, Run, drive
+from .verified import Goal, Run, drive, shows
 
 
 @torch.no_grad()
@@ -117,5 +117,5 @@ def _measure(A: LinearOperator, problem: Region, run: Run, tolerance: float) -> 
     if not finite(r):
         return Status.NONFINITE_OPERATOR
     run.r = r
-    noise = problem.eps * run.norm_A * norm(run.x)  # of this product
-    return Status.CONVERGED if norm(r) + noise <= tolerance else Status.STAGNATED
+    rounding = problem.eps * run.norm_A * norm(run.x)
+    return Status.CONVERGED if shows(norm(r), rounding, tolerance) else Status.STAGNATED

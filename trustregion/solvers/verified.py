@@ -90,6 +90,14 @@ def why_no_direction(rz: float) -> Status:
     return Status.INDEFINITE_PRECONDITIONER if rz < 0 else Status.BREAKDOWN
 
 
+def shows(size: float, rounding: float, tolerance: float) -> bool:
+    """Say whether a measured residual shows that the true one is below the tolerance.
+
+    ``rounding`` is that of the product that measured it, about ``eps |A| |x|``.
+    """
+    return size + rounding <= tolerance
+
+
 @dataclass(frozen=True)
 class Goal:
     """What a solve is asked to reach."""
@@ -214,11 +222,7 @@ class _System:
         return int(max(left, 0))
 
     def _shown(self, point: _Point) -> bool:
-        """Say whether a measured residual shows that the true one is below the tolerance.
-
-        The product that measured it is rounded too, by about ``eps |A| |x|``.
-        """
-        return norm(point.r) + self.eps * self.norm_A * norm(point.x) <= self.tolerance
+        return shows(norm(point.r), self.eps * self.norm_A * norm(point.x), self.tolerance)
 
     def _observer(self, x: Tensor) -> Observer | None:
         callback, dtype = self.goal.callback, self.dtype
