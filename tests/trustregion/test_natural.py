@@ -1006,7 +1006,7 @@ def normal():
         (
             lambda: (p.sum(), td.Normal(p.detach(), 1.0)),
             ValueError,
-            "distribution carries no graph",
+            "outputs carry no graph",
         ),
         (lambda: (p.sum(), td.Laplace(p, 1.0)), TypeError, "Laplace is refused"),
     ],

@@ -68,7 +68,7 @@ def test_rows_belong_to_their_sample(name, dtype):
     outputs = FisherOperator(case.predict(case.params), case.params)
     which = flat(
         torch.arange(F.batch_size).view(-1, *[1] * (y.ndim - 1)).expand(y.shape)
-        for y in outputs._outputs
+        for y in outputs.outputs
     )
     metric = torch.stack([outputs.metric(e) for e in torch.eye(len(J), dtype=torch.float64)])
     for i in range(F.batch_size):

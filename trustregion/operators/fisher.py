@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
-from ..autodiff import differentiate
 from ..distributions import Joint, Prediction, joint_of
+from ..linearise import linearise
 from ..vector import ParameterVector
-from .base import LinearOperator
-from .map import FunctionMap, LinearMap
+from .gauss_newton import GaussNewtonOperator
 from .root import FisherRoot
 
 
-class FisherOperator(LinearOperator):
+class FisherOperator(GaussNewtonOperator):
     r"""The Fisher matrix :math:`F = \frac1N \sum_i J_i' M_i J_i` of shape ``(n, n)``.
 
     :math:`J_i` is the Jacobian of the distribution's parameters for sample *i* in the model's
@@ -53,98 +52,17 @@ class FisherOperator(LinearOperator):
     """
 
     def __init__(
-        self, distribution: Prediction | Joint, params: ParameterVector | Iterable[Tensor]
+        self,
+        distribution: Prediction | Joint,
+        params: ParameterVector | Iterable[Tensor],
+        *,
+        backend: str = "auto",
     ) -> None:
         vector = params if isinstance(params, ParameterVector) else ParameterVector(params)
-        super().__init__(vector.numel, vector.dtype, vector.device)
         joint = distribution if isinstance(distribution, Joint) else joint_of(distribution)
-        self._vector = vector
-        self._outputs = joint.flat_parameters()
-        self._active = [i for i, y in enumerate(self._outputs) if y.requires_grad]
-        if not self._active:
-            raise ValueError(
-                "the distribution carries no graph: build it from the model's outputs with grad"
-                " enabled, without detach(), .item() or torch.no_grad()"
-            )
+        linearisation = linearise(joint.flat_parameters(), vector, backend)
+        super().__init__(linearisation, joint.fisher(), joint.batch_size)
         self._joint, self.batch_size = joint, joint.batch_size
-        self._metric = joint.fisher()
-        self._linearise()
-
-    def _linearise(self) -> None:
-        """Record ``w -> J'w`` at ``w = 0``; its derivative in ``w`` along ``v`` is ``Jv``."""
-        self._y = [self._outputs[i] for i in self._active]
-        self._w = [torch.zeros_like(y, requires_grad=True) for y in self._y]
-        trainable = [i for i, p in enumerate(self._vector.params) if p.requires_grad]
-        if not trainable:
-            raise ValueError("no parameter requires a gradient: all of them are frozen")
-        inputs = [self._vector.params[i] for i in trainable]
-        with torch.enable_grad():
-            pullback = differentiate(self._y, inputs, self._w, create_graph=True)
-        used = [
-            (i, jt_w)
-            for i, jt_w in zip(trainable, pullback, strict=True)
-            if jt_w is not None and jt_w.requires_grad
-        ]
-        if not used:
-            raise ValueError(
-                "the distribution does not depend on the parameters: its graph leads to none of"
-                f" the {len(self._vector.params)} given"
-            )
-        self.used = tuple(i for i, _ in used)  # positions of the parameters that F sees
-        self._inputs = [self._vector.params[i] for i in self.used]
-        self._pullback = [jt_w for _, jt_w in used]
-
-    def jvp(self, v: Tensor) -> tuple[Tensor, ...]:
-        """Return ``Jv``: the change of each parameter tensor of the distribution along ``v``."""
-        parts = self._vector.unravel(v)
-        tangents = differentiate(self._pullback, self._w, [parts[i] for i in self.used])
-        slots: list[Tensor | None] = [None] * len(self._outputs)
-        for i, tangent in zip(self._active, tangents, strict=True):
-            slots[i] = tangent
-        pairs = zip(slots, self._outputs, strict=True)
-        return tuple(torch.zeros_like(y) if t is None else t for t, y in pairs)
-
-    def vjp(self, u: Sequence[Tensor]) -> Tensor:
-        """Return ``J'u`` of shape ``(n,)``."""
-        grads = differentiate(self._y, self._inputs, [u[i] for i in self._active])
-        return self._vector.ravel_at(self.used, grads)
-
-    @torch.no_grad()
-    def mv(self, v: Tensor) -> Tensor:
-        """Return ``F v``. Cost: one product, no forward pass."""
-        return self.vjp(self._metric(self.jvp(v))).div_(self.batch_size)
-
-    @property
-    def jacobian(self) -> LinearMap:
-        """The Jacobian ``J`` of shape ``(m, n)``: of all parameters of the distribution, flattened.
-
-        Its rows are the parameter tensors in the order of :meth:`jvp`, each in its logical order; a
-        product with ``J`` or with ``J'`` costs half a product with ``F``.
-
-        Example:
-            >>> from torch.distributions import Normal
-            >>> mean = torch.zeros(2, requires_grad=True)
-            >>> F = FisherOperator(Normal(mean, torch.tensor([1.0, 2.0])), [mean])
-            >>> F.jacobian.shape, F.jacobian.mv(torch.tensor([3.0, 4.0]))
-            ((4, 2), tensor([3., 4., 0., 0.]))
-
-        """
-        shape = (sum(y.numel() for y in self._outputs), self._vector.numel)
-        return FunctionMap(
-            lambda v: self._flatten(self.jvp(v)),
-            lambda u: self.vjp(self._unflatten(u)),
-            shape,
-            self.dtype,
-            self.device,
-        )
-
-    @torch.no_grad()
-    def metric(self, u: Tensor) -> Tensor:
-        """Return ``M u`` of shape ``(m,)``: the Fisher matrix of the family, sample by sample.
-
-        With it, ``F v`` is ``jacobian.rmv(metric(jacobian.mv(v))) / batch_size``.
-        """
-        return self._flatten(self._metric(self._unflatten(u)))
 
     @torch.no_grad()
     def root(self) -> FisherRoot:
@@ -178,11 +96,3 @@ class FisherOperator(LinearOperator):
 
         """
         return FisherRoot(self.jacobian, self._joint)
-
-    def _flatten(self, tensors: Sequence[Tensor]) -> Tensor:
-        return torch.cat([t.reshape(-1) for t in tensors]).to(self.dtype)
-
-    def _unflatten(self, u: Tensor) -> tuple[Tensor, ...]:
-        parts = u.split([y.numel() for y in self._outputs])
-        pairs = zip(parts, self._outputs, strict=True)
-        return tuple(part.view(y.shape) for part, y in pairs)

@@ -1,0 +1,5 @@
+"""Jacobian products of a model at its current parameters, from the graph of its outputs."""
+
+from .base import Linearisation as Linearisation
+from .choose import linearise as linearise
+from .graph import GraphLinearisation as GraphLinearisation

@@ -1,0 +1,80 @@
+"""What a curvature operator needs of a model: the products with its Jacobian, both ways."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from ..vector import ParameterVector
+
+
+class Linearisation(abc.ABC):
+    r"""The Jacobian :math:`J = dy/d\theta` of a model's outputs at its current parameters.
+
+    Made once at one point, from the graph that computed the outputs; no product runs the model
+    again.
+
+    Attributes:
+        outputs: the tensors ``y``; those without a graph do not depend on the parameters.
+        vector: the parameters as one flat vector.
+        used: positions of the parameters that the outputs depend on.
+        backend: which way of differentiating makes the products.
+    """
+
+    backend: str
+
+    def __init__(
+        self, outputs: Sequence[Tensor], vector: ParameterVector, used: Sequence[int]
+    ) -> None:
+        self.outputs, self.vector, self.used = tuple(outputs), vector, tuple(used)
+
+    @abc.abstractmethod
+    def jvp(self, v: Tensor) -> tuple[Tensor, ...]:
+        """Return ``J v``, one tensor for each output and of its shape, for ``v`` of shape ``(n,)``.
+
+        They may be overwritten by the next call.
+        """
+
+    @abc.abstractmethod
+    def vjp(self, u: Sequence[Tensor]) -> Tensor:
+        """Return ``J'u`` of shape ``(n,)``, a new tensor; ``u`` is left alone."""
+
+
+def active(outputs: Sequence[Tensor]) -> list[int]:
+    """Return the positions of the outputs that carry a graph.
+
+    Raises:
+        ValueError: none does.
+
+    """
+    positions = [i for i, y in enumerate(outputs) if y.requires_grad]
+    if not positions:
+        raise ValueError(
+            "the outputs carry no graph: build the distribution, or the loss, from the model's"
+            " outputs with grad enabled, without detach(), .item() or torch.no_grad()"
+        )
+    return positions
+
+
+def trainable(vector: ParameterVector) -> list[int]:
+    """Return the positions of the parameters that require a gradient.
+
+    Raises:
+        ValueError: none does.
+
+    """
+    positions = [i for i, p in enumerate(vector.params) if p.requires_grad]
+    if not positions:
+        raise ValueError("no parameter requires a gradient: all of them are frozen")
+    return positions
+
+
+def require_used(used: Sequence[int], vector: ParameterVector) -> None:
+    """Raise a ValueError where the outputs use none of the parameters."""
+    if not used:
+        raise ValueError(
+            "the outputs do not depend on the parameters: their graph leads to none of the"
+            f" {len(vector.params)} given"
+        )

@@ -1,0 +1,61 @@
+"""Jacobian products by differentiating the recorded graph, and its derivative."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..autodiff import differentiate
+from ..vector import ParameterVector
+from .base import Linearisation, active, require_used, trainable
+
+
+class GraphLinearisation(Linearisation):
+    """``J`` by double backward: works for whatever torch can differentiate twice.
+
+    The graph is differentiated once, into ``w -> J'w``, recorded at ``w = 0``. Its derivative in
+    ``w`` along ``v`` is ``Jv``: one backward pass through the recorded map. Memory: the graph, and
+    about as much again for its derivative.
+
+    Raises:
+        ValueError: the outputs do not depend on the parameters.
+        RuntimeError: a part of the model cannot be differentiated twice, or its graph was freed.
+
+    """
+
+    backend = "graph"
+
+    def __init__(self, outputs: Sequence[Tensor], vector: ParameterVector) -> None:
+        positions = trainable(vector)
+        self._active = active(outputs)
+        self._y = [outputs[i] for i in self._active]
+        self._w = [torch.zeros_like(y, requires_grad=True) for y in self._y]
+        inputs = [vector.params[i] for i in positions]
+        with torch.enable_grad():
+            pullback = differentiate(self._y, inputs, self._w, create_graph=True)
+        used = [
+            (i, jt_w)
+            for i, jt_w in zip(positions, pullback, strict=True)
+            if jt_w is not None and jt_w.requires_grad
+        ]
+        super().__init__(outputs, vector, [i for i, _ in used])
+        require_used(self.used, vector)
+        self._inputs = [vector.params[i] for i in self.used]
+        self._pullback = [jt_w for _, jt_w in used]
+
+    def jvp(self, v: Tensor) -> tuple[Tensor, ...]:
+        """Return ``Jv``. Cost: one backward pass through ``w -> J'w``."""
+        parts = self.vector.unravel(v)
+        tangents = differentiate(self._pullback, self._w, [parts[i] for i in self.used])
+        slots: list[Tensor | None] = [None] * len(self.outputs)
+        for i, tangent in zip(self._active, tangents, strict=True):
+            slots[i] = tangent
+        pairs = zip(slots, self.outputs, strict=True)
+        return tuple(torch.zeros_like(y) if t is None else t for t, y in pairs)
+
+    def vjp(self, u: Sequence[Tensor]) -> Tensor:
+        """Return ``J'u``. Cost: one backward pass through the model's graph."""
+        grads = differentiate(self._y, self._inputs, [u[i] for i in self._active])
+        return self.vector.ravel_at(self.used, grads)
