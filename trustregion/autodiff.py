@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -31,7 +32,7 @@ def differentiate(
         RuntimeError: the graph was freed or overwritten, or has no second derivative.
 
     """
-    try:
+    with explained():
         return torch.autograd.grad(
             outputs,
             inputs,
@@ -40,6 +41,13 @@ def differentiate(
             retain_graph=True,
             allow_unused=True,
         )
+
+
+@contextmanager
+def explained() -> Iterator[None]:
+    """Say in words what torch says of a graph that cannot be differentiated."""
+    try:
+        yield
     except RuntimeError as error:
         reason = _explain(str(error))
         if reason is None:

@@ -3,3 +3,4 @@
 from .base import Linearisation as Linearisation
 from .choose import linearise as linearise
 from .graph import GraphLinearisation as GraphLinearisation
+from .tape import TapeLinearisation as TapeLinearisation

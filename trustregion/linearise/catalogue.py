@@ -1,0 +1,62 @@
+"""Which rule belongs to which node of the autograd graph, by the node's name."""
+
+from __future__ import annotations
+
+from . import onednn
+from .arithmetic import FACTORS, Elementwise, MatrixProduct, Product, Sum
+from .layers import (
+    Attention,
+    Convolution,
+    Embedding,
+    EmbeddingBag,
+    LayerNorm,
+    LogSoftmax,
+    MaxPool2d,
+    Softmax,
+)
+from .rules import Rule, Site
+from .shapes import Expand, Permute, Reshape, Same, Select, Transpose
+
+_RESHAPES = ("View", "UnsafeView", "ReshapeAlias", "Unsqueeze", "Squeeze")
+_FUNCTIONS = (
+    "Tanh", "Sigmoid", "Relu", "LeakyRelu", "Elu", "Gelu", "Silu", "Mish", "Softplus", "Hardtanh",
+    "Hardswish", "Hardsigmoid", "LogSigmoid", "Exp", "Expm1", "Log", "Log1p", "Sqrt", "Rsqrt",
+    "Sin", "Cos", "Abs", "Neg", "Erf", "Atan", "Reciprocal", "Clamp", "ClampMin", "ClampMax", "Pow",
+)  # fmt: skip
+_RULES: dict[str, type[Rule]] = {
+    **{f"{name}Backward{i}": Reshape for name in _RESHAPES for i in range(3)},
+    **{f"{name}Backward0": Elementwise for name in _FUNCTIONS},
+    **dict.fromkeys(("MulBackward1", "DivBackward1", "RsubBackward1"), Elementwise),  # a number
+    **dict.fromkeys(("AddBackward1", "SubBackward1"), Same),
+    **dict.fromkeys(("AddBackward0", "SubBackward0"), Sum),
+    **dict.fromkeys(FACTORS, MatrixProduct),
+    "MulBackward0": Product,
+    "TBackward0": Transpose,
+    "TransposeBackward0": Permute,
+    "PermuteBackward0": Permute,
+    "ExpandBackward0": Expand,
+    "CloneBackward0": Same,
+    "AliasBackward0": Same,
+    "ToCopyBackward0": Same,
+    "SelectBackward0": Select,
+    "SoftmaxBackward0": Softmax,
+    "SafeSoftmaxBackward0": Softmax,
+    "LogSoftmaxBackward0": LogSoftmax,
+    "NativeLayerNormBackward0": LayerNorm,
+    "ConvolutionBackward0": Convolution,
+    "MaxPool2DWithIndicesBackward0": MaxPool2d,
+    "EmbeddingBackward0": Embedding,
+    "EmbeddingBagBackward0": EmbeddingBag,
+    "ScaledDotProductFlashAttentionForCpuBackward0": Attention,
+}
+
+
+def rule_for(site: Site) -> Rule:
+    """Return the rule of a node; the general one where a node has not saved what it used to."""
+    kind = _RULES.get(site.node.name(), Rule)
+    if kind is MatrixProduct and onednn.fits(site):
+        kind = onednn.DenseProduct
+    try:
+        return kind(site)
+    except AttributeError:
+        return Rule(site)

@@ -1,0 +1,180 @@
+"""Rules of whole layers: the tangent in closed form, the cotangent by the node itself."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from torch import Tensor
+from torch.nn.functional import embedding, embedding_bag
+
+from .rules import Rule, Site, Tangents, UnreadableGraph
+from .shapes import signed
+
+
+class Softmax(Rule):
+    """``softmax`` along a dimension, also with all entries of a slice masked."""
+
+    fresh = True
+
+    def __init__(self, site: Site) -> None:
+        super().__init__(site)
+        self.p, self.dim = site.saved("result"), signed(site.number("dim"))
+
+    def jvp(self, tangents: Tangents) -> Tensor:
+        """Return ``p (t - p't)``."""
+        pt = self.p * cast(Tensor, tangents[0])
+        return pt.addcmul_(self.p, pt.sum(self.dim, keepdim=True), value=-1)
+
+
+class LogSoftmax(Softmax):
+    """``log_softmax`` along a dimension."""
+
+    def __init__(self, site: Site) -> None:
+        super().__init__(site)
+        self.p = self.p.exp()
+
+    def jvp(self, tangents: Tangents) -> Tensor:
+        """Return ``t - p't``."""
+        t = cast(Tensor, tangents[0])
+        return t - (self.p * t).sum(self.dim, keepdim=True)
+
+
+class LayerNorm(Rule):
+    """``w (x - mean) rstd + b`` over the last dimensions."""
+
+    fresh = True
+
+    def __init__(self, site: Site) -> None:
+        super().__init__(site)
+        x, self.rstd = site.saved("input"), site.saved("result2")
+        self.normal = (x - site.saved("result1")) * self.rstd
+        self.weight = None if site.number("weight") is None else site.saved("weight")
+        self.dims = list(range(-len(site.number("normalized_shape")), 0))
+
+    def jvp(self, tangents: Tangents) -> Tensor:
+        """Return the change by the input, the weight and the bias."""
+        t, dw, db = tangents
+        out = db
+        if t is not None:
+            along = (self.normal * t).mean(self.dims, keepdim=True)
+            t = (t - t.mean(self.dims, keepdim=True)).addcmul_(self.normal, along, value=-1)
+            t = t.mul_(self.rstd)
+            t = t if self.weight is None else t.mul_(self.weight)
+            out = t if out is None else t.add_(out)
+        if dw is not None:
+            out = self.normal * dw if out is None else torch.addcmul(out, self.normal, dw)
+        return cast(Tensor, out).expand(self.site.outputs[0].shape)
+
+
+class Convolution(Rule):
+    """Convolutions of any dimension, plain or transposed."""
+
+    fresh = True
+
+    def __init__(self, site: Site) -> None:
+        super().__init__(site)
+        self.input = site.saved("input") if site.needs[1] else None
+        self.weight = site.saved("weight") if site.needs[0] else None
+        names = ("stride", "padding", "dilation", "transposed", "output_padding", "groups")
+        self.arguments = [site.number(name) for name in names]
+
+    def jvp(self, tangents: Tangents) -> Tensor:
+        """Return the change by the input, the weight and the bias."""
+        t, dw, db = tangents
+        out = None
+        for x, w in ((self.input, dw), (t, self.weight)):
+            if x is not None and w is not None:
+                term = torch.ops.aten.convolution.default(x, w, db, *self.arguments)
+                out, db = term if out is None else out.add_(term), None
+        if db is not None:  # of the bias alone
+            out = db.view(-1, *[1] * (len(self.site.outputs[0].shape) - 2))
+        return cast(Tensor, out).expand(self.site.outputs[0].shape)
+
+
+class MaxPool2d(Rule):
+    """The largest of a window."""
+
+    fresh = True
+
+    def __init__(self, site: Site) -> None:
+        super().__init__(site)
+        self.indices = site.saved("result1")
+
+    def jvp(self, tangents: Tangents) -> Tensor:
+        """Return the change of the largest."""
+        t = cast(Tensor, tangents[0])
+        return t.flatten(-2).gather(-1, self.indices.flatten(-2)).view_as(self.indices)
+
+
+class Embedding(Rule):
+    """Rows of a table; the row of padding does not learn."""
+
+    fresh = True
+
+    def __init__(self, site: Site) -> None:
+        super().__init__(site)
+        self.indices, padding = site.saved("indices"), signed(site.number("padding_idx"))
+        self.padded = (self.indices == padding).unsqueeze(-1) if padding >= 0 else None
+
+    def jvp(self, tangents: Tangents) -> Tensor:
+        """Return the rows of the tangent."""
+        out = embedding(self.indices, cast(Tensor, tangents[0]))
+        return out if self.padded is None else out.masked_fill_(self.padded, 0.0)
+
+
+class EmbeddingBag(Rule):
+    """Sums or means of rows of a table, which torch itself cannot differentiate twice."""
+
+    fresh = True
+
+    def __init__(self, site: Site) -> None:
+        super().__init__(site)
+        weights, padding = site.number("per_sample_weights"), signed(site.number("padding_idx"))
+        self.bags = site.saved("indices"), site.saved("offsets")
+        self.options = {
+            "mode": ("sum", "mean", "max")[site.number("mode")],
+            "per_sample_weights": None if weights is None else site.saved("per_sample_weights"),
+            "padding_idx": padding if padding >= 0 else None,
+        }
+        if self.options["mode"] == "max" or site.needs[1:].count(True):
+            raise UnreadableGraph("EmbeddingBag can be linearised for fixed sums and means only")
+
+    def jvp(self, tangents: Tangents) -> Tensor:
+        """Return the bags of the tangent."""
+        indices, offsets = self.bags
+        return embedding_bag(indices, cast(Tensor, tangents[0]), offsets, **self.options)
+
+
+class Attention(Rule):
+    """Fused scaled dot-product attention, which torch itself cannot differentiate twice.
+
+    The probabilities are computed anew at each tangent, as the fused kernel does.
+    """
+
+    fresh = True
+
+    def __init__(self, site: Site) -> None:
+        super().__init__(site)
+        self.q, self.k, self.v = (site.saved(name) for name in ("query", "key", "value"))
+        scale = site.number("scale")
+        self.scale = self.q.shape[-1] ** -0.5 if scale is None else scale
+        self.mask = None if site.number("attn_mask") is None else site.saved("attn_mask")
+        if site.number("is_causal"):
+            shape = (self.q.shape[-2], self.k.shape[-2])
+            above = torch.ones(shape, dtype=torch.bool, device=self.q.device).triu(1)
+            self.mask = torch.zeros(shape).to(self.q).masked_fill_(above, -torch.inf)
+
+    def jvp(self, tangents: Tangents) -> Tensor:
+        """Return the change by the queries, the keys and the values."""
+        dq, dk, dv = tangents[:3]
+        scores = self.scale * (self.q @ self.k.mT)
+        p = torch.softmax(scores if self.mask is None else scores + self.mask, -1)
+        pairs = ((dq, self.k), (self.q, dk))
+        terms = [x @ y.mT for x, y in pairs if x is not None and y is not None]
+        out = None if dv is None else p @ dv
+        if terms:
+            dp = p * (self.scale * (terms[0] if len(terms) == 1 else terms[0] + terms[1]))
+            dp = dp.addcmul_(p, dp.sum(-1, keepdim=True), value=-1)
+            out = dp @ self.v if out is None else out.add_(dp @ self.v)
+        return cast(Tensor, out)

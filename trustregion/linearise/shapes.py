@@ -1,0 +1,128 @@
+"""Rules of nodes that arrange the elements of one tensor anew."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Sequence
+from typing import cast
+
+from torch import Tensor
+
+from .rules import Rule, Site, Tangents
+
+
+class Arrangement(Rule, abc.ABC):
+    """A linear map of one tensor to one, a view where that is possible."""
+
+    def __init__(self, site: Site) -> None:
+        super().__init__(site)
+        assert site.inputs[0] is not None
+        self.source, self.target = site.inputs[0], site.outputs[0]
+
+    def jvp(self, tangents: Tangents) -> Tensor:
+        """Return the tangent in the order of the output."""
+        return self._forward(cast(Tensor, tangents[0]))
+
+    def vjp(self, cotangents: Tangents) -> Sequence[Tensor]:
+        """Return the cotangent in the order of the input."""
+        return (self._backward(cast(Tensor, cotangents[0])),)
+
+    def fixed_tangent(self, tangents: Tangents) -> Tensor | None:
+        """Return the view of a fixed tangent, where it is one."""
+        t = tangents[0]
+        out = None if t is None else self._forward(t)
+        if t is None or out is None or out.untyped_storage().data_ptr() != _start(t):
+            return None
+        return out
+
+    @abc.abstractmethod
+    def _forward(self, t: Tensor) -> Tensor: ...
+
+    @abc.abstractmethod
+    def _backward(self, u: Tensor) -> Tensor: ...
+
+
+def _start(t: Tensor) -> int:
+    return t.untyped_storage().data_ptr()
+
+
+class Reshape(Arrangement):
+    """Another shape of the same elements in their logical order."""
+
+    def _forward(self, t: Tensor) -> Tensor:
+        return t.reshape(self.target.shape)
+
+    def _backward(self, u: Tensor) -> Tensor:
+        return u.reshape(self.source.shape)
+
+
+class Transpose(Arrangement):
+    """``t()`` of a matrix."""
+
+    def _forward(self, t: Tensor) -> Tensor:
+        return t.t()
+
+    def _backward(self, u: Tensor) -> Tensor:
+        return u.t()
+
+
+class Permute(Arrangement):
+    """Another order of the dimensions."""
+
+    def __init__(self, site: Site) -> None:
+        super().__init__(site)
+        n = len(self.source.shape)
+        if hasattr(site.node, "_saved_dims"):
+            self.dims = [signed(d) % n for d in site.number("dims")]
+        else:
+            a, b = (signed(site.number(name)) % n for name in ("dim0", "dim1"))
+            self.dims = list(range(n))
+            self.dims[a], self.dims[b] = b, a
+        self.inverse = [self.dims.index(i) for i in range(n)]
+
+    def _forward(self, t: Tensor) -> Tensor:
+        return t.permute(self.dims)
+
+    def _backward(self, u: Tensor) -> Tensor:
+        return u.permute(self.inverse)
+
+
+class Expand(Arrangement):
+    """Repeats along dimensions of size one."""
+
+    def _forward(self, t: Tensor) -> Tensor:
+        return t.expand(self.target.shape)
+
+    def _backward(self, u: Tensor) -> Tensor:
+        return u.sum_to_size(self.source.shape)
+
+
+class Same(Arrangement):
+    """A copy, in the dtype of the output."""
+
+    def _forward(self, t: Tensor) -> Tensor:
+        return t.to(self.target.dtype)
+
+    def _backward(self, u: Tensor) -> Tensor:
+        return u.to(self.source.dtype)
+
+
+class Select(Arrangement):
+    """One index of a dimension."""
+
+    def __init__(self, site: Site) -> None:
+        super().__init__(site)
+        self.dim, self.index = signed(site.number("dim")), signed(site.number("index"))
+
+    def _forward(self, t: Tensor) -> Tensor:
+        return t.select(self.dim, self.index)
+
+    def _backward(self, u: Tensor) -> Tensor:
+        out = u.new_zeros(self.source.shape)
+        out.select(self.dim, self.index).copy_(u)
+        return out
+
+
+def signed(value: int) -> int:
+    """Return a whole number that torch shows without its sign, of 64 bits."""
+    return value - 2**64 if value >= 2**63 else value

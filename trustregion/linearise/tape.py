@@ -1,0 +1,196 @@
+"""Jacobian products by sweeps over the recorded graph, one small rule a node, without autograd."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import BackwardCFunction
+from torch.autograd.graph import get_gradient_edge
+
+from ..autodiff import explained
+from ..vector import ParameterVector
+from .base import Linearisation, active, require_used, trainable
+from .buffers import plan
+from .catalogue import rule_for
+from .rules import Place, Site, Step, UnreadableGraph
+
+
+class TapeLinearisation(Linearisation):
+    """``J`` by a forward and a backward sweep over the graph that the outputs carry.
+
+    The nodes of the graph expose what they saved: a forward sweep with each node's own Jacobian
+    gives ``Jv``, a backward sweep ``J'u``. In a dense layer each sweep is two matrix products, as
+    everywhere; but nothing is recorded, intermediate results lie in memory that is kept from
+    product to product, and nothing is concatenated. Memory: the graph, the slopes of activation
+    functions, and the intermediate results that are alive at once.
+
+    Raises:
+        UnreadableGraph: a node that is not one of torch's own, or cannot be differentiated.
+        ValueError: the outputs do not depend on the parameters.
+        RuntimeError: the graph was freed, or a tensor that it saved was overwritten.
+
+    """
+
+    backend = "tape"
+
+    def __init__(self, outputs: Sequence[Tensor], vector: ParameterVector) -> None:
+        positions = trainable(vector)
+        with_graph = active(outputs)
+        edges = [get_gradient_edge(y) if i in with_graph else None for i, y in enumerate(outputs)]
+        index = {id(vector.params[i]): i for i in positions}
+        with explained():
+            self._read(edges, index)
+        super().__init__(outputs, vector, sorted(self._leaves.values()))
+        require_used(self.used, vector)
+        saved = [t for step in self._steps for t in step.rule.site.saved_tensors]
+        self._saved = [(t, t._version) for t in saved]
+        self._v, self._jt_u = (
+            torch.zeros(vector.numel, dtype=vector.dtype, device=vector.device) for _ in range(2)
+        )
+        self._plan()
+
+    def _plan(self) -> None:
+        """Lay out the memory, and do once what every sweep would find again."""
+        ends = {value for value in self._ends if value is not None}
+        parts = self.vector.unravel(self._jt_u)
+        results = {value: parts[position] for value, position in self._leaves.items()}
+        written = plan(self._steps, results, ends)
+        self._collected = [(v, part) for v, part in results.items() if v not in written]
+        tangents: list[Tensor | None] = [None] * self._values
+        parts = self.vector.unravel(self._v)
+        for value, position in self._leaves.items():
+            tangents[value] = parts[position]
+        self._forward: list[Step] = []
+        for step in self._steps:
+            out = step.rule.fixed_tangent([None if i < 0 else tangents[i] for i in step.inputs])
+            tangents[step.outputs.start] = out
+            if out is None or step.rule.buffered:
+                self._forward.append(step)
+        self._tangents = tangents
+
+    def _read(self, edges: Sequence[Any], index: dict[int, int]) -> None:
+        """Number the values and find the rule of each node that the parameters reach."""
+        self._leaves: dict[int, int] = {}  # value: position of the parameter
+        self._steps: list[Step] = []
+        first: dict[Any, int] = {}
+        self._values = 0
+        for node in _topological([e.node for e in edges if e is not None]):
+            size = len(node._input_metadata)
+            variable = getattr(node, "variable", None)
+            inputs = [first[n] + k if n in first else -1 for n, k in node.next_functions]
+            if variable is not None:
+                if id(variable) not in index:
+                    continue
+                self._leaves[self._values] = index[id(variable)]
+            elif max(inputs, default=-1) < 0:
+                continue
+            else:
+                _require_readable(node)
+                values = range(self._values, self._values + size)
+                self._steps.append(Step(rule_for(_site(node, inputs)), tuple(inputs), values))
+            first[node] = self._values
+            self._values += size
+        known = (None if e is None else first.get(e.node) for e in edges)
+        self._ends = [
+            None if start is None or e is None else start + e.output_nr
+            for e, start in zip(edges, known, strict=True)
+        ]
+
+    @property
+    def structure(self) -> int:
+        """A number that graphs of the same nodes, shapes and connections share."""
+        program = tuple(
+            (s.rule.site.node.name(), s.inputs, s.rule.site.inputs, s.rule.site.outputs)
+            for s in self._steps
+        )
+        return hash((program, tuple(self._ends), tuple(self._leaves.items())))
+
+    @torch.no_grad()
+    def jvp(self, v: Tensor) -> tuple[Tensor, ...]:
+        """Return ``Jv``. Cost: one forward sweep."""
+        self._check_saved()
+        self._v.copy_(v)
+        tangents = self._tangents.copy()
+        for step in self._forward:
+            out = step.rule.jvp([None if i < 0 else tangents[i] for i in step.inputs])
+            if isinstance(out, Tensor):
+                tangents[step.outputs.start] = out
+            else:
+                tangents[step.outputs.start : step.outputs.stop] = out
+        out = [None if end is None else tangents[end] for end in self._ends]
+        pairs = zip(out, self.outputs, strict=True)
+        return tuple(torch.zeros_like(y) if t is None else t for t, y in pairs)
+
+    @torch.no_grad()
+    def vjp(self, u: Sequence[Tensor]) -> Tensor:
+        """Return ``J'u``. Cost: one backward sweep."""
+        self._check_saved()
+        cotangents: list[Tensor | None] = [None] * self._values
+        for end, part in zip(self._ends, u, strict=True):
+            if end is not None:
+                _accumulate(cotangents, end, part)
+        for step in reversed(self._steps):
+            given = cotangents[step.outputs.start : step.outputs.stop]
+            if all(c is None for c in given):
+                step.rule.vanish()
+                continue
+            for value, grad in zip(step.inputs, step.rule.vjp(given), strict=True):
+                if value >= 0 and grad is not None:
+                    _accumulate(cotangents, value, grad)
+        for value, part in self._collected:
+            grad = cotangents[value]
+            _ = part.zero_() if grad is None else part.copy_(grad)
+        return self._jt_u.clone()
+
+    def _check_saved(self) -> None:
+        for tensor, version in self._saved:
+            if tensor._version != version:
+                raise RuntimeError(
+                    "a tensor that the graph needs was modified in place after the forward pass:"
+                    " the parameters have moved, or an activation was overwritten. Build the"
+                    " operator anew at the new parameters"
+                )
+
+
+def _accumulate(cotangents: list[Tensor | None], value: int, grad: Tensor) -> None:
+    present = cotangents[value]
+    cotangents[value] = grad if present is None else present + grad
+
+
+def _topological(roots: Sequence[Any]) -> list[Any]:
+    """Return the nodes below the roots, each after those whose values it takes."""
+    order: list[Any] = []
+    seen: set[Any] = set()
+    stack = [(root, False) for root in roots]
+    while stack:
+        node, done = stack.pop()
+        if done:
+            order.append(node)
+        elif node not in seen:
+            seen.add(node)
+            stack.append((node, True))
+            stack += [(n, False) for n, _ in node.next_functions if n is not None]
+    return order
+
+
+def _require_readable(node: Any) -> None:
+    """Raise if the node is Python code, or writes into a view of what other nodes made."""
+    name = type(node).__name__ if isinstance(node, BackwardCFunction) else node.name()
+    if isinstance(node, BackwardCFunction) or name.startswith("torch::autograd::"):
+        raise UnreadableGraph(
+            f"the graph holds {name}, which cannot be linearised on its own: use"
+            ' backend="graph"'
+        )
+
+
+def _site(node: Any, inputs: Sequence[int]) -> Site:
+    """Return a node with its surroundings."""
+    places = [None if n is None else _places(n)[k] for n, k in node.next_functions]
+    return Site(node, tuple(i >= 0 for i in inputs), tuple(places), tuple(_places(node)))
+
+
+def _places(node: Any) -> list[Place]:
+    return [Place(torch.Size(m.shape), m.dtype, m.device) for m in node._input_metadata]
