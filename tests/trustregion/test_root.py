@@ -11,6 +11,7 @@ from cases import N, cases
 from strategies import DTYPES
 from trustregion import Family, FisherOperator, Identity, Status, register_distribution, to_dense
 from trustregion import distributions as module
+from trustregion.linearise import TapeLinearisation
 from trustregion.operators.root import FisherRoot
 from trustregion.solvers.cg import cg
 from trustregion.solvers.least_squares import lsqr
