@@ -4,10 +4,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 READY_BENCH := $(VENV)/.ready-bench
+JAX := .venv-jax
+READY_JAX := $(JAX)/.ready
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALL := $(PIP) install --quiet --constraint constraints.txt --build-constraint constraints.txt
 
-.PHONY: help demo test check slow bench cartpole clean
+.PHONY: help demo test check slow bench curvature cartpole clean
 
 help:
 	@echo "make demo      train TRPO on CartPole-v1 and draw its learning curve"
@@ -15,6 +17,7 @@ help:
 	@echo "make check     format, lint, types, tests and doctests"
 	@echo "make slow      the tests that learn to a target"
 	@echo "make bench     timings against peers, in one run"
+	@echo "make curvature the tables of docs/curvature_benchmarks.md, JAX among the peers"
 	@echo "make cartpole  the ten-seed CartPole table of docs/cartpole.md"
 	@echo "make clean     remove what the targets made"
 
@@ -27,6 +30,13 @@ $(READY): pyproject.toml constraints.txt
 
 $(READY_BENCH): $(READY)
 	@$(INSTALL) --group bench
+	@$(INSTALL) --no-deps backpack-for-pytorch curvlinops-for-pytorch
+	@touch $@
+
+$(READY_JAX): pyproject.toml constraints.txt
+	@$(PYTHON) -m venv $(JAX)
+	@$(JAX)/bin/python -m pip install --quiet --constraint constraints.txt --upgrade pip
+	@$(JAX)/bin/python -m pip install --quiet --constraint constraints.txt --group jax
 	@touch $@
 
 demo: $(READY)
@@ -51,9 +61,16 @@ bench: $(READY_BENCH)
 	@$(BIN)/python -m benchmarks.pairs
 	@$(BIN)/python -m benchmarks.rosenbrock
 
+curvature: $(READY_BENCH) $(READY_JAX)
+	@$(INSTALL) --editable ".[mujoco]"
+	@$(BIN)/python -m benchmarks.curvature
+	@$(BIN)/python -m benchmarks.curvature_memory
+	@$(BIN)/python -m benchmarks.curvature_cost
+	@$(BIN)/python -m benchmarks.quality_time
+
 cartpole: $(READY)
 	@$(BIN)/python benchmarks/cartpole.py
 
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis .benchmarks build dist
+	rm -rf $(VENV) $(JAX) .pytest_cache .ruff_cache .hypothesis .benchmarks build dist
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

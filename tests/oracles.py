@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import decimal
+import fractions
 import itertools
 
 import torch
@@ -220,3 +222,217 @@ def trust_region(A: Tensor, g: Tensor, radius: float) -> Tensor:
         middle = (low + high) / 2
         low, high = (middle, high) if step(middle).norm() > radius else (low, middle)
     return step(high)
+
+
+def batch_jacobian(predict, params) -> Tensor:
+    """Dense Jacobian of all outputs, a tensor or a tuple, flattened one after the other."""
+
+    def outputs(v):
+        ys = predict(unflatten(v, params))
+        return flatten([ys] if isinstance(ys, Tensor) else ys)
+
+    theta = flatten([p.detach() for p in params])
+    return torch.autograd.functional.jacobian(outputs, theta)
+
+
+def gauss_newton(predict, loss, params) -> Tensor:
+    """Dense J' H J with the Jacobian of the outputs and the Hessian of ``loss`` in them."""
+    ys = predict([p.detach() for p in params])
+    single = isinstance(ys, Tensor)
+    like = [ys] if single else ys
+
+    def of_outputs(u):
+        parts = unflatten(u, like)
+        return loss(parts[0] if single else parts)
+
+    J = batch_jacobian(predict, params)
+    H = torch.autograd.functional.hessian(of_outputs, flatten(like).detach())
+    return J.T @ H @ J
+
+
+def loss_hessian(loss, params) -> Tensor:
+    """Dense Hessian of a scalar function of a list of parameters."""
+    theta = flatten([p.detach() for p in params])
+    return torch.autograd.functional.hessian(lambda v: loss(unflatten(v, params)), theta)
+
+
+def score_outer(log_probs, params) -> Tensor:
+    """Dense mean of g g' over all entries of a tensor of log-probabilities."""
+    J = batch_jacobian(lambda p: log_probs(p).reshape(-1), params)
+    return sum(g.outer(g) for g in J) / len(J)
+
+
+def kronecker_factors(layers, family, x) -> list[tuple[Tensor, Tensor]]:
+    """(A, G) of each linear layer of a list of layers, sample by sample and position by position.
+
+    ``family`` makes the distribution of one sample of what the last layer returns. ``A`` is the
+    mean of a a' (with a 1 behind a for a bias) over samples and positions, ``G`` the mean over
+    samples of the sum over positions of J'MJ: J the Jacobian at the layer's output, M the Hessian
+    of torch's KL.
+    """
+
+    def run(sample, shifts=None, inputs=None):
+        shifts = dict(shifts or {})
+        for i, layer in enumerate(layers):
+            if inputs is not None:
+                inputs[i] = sample
+            sample = layer(sample)
+            if i in shifts:
+                sample = sample + shifts[i]
+        return sample
+
+    found = []
+    for i, layer in enumerate(layers):
+        if not isinstance(layer, torch.nn.Linear):
+            continue
+        A, G, rows = 0.0, 0.0, 0
+        for sample in x:
+            inputs = {}
+            y = run(sample, inputs=inputs).detach()
+            for a in inputs[i].detach().reshape(-1, layer.in_features):
+                if layer.bias is not None:
+                    a = torch.cat([a, torch.ones_like(a[:1])])
+                A, rows = A + torch.outer(a, a), rows + 1
+            old = family(y)
+            M = torch.autograd.functional.hessian(
+                lambda z, old=old: td.kl_divergence(old, family(z)).sum(), y
+            )
+            shift = torch.zeros_like(layer(inputs[i])).detach()
+            J = torch.autograd.functional.jacobian(lambda s, x=sample, i=i: run(x, {i: s}), shift)
+            J = J.reshape(y.numel(), -1, layer.out_features)
+            M = M.reshape(y.numel(), y.numel())
+            G = G + torch.einsum("atj,ab,btk->jk", J, M, J)
+        found.append((A / rows, G / len(x)))
+    return found
+
+
+def _double_exponential(kind: str, step: float = 1 / 64, reach: float = 4.0):
+    """Nodes and weights of the double exponential rule over a line, half line or interval."""
+    t = torch.arange(-reach, reach + step, step, dtype=torch.float64)
+    u, du = torch.pi / 2 * t.sinh(), torch.pi / 2 * t.cosh()
+    if kind == "real":
+        return u.sinh(), step * u.cosh() * du
+    if kind == "positive":
+        return u.exp(), step * u.exp() * du
+    return torch.sigmoid(2 * u), step * 2 * du * torch.sigmoid(2 * u) * torch.sigmoid(-2 * u)
+
+
+def _hermite(dims: int, nodes: int = 6):
+    """Outcomes and probabilities that integrate polynomials exactly over standard normals."""
+    off = torch.arange(1, nodes, dtype=torch.float64).sqrt()
+    x, vectors = torch.linalg.eigh(off.diag(1) + off.diag(-1))  # Golub and Welsch
+    w = vectors[0].square()
+    z = torch.cartesian_prod(*[x] * dims).reshape(-1, dims)
+    return z, torch.cartesian_prod(*[w] * dims).reshape(-1, dims).prod(1)
+
+
+def outcomes(distribution, kind: str) -> tuple[Tensor, Tensor]:
+    """Outcomes of a distribution with batch shape (1,) and weights that sum expectations.
+
+    All of a finite support, counts far out, or nodes of a quadrature.
+    """
+    if kind == "finite":
+        y = distribution.enumerate_support()
+        return y, distribution.log_prob(y).exp().reshape(-1)
+    if kind == "count":
+        y = torch.arange(4000, dtype=torch.float64).unsqueeze(1)
+        return y, distribution.log_prob(y).exp().reshape(-1)
+    if kind == "sum":  # of one-hot vectors
+        n, k = distribution.total_count, distribution.logits.shape[-1]
+        rows = [c for c in itertools.product(range(n + 1), repeat=k) if sum(c) == n]
+        y = torch.tensor(rows, dtype=torch.float64).unsqueeze(1)
+        return y, distribution.log_prob(y).exp().reshape(-1)
+    if kind == "gaussian":  # by its own reparameterisation
+        base, transforms = distribution, []
+        while hasattr(base, "base_dist"):
+            transforms = getattr(base, "transforms", []) + transforms
+            base = base.base_dist
+        loc = base.loc.reshape(1, -1)
+        z, w = _hermite(loc.shape[1])
+        root = base.scale_tril[0] if hasattr(base, "scale_tril") else base.scale.reshape(-1).diag()
+        y = (loc + z @ root.mT).reshape(-1, *base.loc.shape)
+        for transform in transforms:
+            y = transform(y)
+        return y, w
+    if kind == "simplex":  # by sticks
+        u, w = _double_exponential("unit", step=1 / 12, reach=3.2)
+        u, w = torch.cartesian_prod(u, u), torch.cartesian_prod(w, w).prod(1)
+        y = torch.stack([u[:, 0], (1 - u[:, 0]) * u[:, 1], (1 - u[:, 0]) * (1 - u[:, 1])], 1)
+        w, y = w * (1 - u[:, 0]), y.unsqueeze(1)
+    else:
+        y, w = _double_exponential(kind)
+        y = y.unsqueeze(1)
+    w = w * distribution.log_prob(y).exp().reshape(-1)
+    inside = (w > 0) & w.isfinite()  # not rounded to the rim
+    return y[inside], w[inside]
+
+
+def expected_kl(old, new, kind: str) -> float:
+    """KL(old || new) of distributions with batch shape (1,), by its definition."""
+    y, w = outcomes(old, kind)
+    some = w > 0
+    return (w * (old.log_prob(y) - new.log_prob(y)).reshape(-1))[some].sum().item()
+
+
+def expected_score_covariance(build, x: Tensor, kind: str) -> Tensor:
+    """E score score' in ``x`` of shape (k,), for ``build``: (S, k) -> distributions of batch S."""
+    y, w = outcomes(build(x.unsqueeze(0)), kind)
+    rows = x.expand(len(w), -1).clone().requires_grad_()
+    (scores,) = torch.autograd.grad(build(rows).log_prob(y.squeeze(1)).sum(), rows)
+    return torch.einsum("s,si,sj->ij", w, scores, scores)
+
+
+def exact_log_gap(t: float) -> float:
+    """``t - log(1 + t)`` by 60-digit arithmetic."""
+    with decimal.localcontext(prec=60):
+        x = decimal.Decimal(t)
+        return float(x - (1 + x).ln())
+
+
+def exact_exp_gap(x: float) -> float:
+    """``exp(x) - 1 - x`` by 60-digit arithmetic."""
+    with decimal.localcontext(prec=60):
+        return float(decimal.Decimal(x).exp() - 1 - decimal.Decimal(x))
+
+
+def exact_stirling_gap(x0: float, x1: float) -> float:
+    """The gap of ``lgamma(x) - x log x + x`` above its tangent, by 60-digit arithmetic.
+
+    lgamma and digamma are Stirling's series above 200, less the terms of the recurrence.
+    """
+    with decimal.localcontext(prec=60):
+        a, b = decimal.Decimal(x0), decimal.Decimal(x1)
+        pairs = [_stirling_remainder(x) for x in (a, b)]
+        return float(pairs[1][0] - pairs[0][0] - pairs[0][1] * (b - a))
+
+
+def _stirling_remainder(x: decimal.Decimal):
+    """``lgamma(x) - x log x + x`` less a constant, and its derivative."""
+    y, value, slope = x, decimal.Decimal(0), decimal.Decimal(0)
+    while y < 200:
+        value, slope, y = value - y.ln(), slope - 1 / y, y + 1
+    value += (y - decimal.Decimal(1) / 2) * y.ln() - y
+    slope += y.ln() - 1 / (2 * y)
+    for j in range(1, 12):
+        B = decimal.Decimal(_BERNOULLI[j - 1].numerator) / _BERNOULLI[j - 1].denominator
+        value += B / (2 * j * (2 * j - 1)) / y ** (2 * j - 1)
+        slope -= B / (2 * j) / y ** (2 * j)
+    return value - x * x.ln() + x, slope - x.ln()
+
+
+_BERNOULLI = [
+    fractions.Fraction(*pair)
+    for pair in [
+        (1, 6),
+        (-1, 30),
+        (1, 42),
+        (-1, 30),
+        (5, 66),
+        (-691, 2730),
+        (7, 6),
+        (-3617, 510),
+        (43867, 798),
+        (-174611, 330),
+        (854513, 138),
+    ]
+]

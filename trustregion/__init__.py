@@ -15,24 +15,37 @@ True
 
 from ._clash import warn_of_clashes as _warn_of_clashes
 from .distributions import Family as Family
+from .distributions import Weighted as Weighted
 from .distributions import mean_kl as mean_kl
 from .distributions import register_distribution as register_distribution
 from .line_search import LineSearch as LineSearch
 from .line_search import backtracking as backtracking
+from .operators import BatchedOperator as BatchedOperator
 from .operators import DenseMap as DenseMap
 from .operators import DenseOperator as DenseOperator
+from .operators import EmpiricalFisherOperator as EmpiricalFisherOperator
 from .operators import FisherOperator as FisherOperator
 from .operators import FisherRoot as FisherRoot
 from .operators import FunctionMap as FunctionMap
 from .operators import FunctionOperator as FunctionOperator
+from .operators import GaussNewtonOperator as GaussNewtonOperator
+from .operators import GGNOperator as GGNOperator
+from .operators import HessianOperator as HessianOperator
 from .operators import Identity as Identity
 from .operators import KLHessianOperator as KLHessianOperator
 from .operators import LinearMap as LinearMap
 from .operators import LinearOperator as LinearOperator
+from .operators import MonteCarloFisherOperator as MonteCarloFisherOperator
 from .operators import check_symmetric as check_symmetric
 from .operators import to_dense as to_dense
 from .optim import NaturalTrustRegion as NaturalTrustRegion
 from .optim import StepInfo as StepInfo
+from .preconditioners import KFAC as KFAC
+from .preconditioners import Gated as Gated
+from .preconditioners import Jacobi as Jacobi
+from .preconditioners import Nystrom as Nystrom
+from .preconditioners import Preconditioner as Preconditioner
+from .preconditioners import Recycled as Recycled
 from .radius import InitialRadius as InitialRadius
 from .radius import classic_radius as classic_radius
 from .radius import gould_radius as gould_radius
@@ -57,11 +70,17 @@ from .solvers import minres as minres
 from .solvers import multishift_cg as multishift_cg
 from .solvers import steihaug as steihaug
 from .solvers import trust_region_dense as trust_region_dense
+from .spectrum import Eigenvalues as Eigenvalues
+from .spectrum import diagonal as diagonal
+from .spectrum import largest_eigenvalues as largest_eigenvalues
+from .spectrum import to_scipy as to_scipy
+from .spectrum import trace as trace
 from .status import Status as Status
 from .subproblem import ConstrainedStep as ConstrainedStep
 from .subproblem import Step as Step
 from .subproblem import constrained_kl_ball_step as constrained_kl_ball_step
 from .subproblem import kl_ball_step as kl_ball_step
+from .subsample import subsample as subsample
 from .vector import ParameterVector as ParameterVector
 
 __version__ = "0.1.0"
@@ -77,13 +96,32 @@ __all__ = [
     "FunctionOperator",
     "Identity",
     "FisherOperator",
+    "GGNOperator",
+    "HessianOperator",
     "KLHessianOperator",
+    "EmpiricalFisherOperator",
+    "MonteCarloFisherOperator",
+    "GaussNewtonOperator",
+    "BatchedOperator",
+    "subsample",
     "to_dense",
+    "to_scipy",
+    "diagonal",
+    "trace",
+    "largest_eigenvalues",
+    "Eigenvalues",
     "check_symmetric",
     "LinearMap",
     "DenseMap",
     "FunctionMap",
     "FisherRoot",
+    # preconditioners
+    "KFAC",
+    "Jacobi",
+    "Nystrom",
+    "Recycled",
+    "Gated",
+    "Preconditioner",
     # linear systems
     "cg",
     "fixed_cg",
@@ -120,6 +158,7 @@ __all__ = [
     # models
     "ParameterVector",
     "Family",
+    "Weighted",
     "mean_kl",
     "register_distribution",
 ]

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.autograd.graph import get_gradient_edge
 
 _NOT_TWICE = ("derivative for", "double backward", "differentiate twice")
 
@@ -70,3 +73,44 @@ def _explain(text: str) -> str | None:
             " the GPU under torch.backends.cudnn.flags(enabled=False)"
         )
     return None
+
+
+NOT_TWICE = (
+    "the model cannot be differentiated twice: it holds a torch.autograd.Function that is marked as"
+    " differentiable once only. Write its backward with differentiable operations"
+)
+
+
+def edge_of(t: Tensor) -> tuple[Any, int]:
+    """Return the edge of the graph that ``t`` is, also for a leaf."""
+    node, number, *_ = get_gradient_edge(t)
+    return node, number
+
+
+def upstream(
+    starts: Iterable[tuple[Any, int]], cut: Container[Any] = ()
+) -> Iterator[tuple[Any, int]]:
+    """Yield the edges of the graph behind some edges, these included, but none behind ``cut``.
+
+    Raises:
+        RuntimeError: a Function of the graph is marked with ``once_differentiable``. Autograd takes
+            the derivative of its derivative for zero, where it does not raise.
+
+    """
+    todo, seen = list(starts), set()
+    while todo:
+        edge = todo.pop()
+        if edge in seen:
+            continue
+        seen.add(edge)
+        yield edge
+        if edge in cut:
+            continue
+        node = edge[0]
+        backward = getattr(getattr(node, "_forward_cls", None), "backward", None)
+        if getattr(backward, "__code__", None) is _ONCE:
+            raise RuntimeError(NOT_TWICE)
+        todo += [source for source in node.next_functions if source[0] is not None]
+
+
+_ONCE = getattr(once_differentiable(lambda _: None), "__code__", object())

@@ -84,7 +84,11 @@ class ParameterVector:
                     f"parameter {name} is an expanded view, whose elements share memory: make it"
                     " a tensor of its own with .contiguous()"
                 )
-            other = seen.setdefault(p.data_ptr(), name)
+            try:
+                address = p.data_ptr()
+            except RuntimeError:  # inside a torch.func transform a tensor has no memory of its own
+                address = -id(p)
+            other = seen.setdefault(address, name)
             if other != name:
                 raise ValueError(
                     f"parameters {other} and {name} share the same memory: list a tied parameter"

@@ -10,7 +10,7 @@ from torch import distributions as td
 from cases import N, cases
 from strategies import DTYPES
 from trustregion import Family, FisherOperator, Identity, Status, register_distribution, to_dense
-from trustregion import distributions as module
+from trustregion.distributions import registry as module
 from trustregion.linearise import TapeLinearisation
 from trustregion.operators.root import FisherRoot
 from trustregion.solvers.cg import cg

@@ -49,6 +49,11 @@ def active(outputs: Sequence[Tensor]) -> list[int]:
         ValueError: none does.
 
     """
+    if any(y.is_inference() for y in outputs):
+        raise ValueError(
+            "the outputs were made under torch.inference_mode(), which records no graph: leave it,"
+            " or use torch.no_grad() around the code that needs it"
+        )
     positions = [i for i, y in enumerate(outputs) if y.requires_grad]
     if not positions:
         raise ValueError(

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..autodiff import differentiate
+from ..autodiff import differentiate, edge_of, upstream
 from ..vector import ParameterVector
 from .base import Linearisation, active, require_used, trainable
 
@@ -31,6 +31,8 @@ class GraphLinearisation(Linearisation):
         positions = trainable(vector)
         self._active = active(outputs)
         self._y = [outputs[i] for i in self._active]
+        for _ in upstream([edge_of(y) for y in self._y]):  # raises where Jv would come out as zero
+            pass
         self._w = [torch.zeros_like(y, requires_grad=True) for y in self._y]
         inputs = [vector.params[i] for i in positions]
         with torch.enable_grad():

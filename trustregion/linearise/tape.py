@@ -181,8 +181,7 @@ def _require_readable(node: Any) -> None:
     name = type(node).__name__ if isinstance(node, BackwardCFunction) else node.name()
     if isinstance(node, BackwardCFunction) or name.startswith("torch::autograd::"):
         raise UnreadableGraph(
-            f"the graph holds {name}, which cannot be linearised on its own: use"
-            ' backend="graph"'
+            f'the graph holds {name}, which cannot be linearised on its own: use backend="graph"'
         )
 
 

@@ -7,9 +7,15 @@ from .base import LinearOperator as LinearOperator
 from .base import as_operator as as_operator
 from .base import check_symmetric as check_symmetric
 from .base import to_dense as to_dense
+from .batches import BatchedOperator as BatchedOperator
 from .fisher import FisherOperator as FisherOperator
+from .gauss_newton import GaussNewtonOperator as GaussNewtonOperator
+from .ggn import GGNOperator as GGNOperator
+from .hessian import HessianOperator as HessianOperator
 from .hessian import KLHessianOperator as KLHessianOperator
 from .map import DenseMap as DenseMap
 from .map import FunctionMap as FunctionMap
 from .map import LinearMap as LinearMap
 from .root import FisherRoot as FisherRoot
+from .sampled import EmpiricalFisherOperator as EmpiricalFisherOperator
+from .sampled import MonteCarloFisherOperator as MonteCarloFisherOperator

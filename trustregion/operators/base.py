@@ -175,6 +175,11 @@ class _Scaled(LinearOperator):
         return self.factor * self.operator.mm(V)
 
 
+def congruent(A: LinearOperator, d: Tensor) -> LinearOperator:
+    """Return ``D A D`` with ``D = diag(d)``."""
+    return FunctionOperator(lambda v: d * A.mv(d * v), d.numel(), d.dtype, d.device)
+
+
 def product(A: LinearOperator, v: Tensor) -> Tensor:
     """Return ``A v`` after checking that it is like ``v``, and that ``v`` was left alone."""
     version = v._version

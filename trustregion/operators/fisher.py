@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
 from ..distributions import Joint, Prediction, joint_of
-from ..linearise import linearise
+from ..linearise import Linearisation, linearise
+from ..linearise.functional import FunctionalLinearisation, Run, from_function
+from ..subsample import select
 from ..vector import ParameterVector
 from .gauss_newton import GaussNewtonOperator
 from .root import FisherRoot
@@ -30,9 +33,11 @@ class FisherOperator(GaussNewtonOperator):
 
     Args:
         distribution: the prediction, with its graph; a torch distribution, or a dict, list or
-            tuple of independent ones. Its graph is kept alive by the operator.
+            tuple of independent ones; :class:`Weighted` for a weighted mean. Its graph is kept
+            alive by the operator.
         params: the parameters, in the order of the flat vector. An already built
             :class:`ParameterVector` is taken as it is.
+        backend: which way of differentiating makes the products with ``J``.
 
     Raises:
         TypeError: a family that is unknown or refused, or parameters of a wrong type.
@@ -60,9 +65,71 @@ class FisherOperator(GaussNewtonOperator):
     ) -> None:
         vector = params if isinstance(params, ParameterVector) else ParameterVector(params)
         joint = distribution if isinstance(distribution, Joint) else joint_of(distribution)
-        linearisation = linearise(joint.flat_parameters(), vector, backend)
-        super().__init__(linearisation, joint.fisher(), joint.batch_size)
-        self._joint, self.batch_size = joint, joint.batch_size
+        self._finish(linearise(joint.flat_parameters(), vector, backend), joint)
+
+    def _finish(self, linearisation: Linearisation, joint: Joint) -> None:
+        super().__init__(linearisation, joint.fisher(), joint.total)
+        self._joint, self.batch_size = joint, joint.total
+
+    @classmethod
+    def from_function(
+        cls,
+        fn: Callable[..., Prediction],
+        params: Mapping[str, Tensor],
+        *inputs: Any,
+        backend: str = "auto",
+        subsample: float | None = None,
+        seed: int = 0,
+    ) -> Self:
+        """Return the Fisher matrix of the prediction ``fn(params, *inputs)`` in ``params``.
+
+        It needs no graph, and works under :func:`torch.func.vmap` over stacked parameters. The
+        flat vector has the order of the dict.
+
+        Args:
+            fn: ``(params, *inputs)`` -> the prediction.
+            params: the parameters by name; they need not require a gradient.
+            *inputs: what else ``fn`` takes.
+            backend: as for the class; ``"functional"`` for :class:`FunctionalLinearisation`, which
+                runs ``fn`` again for each product. ``"auto"`` takes that under a transform and for
+                what cannot be differentiated twice.
+            subsample: a count or a fraction of the samples, see :func:`subsample`.
+            seed: of the subsample.
+
+        Raises:
+            TypeError: ``params`` is not a dict, or a family that is unknown or refused.
+            ValueError: as for the class, or inputs that a subsample cannot index.
+            RuntimeError: no way of differentiating can.
+
+        Example:
+            >>> from torch.distributions import Normal
+            >>> def predict(params, x):
+            ...     return Normal(x * params["w"], 0.5)
+            >>> x, stacked, V = torch.tensor([1.0, 2.0]), torch.zeros(3, 1), torch.ones(3, 1)
+            >>> def product(w, v):
+            ...     return FisherOperator.from_function(predict, {"w": w}, x).mv(v)
+            >>> torch.func.vmap(product)(stacked, V).T
+            tensor([[10., 10., 10.]])
+
+        """
+
+        def graph(distribution: Prediction, leaves: dict[str, Tensor]) -> Self:
+            vector = ParameterVector(leaves.values(), list(leaves))
+            return cls(distribution, vector, backend=backend)
+
+        def functional(run: Run, vector: ParameterVector) -> Self:
+            def joint_at(*tensors: Tensor) -> Joint:
+                return joint_of(run(dict(zip(vector.names, tensors, strict=True))))
+
+            operator = cls.__new__(cls)
+            operator._finish(
+                FunctionalLinearisation(lambda *p: joint_at(*p).flat_parameters(), vector),
+                joint_at(*vector.params),
+            )
+            return operator
+
+        chosen = select(inputs, subsample, seed)
+        return from_function(fn, params, chosen, backend, graph, functional)
 
     @torch.no_grad()
     def root(self) -> FisherRoot:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..linearise import Linearisation
+from ..vector import ParameterVector
 from .base import LinearOperator
 from .map import FunctionMap, LinearMap
 
@@ -43,6 +44,16 @@ class GaussNewtonOperator(LinearOperator):
         return self._linearisation.backend
 
     @property
+    def vector(self) -> ParameterVector:
+        """The parameters, in the order of the flat vector."""
+        return self._linearisation.vector
+
+    @property
+    def total(self) -> float:
+        """``N``, what the sum over the samples is divided by."""
+        return self._total
+
+    @property
     def outputs(self) -> Tensors:
         """The outputs of the model, with their graph."""
         return self._linearisation.outputs
@@ -54,7 +65,7 @@ class GaussNewtonOperator(LinearOperator):
 
     def jvp(self, v: Tensor) -> Tensors:
         """Return ``Jv``: the change of each output along ``v``."""
-        return self._linearisation.jvp(v)
+        return tuple(t.clone() for t in self._linearisation.jvp(v))
 
     def vjp(self, u: Sequence[Tensor]) -> Tensor:
         """Return ``J'u`` of shape ``(n,)``."""
@@ -63,7 +74,7 @@ class GaussNewtonOperator(LinearOperator):
     @torch.no_grad()
     def mv(self, v: Tensor) -> Tensor:
         """Return the product of shape ``(n,)``. Cost: one product, no forward pass."""
-        return self.vjp(self._metric(self.jvp(v))).div_(self._total)
+        return self.vjp(self._metric(self._linearisation.jvp(v))).div_(self._total)
 
     @property
     def jacobian(self) -> LinearMap:
@@ -83,7 +94,7 @@ class GaussNewtonOperator(LinearOperator):
         """
         shape = (sum(y.numel() for y in self.outputs), self.shape[0])
         return FunctionMap(
-            lambda v: self._flatten(self.jvp(v)),
+            lambda v: self._flatten(self._linearisation.jvp(v)),
             lambda u: self.vjp(self._unflatten(u)),
             shape,
             self.dtype,

@@ -2,18 +2,167 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
-from ..autodiff import differentiate
+from ..autodiff import differentiate, edge_of, upstream
 from ..distributions import Prediction, joint_of
+from ..linearise.functional import Run, forward, from_function
+from ..subsample import select
 from ..vector import ParameterVector
 from .base import LinearOperator
 
 
-class KLHessianOperator(LinearOperator):
+class _DoubleBackward(LinearOperator):
+    """The Hessian of a scalar with a graph; the graph of its gradient is kept."""
+
+    backend = "graph"
+
+    def __init__(self, value: Tensor, vector: ParameterVector, what: str) -> None:
+        trainable = [i for i, p in enumerate(vector.params) if p.requires_grad]
+        inputs = [vector.params[i] for i in trainable]
+        if not (value.requires_grad and inputs):
+            raise ValueError(f"the {what} does not depend on the parameters")
+        for _ in upstream([edge_of(value)]):  # raises where a derivative would be taken for zero
+            pass
+        with torch.enable_grad():
+            grads = differentiate([value], inputs, create_graph=True)
+        used = [(i, g) for i, g in zip(trainable, grads, strict=True) if g is not None]
+        if not used:
+            raise ValueError(f"the {what} does not depend on the parameters")
+        curved = {i: g for i, g in used if g.requires_grad}
+
+        def product(v: Tensor) -> Tensor:
+            parts = vector.unravel(v)
+            products = differentiate(list(curved.values()), inputs, [parts[i] for i in curved])
+            return vector.ravel_at(trainable, products)
+
+        gradient = vector.ravel_at(trainable, grads).detach()
+        self._keep(vector, product, gradient, [i for i, _ in used])
+
+    def _keep(
+        self,
+        vector: ParameterVector,
+        product: Callable[[Tensor], Tensor],
+        gradient: Tensor,
+        used: Iterable[int],
+    ) -> None:
+        super().__init__(vector.numel, vector.dtype, vector.device)
+        self._product, self.gradient, self.used = product, gradient, tuple(used)
+
+    @torch.no_grad()
+    def mv(self, v: Tensor) -> Tensor:
+        """Return the Hessian-vector product. Cost: one backward pass through the kept graph."""
+        return self._product(v)
+
+
+class HessianOperator(_DoubleBackward):
+    r"""The Hessian :math:`\nabla^2_\theta \ell` of a loss at the parameters, shape ``(n, n)``.
+
+    Symmetric, and indefinite as a rule: use it with ``minres``, ``steihaug`` or ``gltr``, or with
+    a shift. The graph of the gradient is built once and kept; each product is one backward pass
+    through it.
+
+    Parameters that are frozen or that the loss does not use have rows of exact zeros.
+
+    Args:
+        loss: a scalar with its graph, which the operator keeps alive.
+        params: the parameters, in the order of the flat vector. An already built
+            :class:`ParameterVector` is taken as it is.
+
+    Attributes:
+        gradient: the gradient of the loss, shape ``(n,)``.
+        backend: ``"graph"``, or ``"functional"`` from a function.
+        used: positions of the parameters that the loss depends on.
+
+    Raises:
+        TypeError: the loss is not a tensor.
+        ValueError: the loss is not a scalar, or does not depend on the parameters.
+        RuntimeError: a part of the model cannot be differentiated twice, or its graph was freed.
+
+    Example:
+        >>> x = torch.tensor([1.0, 2.0], requires_grad=True)
+        >>> H = HessianOperator(x[0] * x[1] + x[1] ** 3, [x])
+        >>> H.gradient, H @ torch.tensor([1.0, 0.0])
+        (tensor([ 2., 13.]), tensor([0., 1.]))
+
+    References:
+        Pearlmutter, Fast Exact Multiplication by the Hessian, 1994.
+
+    """
+
+    def __init__(self, loss: Tensor, params: ParameterVector | Iterable[Tensor]) -> None:
+        vector = params if isinstance(params, ParameterVector) else ParameterVector(params)
+        check_loss(loss)
+        super().__init__(loss, vector, "loss")
+
+    @classmethod
+    def from_function(
+        cls,
+        fn: Callable[..., Tensor],
+        params: Mapping[str, Tensor],
+        *inputs: Any,
+        backend: str = "auto",
+        subsample: float | None = None,
+        seed: int = 0,
+    ) -> Self:
+        """Return the Hessian of the scalar ``fn(params, *inputs)`` in ``params``.
+
+        It needs no graph, and works under :func:`torch.func.vmap` over stacked parameters. The
+        flat vector has the order of the dict.
+
+        Args:
+            fn: ``(params, *inputs)`` -> the loss.
+            params: the parameters by name; they need not require a gradient.
+            *inputs: what else ``fn`` takes.
+            backend: ``"graph"``; ``"functional"``, the derivative of the gradient in forward mode,
+                which runs ``fn`` again for each product; or ``"auto"``.
+            subsample: a count or a fraction of the samples, see :func:`subsample`.
+            seed: of the subsample.
+
+        Raises:
+            TypeError: ``params`` is not a dict.
+            ValueError: as for the class.
+            RuntimeError: no way of differentiating can.
+
+        Example:
+            >>> params = {"x": torch.tensor([1.0, 2.0])}
+            >>> H = HessianOperator.from_function(lambda p: p["x"].prod() ** 2, params)
+            >>> H @ torch.tensor([1.0, 0.0])
+            tensor([8., 8.])
+
+        """
+
+        def graph(loss: Tensor, leaves: dict[str, Tensor]) -> Self:
+            return cls(loss, ParameterVector(leaves.values(), list(leaves)))
+
+        def functional(run: Run, vector: ParameterVector) -> Self:
+            def loss(*tensors: Tensor) -> Tensor:
+                return run(dict(zip(vector.names, tensors, strict=True)))
+
+            point = tuple(p.detach() for p in vector.params)
+            everything = tuple(range(len(point)))
+            gradient = torch.func.grad(loss, everything)
+            slope = vector.ravel(gradient(*point)).detach()
+
+            def product(v: Tensor) -> Tensor:
+                return vector.ravel(forward(gradient, point, tuple(vector.unravel(v))))
+
+            operator = cls.__new__(cls)
+            operator.backend = "functional"
+            operator._keep(vector, product, slope, everything)
+            return operator
+
+        chosen = select(inputs, subsample, seed)
+        return from_function(
+            fn, params, chosen, backend, graph, functional, backends=("auto", "graph")
+        )
+
+
+class KLHessianOperator(_DoubleBackward):
     r"""The Hessian of :math:`\theta' \mapsto` KL(theta || theta') at ``theta``, shape ``(n, n)``.
 
     It equals :class:`FisherOperator` there, and is kept as an independent cross-check and as the
@@ -36,23 +185,33 @@ class KLHessianOperator(LinearOperator):
 
     """
 
-    def __init__(self, distribution: Prediction, params: Iterable[Tensor]) -> None:
-        self._vector = ParameterVector(params)
-        super().__init__(self._vector.numel, self._vector.dtype, self._vector.device)
+    def __init__(
+        self, distribution: Prediction, params: ParameterVector | Iterable[Tensor]
+    ) -> None:
+        vector = params if isinstance(params, ParameterVector) else ParameterVector(params)
         joint = joint_of(distribution)
-        self._trainable = [i for i, p in enumerate(self._vector.params) if p.requires_grad]
-        self._inputs = [self._vector.params[i] for i in self._trainable]
         with torch.enable_grad():
             kl = joint.frozen().mean_kl(joint)
-            if not (kl.requires_grad and self._trainable):
-                raise ValueError("the distribution does not depend on the parameters")
-            grads = differentiate([kl], self._inputs, create_graph=True)
-        self._slots = [i for i, g in zip(self._trainable, grads, strict=True) if g is not None]
-        self._grads = [g for g in grads if g is not None]
+        super().__init__(kl, vector, "distribution")
 
-    @torch.no_grad()
-    def mv(self, v: Tensor) -> Tensor:
-        """Return the Hessian-vector product. Cost: one backward pass through the kept graph."""
-        parts = self._vector.unravel(v)
-        products = differentiate(self._grads, self._inputs, [parts[i] for i in self._slots])
-        return self._vector.ravel_at(self._trainable, products)
+
+def check_loss(loss: Tensor) -> None:
+    """Raise where a loss is not a scalar tensor with a graph.
+
+    Raises:
+        TypeError: not a tensor.
+        ValueError: not a scalar, or without a graph.
+
+    """
+    if not isinstance(loss, Tensor):
+        raise TypeError(f"the loss must be a scalar tensor, got {type(loss).__name__}")
+    if loss.ndim:
+        raise ValueError(
+            f"the loss must be a scalar tensor of shape (), got shape {tuple(loss.shape)}: reduce"
+            " it with .mean() or .sum()"
+        )
+    if not loss.requires_grad:
+        raise ValueError(
+            "the loss carries no graph: compute it from the model's outputs with grad enabled,"
+            " without detach(), .item() or torch.no_grad()"
+        )

@@ -45,7 +45,7 @@ class FisherRoot(LinearMap):
         self._J = J
         self._samples, self._widths = joint.batch_size, _widths(joint)
         V, D, values = _factor(_blocks(joint, self._widths))
-        sizes = values.div_(self._samples).sqrt_()
+        sizes = values.div_(joint.total).sqrt_()
         self._V, self._D, self._sizes = V.to(J.dtype), D.to(J.dtype), sizes.to(J.dtype)
 
     @torch.no_grad()

@@ -24,7 +24,9 @@ class StepInfo:
         cg_status: how the linear solve ended; None if it was not reached.
         cg_iterations: iterations of the linear solve.
         cg_residual: residual of the linear solve relative to the gradient's norm.
-        products: Fisher products spent in this step.
+        products: Fisher products spent in this step, those of a preconditioner included.
+        backend: which way of differentiating made them, as of :class:`FisherOperator`.
+        preconditioner: which one, whether it was used, and the gain that its last test found.
         scale: the line search's factor on the full step, of the last trial.
         backtracks: how often the line search shortened the step.
         evaluations: calls of the closure, the first included.
@@ -42,6 +44,8 @@ class StepInfo:
     cg_iterations: int = 0
     cg_residual: float = 0.0
     products: int = 0
+    backend: str = ""
+    preconditioner: str = ""
     scale: float = 0.0
     backtracks: int = 0
     evaluations: int = 1

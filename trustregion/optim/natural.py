@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 
 from ..distributions import Joint
-from ..operators.base import FunctionOperator, Identity, LinearOperator, OperatorLike
+from ..operators.base import Identity, OperatorLike, congruent
 from ..operators.fisher import FisherOperator
+from ..preconditioners import Gated, Preconditioner
 from ..solvers.cg import cg
+from ..solvers.solution import LinearSolution
 from ..status import Status
 from ..subproblem import kl_ball_step
 from ..vector import ParameterVector, exponent, ldexp, norm, scalar_ldexp
@@ -57,8 +59,11 @@ class NaturalTrustRegion(torch.optim.Optimizer):
         damping: lambda in ``(F + lambda I) x = -g``; it shapes the direction, not the length.
         cg_max_iter: limit on conjugate-gradient iterations, one Fisher product each.
         cg_rtol: relative residual at which conjugate gradients stop early.
-        preconditioner: an approximation of the inverse of ``F + lambda I``, positive definite: a
-            :class:`LinearOperator`, a square tensor or a callable.
+        preconditioner: ``KFAC(module)``, ``Jacobi()``, ``Nystrom(rank)`` or ``Recycled()``, built
+            anew in each step and switched off where it does not pay (:class:`Gated`;
+            ``info.preconditioner`` says so). Or a fixed approximation of the inverse of
+            ``F + lambda I``, positive definite, that is always used: a :class:`LinearOperator`, a
+            square tensor or a callable.
         backtrack_factor: factor between successive trials of the line search.
         max_backtracks: limit on reductions; one more trial than this at most.
         maximize: maximise the objective instead.
@@ -97,7 +102,7 @@ class NaturalTrustRegion(torch.optim.Optimizer):
         damping: float = 1e-3,
         cg_max_iter: int = 10,
         cg_rtol: float = 1e-3,
-        preconditioner: OperatorLike | None = None,
+        preconditioner: Preconditioner | Gated | OperatorLike | None = None,
         backtrack_factor: float = 0.7,
         max_backtracks: int = 30,
         maximize: bool = False,
@@ -187,13 +192,13 @@ class NaturalTrustRegion(torch.optim.Optimizer):
 
             fisher = FisherOperator(joint, vector)
             _require_seen(fisher, vector, g)
-            F: LinearOperator = fisher if rates is None else _congruent(fisher, rates)
-            A = F + options.damping * Identity(vector.numel, vector.dtype, vector.device)
-            rtol, max_iter = options.cg_rtol, options.cg_max_iter
-            solve = cg(A, -h, M=self.preconditioner, rtol=rtol, max_iter=max_iter)
+            solve = self._solve(fisher, -h, rates, options)
+        gate = self.preconditioner
         info = replace(
             info,
             status=solve.status,
+            backend=fisher.backend,
+            preconditioner=str(gate) if isinstance(gate, Gated) else "",
             cg_status=solve.status,
             cg_iterations=solve.iterations,
             cg_residual=solve.residual_norm / norm(h),
@@ -209,6 +214,20 @@ class NaturalTrustRegion(torch.optim.Optimizer):
         predicted = scalar_ldexp(lr * step.predicted_reduction, e)
         s = lr * step.s if rates is None else lr * rates * step.s
         return s, replace(info, predicted_reduction=predicted)
+
+    def _solve(
+        self, F: FisherOperator, b: Tensor, rates: Tensor | None, options: Options
+    ) -> LinearSolution:
+        """Solve (D F D + damping I) y = b, D = diag(rates), by conjugate gradients."""
+        rtol, max_iter, damping = options.cg_rtol, options.cg_max_iter, options.damping
+        if isinstance(self.preconditioner, Preconditioner):
+            self.preconditioner = Gated(self.preconditioner)
+        M = self.preconditioner
+        if isinstance(M, Gated):
+            return M.solve(F, b, damping, rtol=rtol, max_iter=max_iter, scale=rates)
+        A = F if rates is None else congruent(F, rates)
+        A = A + damping * Identity(b.numel(), b.dtype, b.device)
+        return cg(A, b, M=M, rtol=rtol, max_iter=max_iter)
 
     def _vector(self) -> ParameterVector:
         """Return the trainable parameters of all groups, with their names if they have any."""
@@ -276,11 +295,6 @@ def _entry_values(vector: ParameterVector) -> Tensor:
             " writes the parameters"
         )
     return theta
-
-
-def _congruent(F: LinearOperator, d: Tensor) -> LinearOperator:
-    """Return D F D with D = diag(d)."""
-    return FunctionOperator(lambda v: d * F.mv(d * v), d.numel(), d.dtype, d.device)
 
 
 def _require_seen(F: FisherOperator, vector: ParameterVector, g: Tensor) -> None:

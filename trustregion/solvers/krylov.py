@@ -92,6 +92,11 @@ class KrylovSpace:
         """The matrix ``T`` of shape ``(k, k)``, float64; its eigenvalues are the Ritz values."""
         return self._process.matrix(self.size)
 
+    @property
+    def basis(self) -> Tensor:
+        """The basis as rows, shape ``(k, n)``, float64."""
+        return self._process.Q.rows
+
     @torch.no_grad()
     def extend(self, count: int) -> int:
         """Add ``count`` vectors, or as many as there are, and return how many were added."""

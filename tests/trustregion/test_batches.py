@@ -1,0 +1,385 @@
+import gc
+import weakref
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import distributions as td
+from torch import nn
+from torch.nn import functional as nnf
+from torch.utils.data import DataLoader, TensorDataset
+
+from trustregion import (
+    DenseOperator,
+    FisherOperator,
+    FunctionOperator,
+    Identity,
+    cg,
+    subsample,
+    to_dense,
+)
+from trustregion.distributions import Weighted
+from trustregion.operators.batches import BatchedOperator, _memory
+from trustregion.operators.ggn import GGNOperator
+from trustregion.operators.sampled import EmpiricalFisherOperator, MonteCarloFisherOperator
+
+F64 = torch.float64
+N = 12
+X = torch.randn(N, 3, generator=torch.Generator().manual_seed(1), dtype=F64)
+LABELS = torch.randint(4, (N,), generator=torch.Generator().manual_seed(2))
+
+
+def weights(dtype=F64):
+    g = torch.Generator().manual_seed(3)
+    return torch.randn(3, 4, generator=g, dtype=F64).to(dtype).requires_grad_()
+
+
+def linear(W, x=X):
+    return td.Categorical(logits=x.to(W.dtype) @ W)
+
+
+def fisher(W):
+    return lambda x: FisherOperator(linear(W, x), [W])
+
+
+@st.composite
+def partitions(draw):
+    """Draw the sizes of consecutive batches that make up the data."""
+    sizes = []
+    while sum(sizes) < N:
+        sizes.append(draw(st.integers(1, N - sum(sizes))))
+    return sizes
+
+
+@given(partitions(), st.sampled_from([0, 1 << 30, 3000]))
+def test_any_partition_gives_the_operator_of_the_whole(sizes, cache_bytes):
+    W = weights()
+    batches = list(zip(X.split(sizes), LABELS.split(sizes), strict=True))
+    makers = {
+        "fisher": lambda x, _: FisherOperator(linear(W, x), [W]),
+        "empirical": lambda x, y: EmpiricalFisherOperator(linear(W, x).log_prob(y), [W]),
+        "ggn": lambda x, y: GGNOperator(nnf.cross_entropy(z := x @ W, y), z, [W]),
+    }
+    for make in makers.values():
+        whole = to_dense(make(X, LABELS))
+        A = BatchedOperator(
+            lambda b, make=make: make(*b),
+            batches,
+            size=lambda b: len(b[0]),
+            cache_bytes=cache_bytes,
+        )
+        for _ in range(2):  # with nothing kept, and with what is
+            torch.testing.assert_close(
+                to_dense(A), whole, rtol=0, atol=1e-13 * whole.abs().max().item()
+            )
+        assert A.batch_size == N
+        assert torch.equal(A @ X.flatten()[:12], A @ X.flatten()[:12])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+def test_the_batch_size_of_an_operator_is_its_weight(dtype):
+    W = weights(dtype)
+    A = BatchedOperator(fisher(W), [X[:2], X[2:3], X[3:]])
+    exact = to_dense(fisher(weights())(X))
+    dense = to_dense(A)
+    assert (A.dtype, dense.dtype) == (dtype, dtype)
+    # a few roundings of chained products
+    atol = 30 * torch.finfo(dtype).eps * exact.abs().max().item()
+    torch.testing.assert_close(dense.double(), exact, rtol=0, atol=atol)
+    mc = BatchedOperator(
+        lambda x: MonteCarloFisherOperator(linear(W, x), [W], samples=3), [X[:2], X[2:]]
+    )
+    mc @ torch.ones(12, dtype=dtype)
+    assert mc.batch_size == N
+
+
+def test_weighted_samples_of_batches_combine_to_the_whole():
+    W, w = weights(), torch.rand(N, dtype=F64)
+    whole = FisherOperator(Weighted(linear(W), w), [W])
+    batches = list(zip(X.split(5), w.split(5), strict=True))
+    A = BatchedOperator(lambda b: FisherOperator(Weighted(linear(W, b[0]), b[1]), [W]), batches)
+    torch.testing.assert_close(to_dense(A), to_dense(whole), rtol=1e-12, atol=1e-15)
+    assert A.batch_size == pytest.approx(w.sum().item(), rel=1e-14)
+    oracle = (to_dense(FisherOperator(linear(W, x), [W])) for x in X.split(1))
+    exact = sum(w_i * F_i for w_i, F_i in zip(w, oracle, strict=True)) / w.sum()
+    torch.testing.assert_close(to_dense(whole), exact, rtol=1e-12, atol=1e-15)
+
+
+def test_float32_products_are_summed_in_float64():
+    parts = [1e8, 1.0, -1e8]
+    A = BatchedOperator(lambda a: DenseOperator(torch.tensor([[a]])), parts, size=lambda _: 1)
+    assert (A @ torch.ones(1)).item() == torch.tensor(1 / 3).item()
+
+
+def test_weights_need_not_be_counts():
+    A = BatchedOperator(
+        lambda b: DenseOperator(torch.tensor([[b[0]]])),
+        [(1.0, 0.5), (4.0, 0.25)],
+        size=lambda b: b[1],
+    )
+    assert (A @ torch.ones(1)).item() == 2.0
+    assert A.batch_size == 0.75
+
+
+def test_symmetry_algebra_and_a_solve():
+    W = weights()
+    A = BatchedOperator(fisher(W), X.split(5)) + 0.1 * Identity(12, F64)
+    dense = to_dense(fisher(W)(X)) + 0.1 * torch.eye(12, dtype=F64)
+    b = torch.randn(12, dtype=F64)
+    solution = cg(A, b, rtol=1e-10)
+    torch.testing.assert_close(solution.x, torch.linalg.solve(dense, b), rtol=1e-8, atol=0)
+
+
+def counting(W):
+    made = []
+
+    def make(x):
+        made.append(len(x))
+        return fisher(W)(x)
+
+    return make, made
+
+
+def test_each_product_makes_each_operator_once_also_for_many_columns():
+    make, made = counting(weights())
+    A = BatchedOperator(make, X.split(5))
+    assert made == [5]  # for the shape
+    A @ torch.ones(12, dtype=F64)
+    assert made == [5, 5, 5, 2]
+    A @ torch.ones(12, 9, dtype=F64)
+    assert made == [5, 5, 5, 2, 5, 5, 2]
+    assert A.cached == 0
+
+
+def test_with_room_for_all_each_operator_is_made_once_and_the_data_read_once():
+    make, made = counting(weights())
+    passes = []
+
+    def batches():
+        passes.append(1)
+        return iter(X.split(5))
+
+    A = BatchedOperator(make, batches, cache_bytes=1 << 30)
+    passes.clear()
+    first = A @ torch.ones(12, dtype=F64)
+    for _ in range(3):
+        assert torch.equal(A @ torch.ones(12, dtype=F64), first)
+    assert (made, A.cached, len(passes)) == ([5, 5, 5, 2], 3, 1)
+
+
+def test_a_cap_keeps_the_first_batches_only():
+    W = torch.randn(3, 400, dtype=F64, requires_grad=True)
+    x = torch.randn(8, 3, dtype=F64)
+    make, made = counting(W)
+    v = torch.randn(1200, dtype=F64)
+    reference = fisher(W)(x) @ v
+    operator = make(x[:2])
+    operator @ v
+    size = _memory(operator, set())
+    # a later operator shares the parameters and the data with the first
+    for cap, expected in ((0.9 * size, 0), (1.1 * size, 1), (5 * size, 4)):
+        made.clear()
+        A = BatchedOperator(make, x.split(2), cache_bytes=int(cap))
+        for _ in range(2):
+            torch.testing.assert_close(A @ v, reference, rtol=1e-12, atol=1e-15)
+        assert A.cached == expected
+        # one for the shape, all in the first pass, and in the second what is not kept
+        assert len(made) == 1 + 4 + (4 - expected)
+
+
+def test_memory_of_a_kept_operator_is_that_of_its_distinct_tensors():
+    W = torch.randn(100, 50, requires_grad=True)
+    x = torch.randn(64, 100)
+    y = torch.tanh(x @ W)
+    assert _memory(y, set()) == 4 * (64 * 100 + 64 * 50)
+    assert _memory([y, {"again": (y, y[:3])}], set()) == _memory(y, set())
+    seen = set()
+    _memory(y, seen)
+    assert _memory(torch.tanh(x @ W), seen) == 4 * 64 * 50
+    F = FisherOperator(td.Categorical(logits=y), [W])
+    # at least the graph and the probabilities that the metric keeps
+    assert _memory(F, set()) >= _memory(y, set()) + 2 * 4 * 64 * 50
+
+
+@pytest.mark.parametrize("backend", ["auto", "functional"])
+def test_memory_of_an_operator_from_a_function(backend):
+    def make(x):
+        return FisherOperator.from_function(
+            lambda p, x: linear(p["W"], x), {"W": weights().detach()}, x, backend=backend
+        )
+
+    A = BatchedOperator(make, X.split(5), cache_bytes=1 << 30)
+    exact = to_dense(make(X))
+    torch.testing.assert_close(to_dense(A), exact, rtol=1e-12, atol=1e-15)
+    assert A.cached == 3
+
+
+def test_one_operator_at_a_time_is_alive():
+    W = weights()
+    alive, most = weakref.WeakSet(), []
+
+    def make(x):
+        gc.collect()
+        most.append(len(alive))
+        operator = fisher(W)(x)
+        alive.add(operator)
+        return operator
+
+    A = BatchedOperator(make, X.split(3))
+    for _ in range(2):
+        A @ torch.ones(12, dtype=F64)
+    assert max(most) == 0
+
+
+def test_a_data_loader():
+    W = weights()
+    loader = DataLoader(TensorDataset(X, LABELS), batch_size=5)
+    A = BatchedOperator(lambda b: fisher(W)(b[0]), loader)
+    exact = to_dense(fisher(W)(X))
+    torch.testing.assert_close(to_dense(A), exact, rtol=1e-12, atol=1e-15)
+
+
+def test_parameters_may_change_between_products_when_nothing_is_kept():
+    W = weights()
+    A = BatchedOperator(fisher(W), X.split(5))
+    v = torch.randn(12, dtype=F64)
+    A @ v
+    with torch.no_grad():
+        W.mul_(2)
+    torch.testing.assert_close(A @ v, fisher(W)(X) @ v, rtol=1e-12, atol=1e-15)
+
+
+def test_batches_that_serve_one_pass_are_refused():
+    W = weights()
+    for batches in (iter(X.split(5)), (x for x in X.split(5))):
+        with pytest.raises(ValueError, match="iterator, which is exhausted after one pass"):
+            BatchedOperator(fisher(W), batches)
+    once = iter(X.split(5))
+    with pytest.raises(ValueError, match="same iterator at each call"):
+        BatchedOperator(fisher(W), lambda: once)
+    with pytest.raises(ValueError, match="there are no batches"):
+        BatchedOperator(fisher(W), [])
+    loader = DataLoader(TensorDataset(X), batch_size=5, shuffle=True)
+    with pytest.raises(ValueError, match="shuffle=False"):
+        BatchedOperator(fisher(W), loader)
+    with pytest.raises(TypeError, match=r"batches must be iterable.*got int"):
+        BatchedOperator(fisher(W), 3)
+
+
+class Spent:
+    """Batches that change from one pass to the next."""
+
+    def __init__(self, *passes):
+        self.passes = list(passes)
+
+    def __iter__(self):
+        return iter(self.passes.pop(0))
+
+
+@pytest.mark.parametrize(
+    "later",
+    [
+        pytest.param([[], []], id="nothing left"),
+        pytest.param([X.split(5)[:2], []], id="one batch less"),
+        pytest.param([X.split(5), X.split(5)[::-1]], id="another order"),
+        pytest.param([X.split(5)[1:], []], id="the first one is gone"),
+        pytest.param([X.split(4), []], id="other sizes"),
+    ],
+)
+def test_other_batches_in_a_later_pass_are_noticed(later):
+    A = BatchedOperator(fisher(weights()), Spent(X.split(5), *later))
+    v = torch.ones(12, dtype=F64)
+
+    def passes():
+        for _ in range(2):
+            A @ v
+
+    with pytest.raises(ValueError, match="needs the same batches each time"):
+        passes()
+
+
+def test_wrong_arguments_are_named():
+    W = weights()
+
+    def ggn(x):
+        y = x @ W
+        return GGNOperator((y**2).mean(), y, [W])
+
+    with pytest.raises(ValueError, match=r"a GGNOperator does not say how many.*size="):
+        BatchedOperator(ggn, X.split(5))
+    for size in (0, -1, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="size of a batch must be positive"):
+            BatchedOperator(ggn, X.split(5), size=lambda _, size=size: size)
+    with pytest.raises(TypeError, match=r"make must return a LinearOperator.*got Categorical"):
+        BatchedOperator(lambda x: linear(W, x), X.split(5))
+    for cap in (-1, float("nan")):
+        with pytest.raises(ValueError, match="cache_bytes must be at least 0"):
+            BatchedOperator(fisher(W), X.split(5), cache_bytes=cap)
+    mixed = BatchedOperator(lambda k: Identity(k), [2, 3], size=lambda _: 1)
+    with pytest.raises(ValueError, match="operators of the batches differ"):
+        mixed @ torch.ones(2)
+    wrong = BatchedOperator(lambda _: FunctionOperator(lambda v: v[:1], 2), [1], size=lambda _: 1)
+    with pytest.raises(ValueError, match="must map a vector"):
+        wrong @ torch.ones(2)
+
+
+def test_no_grad_around_a_product_does_not_reach_the_model():
+    W = weights()
+    with torch.no_grad():
+        A = BatchedOperator(fisher(W), X.split(5))
+        product = A @ torch.ones(12, dtype=F64)
+    assert product.abs().max() > 0
+    assert not product.requires_grad
+
+
+@given(st.integers(1, 60), st.data(), st.integers(0, 2**40))
+def test_a_subsample_is_a_sorted_set_of_positions_of_the_asked_size(n, data, seed):
+    count = data.draw(st.integers(1, n))
+    state = torch.get_rng_state()
+    keep = subsample(n, count, seed=seed)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert (len(keep), keep.dtype) == (count, torch.int64)
+    assert 0 <= keep[0] <= keep[-1] < n
+    assert (keep.diff() > 0).all()
+    assert torch.equal(keep, subsample(n, count, seed=seed))
+    fraction = data.draw(st.floats(1e-6, 1))
+    assert abs(len(subsample(n, fraction, seed=seed)) - max(1, n * fraction)) <= 0.5
+
+
+def test_each_sample_is_drawn_equally_often():
+    counts = torch.zeros(10)
+    for seed in range(2000):
+        counts[subsample(10, 3, seed=seed)] += 1
+    # 600 each, five standard deviations of a binomial
+    assert (counts - 600).abs().max() < 5 * (2000 * 0.3 * 0.7) ** 0.5
+    assert torch.equal(subsample(10, 10, seed=4), torch.arange(10))
+    assert torch.equal(subsample(10, 1.0, seed=4), torch.arange(10))
+
+
+@pytest.mark.parametrize("amount", [0, 11, 0.0, 1.5, -1, float("nan")])
+def test_amounts_out_of_range_are_named(amount):
+    with pytest.raises(ValueError, match=r"count from 1 to 10.*fraction in"):
+        subsample(10, amount)
+
+
+def test_amounts_of_another_kind_are_named():
+    for amount in ("3", True, None):
+        with pytest.raises(TypeError, match=r"count .int. or a fraction .float."):
+            subsample(10, amount)
+    with pytest.raises(ValueError, match="at least one sample to draw from, got 0"):
+        subsample(0, 1)
+
+
+def test_a_model_with_a_deep_network_in_a_data_loader():
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 4)).double()
+    loader = DataLoader(TensorDataset(X, LABELS), batch_size=7)
+
+    def make(batch):
+        y = module(batch[0])
+        return GGNOperator(nnf.cross_entropy(y, batch[1]), y, module.parameters())
+
+    A = BatchedOperator(make, loader, size=lambda b: len(b[0]))
+    exact = to_dense(make((X, LABELS)))
+    torch.testing.assert_close(to_dense(A), exact, rtol=0, atol=1e-13 * exact.abs().max().item())

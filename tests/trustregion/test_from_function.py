@@ -1,0 +1,566 @@
+import math
+
+import pytest
+import torch
+from torch import distributions as td
+from torch import nn
+from torch.func import functional_call, stack_module_state, vmap
+from torch.nn import functional as nnf
+from torch.nn.utils import parametrizations
+from torch.utils.checkpoint import checkpoint
+
+import oracles
+from cases import cases
+from trustregion import FisherOperator, ParameterVector, subsample, to_dense
+from trustregion.linearise.functional import under_transform
+from trustregion.operators.ggn import GGNOperator
+from trustregion.operators.hessian import HessianOperator
+
+F64 = torch.float64
+CASES = {case.name: case for case in cases()}
+N = 6
+
+
+def noise(*shape, seed=1):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=F64)
+
+
+X = noise(N, 3)
+LABELS = torch.tensor([0, 1, 1, 0, 0, 1])
+
+
+def mlp():
+    return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+
+
+class Recurrent(nn.Module):
+    def __init__(self, kind):
+        super().__init__()
+        self.cells = kind(3, 2, batch_first=True)
+
+    def forward(self, x):
+        return self.cells(x)[0][:, -1]
+
+
+class FusedAttention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.query = nn.Parameter(noise(4, 4))
+
+    def forward(self, x):
+        return nnf.scaled_dot_product_attention(x @ self.query, x, x)[:, 0, :2]
+
+
+class MultiHead(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+
+    def forward(self, x):
+        return self.attention(x, x, x, need_weights=False)[0][:, 0, :2]
+
+
+class Checkpointed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = mlp()
+
+    def forward(self, x):
+        return checkpoint(self.inner, x, use_reentrant=False)
+
+
+def encoder():
+    layer = nn.TransformerEncoderLayer(4, 2, 5, batch_first=True, dropout=0.0)
+    return nn.Sequential(layer, nn.Flatten(), nn.Linear(12, 2))
+
+
+def normed(wrap):
+    return wrap(nn.Linear(3, 2))
+
+
+def compiled():
+    return torch.compile(mlp(), backend="aot_eager")
+
+
+S, Q = noise(N, 4, 3), noise(N, 3, 4)
+# what builds the module, its input, and the ways that can: with a graph, by torch.func, under vmap
+ROWS = {
+    "dense": (mlp, X, "graph functional vmap"),
+    "convolution": (
+        lambda: nn.Sequential(
+            nn.Conv2d(1, 2, 2), nn.ReLU(), nn.MaxPool2d(2, 1), nn.Flatten(), nn.Linear(4, 2)
+        ),
+        noise(N, 1, 4, 3),
+        "graph functional vmap",
+    ),
+    "norms": (
+        lambda: nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.GroupNorm(2, 4), nn.SiLU()),
+        X,
+        "graph functional vmap",
+    ),
+    "embedding": (
+        lambda: nn.Sequential(nn.Embedding(5, 2), nn.Flatten(), nn.Linear(6, 2)),
+        torch.arange(18).view(N, 3) % 5,
+        "graph functional vmap",
+    ),
+    "LSTM": (lambda: Recurrent(nn.LSTM), S[..., :3], "graph functional"),
+    "GRU": (lambda: Recurrent(nn.GRU), S[..., :3], "graph functional"),
+    "RNN": (lambda: Recurrent(nn.RNN), S[..., :3], "graph functional"),
+    "fused attention": (FusedAttention, Q, "graph functional vmap"),
+    "multi-head attention": (MultiHead, Q, "graph functional vmap"),
+    "transformer encoder": (encoder, Q, "graph functional vmap"),
+    "batch norm in train mode": (
+        lambda: nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)),
+        X,
+        "graph",
+    ),
+    "batch norm in eval mode": (
+        lambda: nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)).eval(),
+        X,
+        "graph functional vmap",
+    ),
+    "checkpoint": (Checkpointed, X, "graph"),
+    "spectral norm": (
+        lambda: normed(parametrizations.spectral_norm).eval(),
+        X,
+        "graph functional vmap",
+    ),
+    "weight norm": (lambda: normed(parametrizations.weight_norm), X, "graph"),
+    "embedding bag": (lambda: nn.EmbeddingBag(5, 2), torch.arange(18).view(N, 3) % 5, ""),
+}
+each_row = pytest.mark.parametrize("name", list(ROWS))
+
+
+def built(name):
+    torch.manual_seed(0)
+    build, x, ways = ROWS[name]
+    module = build().double()
+    return module, x, ways.split()
+
+
+def numerical_jacobian(predict, params):
+    """The Jacobian of the outputs by central differences: no automatic differentiation."""
+    theta = oracles.flatten([p.detach() for p in params])
+    step = 1e-5
+
+    def outputs(v):
+        with torch.no_grad():
+            return predict(oracles.unflatten(v, params)).flatten()
+
+    units = torch.eye(len(theta), dtype=F64) * step
+    return torch.stack([(outputs(theta + e) - outputs(theta - e)) / (2 * step) for e in units], 1)
+
+
+def close(dense, exact, tolerance=1e-9):
+    torch.testing.assert_close(dense, exact, rtol=0, atol=tolerance * exact.abs().max().item())
+
+
+@each_row
+def test_each_way_of_differentiating_equals_the_numerical_jacobian_or_says_why_not(name):
+    module, x, ways = built(name)
+    params = dict(module.named_parameters())
+
+    def predict(p):
+        return functional_call(module, dict(zip(params, p, strict=True)), (x,))
+
+    def fn(p, x):
+        return td.Normal(functional_call(module, p, (x,)), 0.5)
+
+    J = numerical_jacobian(predict, list(params.values()))
+    exact = 4 * J.T @ J / N
+    for backend in ("graph", "functional"):
+        if backend in ways:
+            F = FisherOperator.from_function(fn, params, x, backend=backend)
+            # 1e-7: what central differences in float64 can tell
+            close(to_dense(F), exact, 1e-7)
+            assert F.backend == backend
+        else:
+            with pytest.raises(RuntimeError, match="torch said"):
+                FisherOperator.from_function(fn, params, x, backend=backend) @ torch.ones(
+                    len(exact), dtype=F64
+                )
+    F = FisherOperator.from_function(fn, params, x)
+    close(to_dense(F), exact, 1e-7)
+    assert F.backend != "functional"
+    assert all(p.grad is None for p in module.parameters())
+
+
+# torch warns of a slow fallback before it raises
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@each_row
+def test_vmap_over_stacked_parameters_equals_the_loop(name):
+    module, x, ways = built(name)
+    params = {k: p.detach() for k, p in module.named_parameters()}
+    stacked = {k: torch.stack([p, 0.9 * p, p + 0.1]) for k, p in params.items()}
+    V = torch.randn(3, sum(p.numel() for p in params.values()), dtype=F64)
+
+    def product(p, v):
+        def fn(p, x):
+            return td.Normal(functional_call(module, p, (x,)), 0.5)
+
+        return FisherOperator.from_function(fn, p, x).mv(v)
+
+    if "vmap" not in ways:
+        with pytest.raises(RuntimeError, match="torch said"):
+            vmap(product)(stacked, V)
+        return
+    loop = [product({k: p[i] for k, p in stacked.items()}, V[i]) for i in range(3)]
+    close(vmap(product)(stacked, V), torch.stack(loop), 1e-12)
+
+
+class Once(torch.autograd.Function):
+    """A square whose derivative autograd takes to have the derivative zero."""
+
+    @staticmethod
+    def forward(x):
+        return x**2
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        return 2 * ctx.saved_tensors[0] * grad
+
+
+class OnceWithForwardMode(Once):
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def jvp(ctx, tangent):
+        return 2 * ctx.saved_tensors[0] * tangent
+
+
+def test_where_no_way_can_the_error_names_each_way():
+    def fn(p):
+        return td.Normal(Once.apply(p["w"]), 0.5)
+
+    with pytest.raises(RuntimeError, match=r"differentiated twice.*In forward mode: .*jvp"):
+        FisherOperator.from_function(fn, {"w": X[0]})
+    with pytest.raises(RuntimeError, match="differentiated twice"):
+        HessianOperator.from_function(lambda p: Once.apply(p["w"]).sum(), {"w": X[0]})
+    w = X[0].clone().requires_grad_()
+    with pytest.raises(RuntimeError, match="differentiated twice"):
+        GGNOperator(Once.apply(w).sum(), w, [w])
+
+
+def test_what_cannot_be_differentiated_twice_is_differentiated_in_forward_mode():
+    def fn(p):
+        return td.Normal(OnceWithForwardMode.apply(p["w"]), 0.5)
+
+    F = FisherOperator.from_function(fn, {"w": X[0]})
+    assert F.backend == "functional"
+    close(to_dense(F), torch.diag(4 * (2 * X[0]) ** 2 / 3))
+
+
+# what torch._dynamo and make_fx warn of when they load
+@pytest.mark.filterwarnings("ignore")
+def test_a_compiled_module_is_differentiated_in_forward_mode():
+    torch.manual_seed(0)
+    module = torch.compile(mlp().double(), backend="aot_eager")
+    params = dict(module.named_parameters())
+
+    def fn(p, x):
+        return td.Normal(functional_call(module, p, (x,)), 0.5)
+
+    F = FisherOperator.from_function(fn, params, X)
+    plain = module._orig_mod
+    J = numerical_jacobian(
+        lambda p: functional_call(
+            plain, dict(zip(dict(plain.named_parameters()), p, strict=True)), X
+        ),
+        list(params.values()),
+    )
+    close(to_dense(F), 4 * J.T @ J / N, 1e-7)
+    assert F.backend == "functional"
+
+
+def as_dict(case):
+    return {f"p{i}": p.detach() for i, p in enumerate(case.params)}
+
+
+@pytest.mark.parametrize("backend", ["auto", "graph", "functional"])
+@pytest.mark.parametrize("name", list(CASES))
+def test_fisher_of_a_function_equals_the_fisher_of_its_prediction(name, backend):
+    case = CASES[name]
+    F = FisherOperator.from_function(
+        lambda p: case.predict(list(p.values())), as_dict(case), backend=backend
+    )
+    exact = FisherOperator(case.predict(case.params), case.params)
+    close(to_dense(F), to_dense(exact), 1e-12)
+    assert F.batch_size == exact.batch_size
+    assert torch.equal(F @ torch.ones(F.shape[0], dtype=F64), F @ torch.ones(F.shape[0], dtype=F64))
+    assert (F.backend == "functional") == (backend == "functional")
+
+
+def test_the_root_works_by_torch_func_too():
+    case = CASES["categorical"]
+    F = FisherOperator.from_function(
+        lambda p: case.predict(list(p.values())), as_dict(case), backend="functional"
+    )
+    R, v = F.root(), torch.randn(F.shape[0], dtype=F64)
+    close(R.rmv(R.mv(v)), F @ v, 1e-10)
+
+
+@pytest.mark.parametrize("name", [n for n in CASES if "multivariate" not in n])
+def test_vmap_of_each_family_equals_the_loop(name, monkeypatch):
+    monkeypatch.setattr(td.Distribution, "_validate_args", True)  # torch.compile turns it off
+    case = CASES[name]
+    stacked = {k: torch.stack([p, 0.9 * p]) for k, p in as_dict(case).items()}
+    n = sum(p.numel() for p in case.params)
+    V = torch.randn(2, n, dtype=F64)
+
+    def product(p, v):
+        return FisherOperator.from_function(lambda p: case.predict(list(p.values())), p).mv(v)
+
+    loop = [product({k: p[i] for k, p in stacked.items()}, V[i]) for i in range(2)]
+    # randomness="same": the cases draw their data from a generator of its own
+    close(vmap(product, randomness="same")(stacked, V), torch.stack(loop), 1e-12)
+    assert td.Distribution._validate_args
+
+
+def model(p, x=X):
+    return torch.tanh(x @ p["w"]) @ p["v"]
+
+
+def small(dtype=F64):
+    return {"w": noise(3, 4, seed=2).to(dtype), "v": noise(4, 2, seed=3).to(dtype)}
+
+
+def ce(y, labels):
+    return nnf.cross_entropy(y, labels)
+
+
+def smooth(y, labels):
+    return nnf.cross_entropy(y, labels, label_smoothing=0.2)
+
+
+def as_list(fn):
+    return lambda p: fn(dict(zip(("w", "v"), p, strict=True)))
+
+
+@pytest.mark.parametrize("loss", [ce, smooth])
+@pytest.mark.parametrize("backend", ["auto", "graph", "functional"])
+def test_ggn_of_a_function(loss, backend):
+    params = small()
+    G = GGNOperator.from_function(model, params, X, loss=loss, targets=LABELS, backend=backend)
+    exact = oracles.gauss_newton(as_list(model), lambda y: loss(y, LABELS), list(params.values()))
+    close(to_dense(G), exact)
+    how = {ce: "closed form", smooth: "double backward"}[loss]
+    assert G.output_hessian == ("forward over reverse" if backend == "functional" else how)
+    assert not any(p.requires_grad for p in params.values())
+
+
+@pytest.mark.parametrize("backend", ["graph", "functional"])
+def test_ggn_of_several_outputs_and_no_targets(backend):
+    def fn(p):
+        return X @ p["w"], torch.tanh(X @ p["w"]) @ p["v"]
+
+    def loss(ys):
+        return ys[0].square().mean() + (ys[1].sum(1) - ys[0].sum(1)).cosh().mean()
+
+    params = small()
+    G = GGNOperator.from_function(fn, params, loss=loss, backend=backend)
+    close(to_dense(G), oracles.gauss_newton(as_list(fn), loss, list(params.values())))
+
+
+@pytest.mark.parametrize("backend", ["graph", "functional"])
+def test_ggn_of_a_function_refuses_a_loss_that_is_not_convex(backend):
+    with pytest.raises(ValueError, match="not convex in the outputs"):
+        GGNOperator.from_function(model, small(), X, loss=lambda y: y.sin().sum(), backend=backend)
+
+
+@pytest.mark.parametrize("loss", [ce, smooth])
+def test_vmap_of_the_ggn_equals_the_loop(loss):
+    stacked = {k: torch.stack([p, 2 * p]) for k, p in small().items()}
+    V = torch.randn(2, 20, dtype=F64)
+
+    def product(p, v):
+        return GGNOperator.from_function(model, p, X, loss=loss, targets=LABELS).mv(v)
+
+    loop = [product({k: p[i] for k, p in stacked.items()}, V[i]) for i in range(2)]
+    close(vmap(product)(stacked, V), torch.stack(loop), 1e-12)
+
+
+def mean_loss(p, x=X, labels=LABELS):
+    return nnf.cross_entropy(model(p, x), labels) + p["w"].square().sum()
+
+
+@pytest.mark.parametrize("backend", ["auto", "graph", "functional"])
+def test_hessian_of_a_function(backend):
+    params = small()
+    H = HessianOperator.from_function(mean_loss, params, X, LABELS, backend=backend)
+    close(to_dense(H), oracles.loss_hessian(as_list(mean_loss), list(params.values())))
+    leaves = {k: p.clone().requires_grad_() for k, p in params.items()}
+    grads = torch.autograd.grad(mean_loss(leaves), list(leaves.values()))
+    close(H.gradient, ParameterVector(leaves.values()).ravel(grads), 1e-14)
+    assert not H.gradient.requires_grad
+    assert H.backend == ("functional" if backend == "functional" else "graph")
+    assert H.used == (0, 1)
+
+
+def test_vmap_of_the_hessian_equals_the_loop():
+    stacked = {k: torch.stack([p, 2 * p]) for k, p in small().items()}
+    V = torch.randn(2, 20, dtype=F64)
+
+    def product(p, v):
+        H = HessianOperator.from_function(mean_loss, p, X, LABELS)
+        return H.mv(v), H.gradient
+
+    loop = [product({k: p[i] for k, p in stacked.items()}, V[i]) for i in range(2)]
+    for got, exact in zip(vmap(product)(stacked, V), zip(*loop, strict=True), strict=True):
+        close(got, torch.stack(exact), 1e-12)
+
+
+def test_vmap_over_modules_and_over_data():
+    torch.manual_seed(0)
+    modules = [mlp().double() for _ in range(3)]
+    params, buffers = stack_module_state(modules)
+    v = torch.randn(26, dtype=F64)
+
+    def product(p, x):
+        def fn(p, x):
+            return td.Categorical(logits=functional_call(modules[0], (p, buffers), (x,)))
+
+        return FisherOperator.from_function(fn, p, x).mv(v)
+
+    params = {k: p.detach() for k, p in params.items()}
+    one = {k: p[0] for k, p in params.items()}
+    over_data = vmap(product, in_dims=(None, 0))(one, torch.stack([X, 2 * X]))
+    close(over_data, torch.stack([product(one, X), product(one, 2 * X)]), 1e-12)
+    both = vmap(vmap(product, in_dims=(None, 0)), in_dims=(0, None))(
+        params, torch.stack([X, 2 * X])
+    )
+    close(both[0], over_data, 1e-12)
+
+
+def test_a_transform_is_noticed():
+    seen = []
+
+    def look(x):
+        seen.append(under_transform())
+        return x.sum()
+
+    assert not under_transform()
+    x = torch.ones(2, 3)
+    vmap(look)(x), torch.func.grad(look)(x), torch.func.jvp(look, (x,), (x,))
+    torch.func.vjp(look, x)
+    assert seen == [True] * 4
+    with torch.no_grad():
+        assert not under_transform()
+
+
+def test_memory_is_shared_and_the_parameters_are_left_alone():
+    params = small()
+    seen = []
+
+    def fn(p):
+        seen.append({k: t.data_ptr() for k, t in p.items()})
+        return td.Categorical(logits=model(p))
+
+    with torch.no_grad():
+        F = FisherOperator.from_function(fn, params)
+    F @ torch.ones(20, dtype=F64)
+    assert seen == [{k: p.data_ptr() for k, p in params.items()}]
+    leaves = [p.clone().requires_grad_() for p in params.values()]
+    exact = FisherOperator(td.Categorical(logits=as_list(model)(leaves)), leaves)
+    close(to_dense(F), to_dense(exact), 1e-12)
+    assert not any(p.requires_grad for p in params.values())
+
+
+def test_the_order_is_that_of_the_dict():
+    params = small()
+    swapped = dict(reversed(params.items()))
+
+    def fn(p):
+        return td.Categorical(logits=model(p))
+
+    D, E = (to_dense(FisherOperator.from_function(fn, p)) for p in (params, swapped))
+    order = [*range(12, 20), *range(12)]
+    close(E, D[order][:, order], 1e-12)
+
+
+SUBSAMPLED = {
+    "fisher": lambda p, **o: FisherOperator.from_function(
+        lambda p, x: td.Categorical(logits=model(p, x)), p, X, **o
+    ),
+    "ggn": lambda p, **o: GGNOperator.from_function(model, p, X, loss=ce, targets=LABELS, **o),
+    "hessian": lambda p, **o: HessianOperator.from_function(
+        lambda p, x, y: nnf.cross_entropy(model(p, x), y), p, X, LABELS, **o
+    ),
+}
+each_kind = pytest.mark.parametrize("kind", list(SUBSAMPLED))
+
+
+@each_kind
+def test_a_subsample_is_that_of_the_positions_it_names(kind):
+    global X, LABELS
+    params, whole = small(), (X, LABELS)
+    A = SUBSAMPLED[kind](params, subsample=3, seed=4)
+    again = SUBSAMPLED[kind](params, subsample=0.5, seed=4)
+    keep = subsample(N, 3, seed=4)
+    try:
+        X, LABELS = X[keep], LABELS[keep]
+        exact = to_dense(SUBSAMPLED[kind](params))
+    finally:
+        X, LABELS = whole
+    close(to_dense(A), exact, 1e-12)
+    assert torch.equal(to_dense(A), to_dense(again))
+    assert not torch.allclose(to_dense(SUBSAMPLED[kind](params, subsample=3, seed=5)), exact)
+
+
+@each_kind
+def test_a_subsample_is_unbiased(kind):
+    params = small()
+    exact = to_dense(SUBSAMPLED[kind](params))
+    parts = torch.stack(
+        [to_dense(SUBSAMPLED[kind](params, subsample=2, seed=k)) for k in range(150)]
+    )
+    # of each entry five standard errors: a chance below 1e-6 each, at seeds that are fixed
+    error = parts.std(0) / math.sqrt(len(parts))
+    assert ((parts.mean(0) - exact).abs() <= 5 * error + 1e-12 * exact.abs().max()).all()
+    assert error.max() > 1e-3 * exact.abs().max()
+
+
+def test_wrong_arguments_are_named():
+    def fn(p, *_):
+        return td.Categorical(logits=model(p))
+
+    params = small()
+    with pytest.raises(TypeError, match=r"dict of tensors by name.*got list"):
+        FisherOperator.from_function(fn, list(params.values()))
+    with pytest.raises(ValueError, match="params is empty"):
+        FisherOperator.from_function(fn, {}, backend="functional")
+    with pytest.raises(ValueError, match=r"backend must be one of auto, .*functional, got 'tpae'"):
+        FisherOperator.from_function(fn, params, backend="tpae")
+    for inputs in ((), (X, 1.0), (X, X[:2]), (torch.tensor(1.0),)):
+        with pytest.raises(ValueError, match="subsample= indexes the first dimension"):
+            FisherOperator.from_function(fn, params, *inputs, subsample=1)
+    with pytest.raises(TypeError, match="parameter w must be a tensor, got float"):
+        FisherOperator.from_function(fn, {"w": 1.0})
+    with torch.inference_mode(), pytest.raises(RuntimeError, match="lets nothing be diff"):
+        FisherOperator.from_function(fn, params)
+    with pytest.raises(TypeError, match="prediction must be a torch distribution"):
+        FisherOperator.from_function(model, params)
+    with pytest.raises(ValueError, match="do not depend on the parameters"):
+        GGNOperator.from_function(
+            lambda _: torch.ones(3, requires_grad=True) * 1, params, loss=lambda y: (y**2).sum()
+        )
+    with pytest.raises(ValueError, match=r"shape \(\), got shape \(6, 2\)"):
+        HessianOperator.from_function(model, params)
+    with pytest.raises(TypeError, match=r"tuple of tensors.*got Categorical"):
+        GGNOperator.from_function(lambda p: [fn(p)], params, loss=lambda y: y)
+
+
+def test_an_error_of_the_function_passes_unchanged():
+    def fn(p):
+        raise RuntimeError("mine")
+
+    for backend in ("auto", "functional"):
+        with pytest.raises(RuntimeError, match=r"^mine$"):
+            FisherOperator.from_function(fn, small(), backend=backend)

@@ -1,0 +1,179 @@
+"""From what a model predicts, distributions and their weights, to a joint distribution."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+from torch.distributions import Distribution
+
+from .family import Tensors
+from .joint import Joint
+from .registry import resolve
+
+Factors: TypeAlias = "Distribution | Mapping[str, Factors] | Sequence[Factors]"
+Prediction: TypeAlias = "Weighted | Factors"
+
+
+@dataclass(frozen=True)
+class Weighted:
+    r"""A prediction over a batch with a weight for each sample.
+
+    The KL and the Fisher matrix become the weighted means :math:`\sum_i w_i \mathrm{KL}_i / \sum_i
+    w_i` and :math:`\sum_i w_i J_i' M_i J_i / \sum_i w_i`. A sample of weight 0 adds exactly
+    nothing, whatever its parameters are, so a mask over padded sequences is a weight. The loss is
+    the caller's own: it should use the same weights.
+
+    Accepted wherever a prediction is, around all of it and not inside a dict, list or tuple.
+
+    Args:
+        prediction: a distribution, or a dict, list or tuple of independent ones.
+        weights: real, not negative and finite, or bool, with a positive sum. The shape is a leading
+            part of the batch shape of every factor: ``(N,)``, or ``(N, T)`` for the steps of N
+            sequences, which are then the samples of the mean. Taken as constants.
+
+    Example:
+        >>> from torch.distributions import Normal
+        >>> mask = torch.tensor([True, True, False])
+        >>> old = Weighted(Normal(torch.zeros(3), 1.0), mask)
+        >>> new = Weighted(Normal(torch.tensor([1.0, 1.0, torch.nan]), 1.0, False), mask)
+        >>> mean_kl(old, new).item()
+        0.5
+
+    """
+
+    prediction: Factors
+    weights: Tensor
+
+
+def _leaves(prediction: Factors, path: str = "") -> Iterator[tuple[str, Distribution]]:
+    if isinstance(prediction, Distribution):
+        yield path, prediction
+    elif isinstance(prediction, Mapping):
+        for key in prediction:
+            yield from _leaves(prediction[key], f"{path}[{key!r}]")
+    elif isinstance(prediction, (list, tuple)):
+        for i, part in enumerate(prediction):
+            yield from _leaves(part, f"{path}[{i}]")
+    else:
+        at = f" at {path}" if path else ""
+        if isinstance(prediction, Weighted):
+            raise TypeError(
+                f"Weighted goes around a whole prediction, got one inside another{at}: all factors"
+                " of a sample share its weight"
+            )
+        given = "a tensor" if isinstance(prediction, Tensor) else f"{type(prediction).__name__}"
+        raise TypeError(
+            "a prediction must be a torch distribution, or a dict, list or tuple of independent"
+            f" ones, got {given}{at}: wrap network outputs, for example"
+            " Categorical(logits=outputs)"
+        )
+
+
+def _checked(
+    weights: Tensor, batches: Mapping[str, torch.Size], parameters: Sequence[Tensors]
+) -> Tensor:
+    """Return the weights in float64, a copy without graph."""
+    if not isinstance(weights, Tensor) or weights.is_complex():
+        given = weights.dtype if isinstance(weights, Tensor) else type(weights).__name__
+        raise ValueError(f"weights must be a real or bool tensor, got {given}")
+    for (label, batch), tensors in zip(batches.items(), parameters, strict=True):
+        if weights.ndim == 0 or batch[: weights.ndim] != weights.shape:
+            raise ValueError(
+                "the shape of weights must be a leading part of the batch shape of every factor,"
+                f" got weights of shape {tuple(weights.shape)} for {label} with batch shape"
+                f" {tuple(batch)}: one weight for each sample"
+            )
+        if any(t.shape[: weights.ndim] != weights.shape for t in tensors):
+            raise ValueError(
+                "weights need parameter tensors with the batch shape in front, got the shapes"
+                f" {[tuple(t.shape) for t in tensors]} in {label}: expand what samples share"
+            )
+    device = parameters[0][0].device
+    weights = weights.detach().to(device, torch.float64, copy=True)
+    if not bool(weights.isfinite().all()):
+        raise ValueError("weights must be finite, got NaN or infinity: use 0 to leave a sample out")
+    if bool((weights < 0).any()):
+        raise ValueError(f"weights must not be negative, got {weights.min().item()}")
+    total = weights.sum().item()
+    if not 0 < total < float("inf"):
+        raise ValueError(
+            f"the sum of weights must be positive and finite, got {total}: a mean needs at least"
+            " one sample, so skip a batch that is all padding"
+        )
+    return weights
+
+
+def joint_of(prediction: Prediction) -> Joint:
+    """Resolve a prediction (a distribution, or a dict, list or tuple of them) to a :class:`Joint`.
+
+    The first dimension of a distribution's batch shape is the batch; all others, the event
+    dimensions of ``Independent`` and all factors are summed, since they are one joint event.
+    With :class:`Weighted` the batch are all dimensions that the weights have.
+
+    Raises:
+        TypeError: not a distribution, or a family that is unknown or refused.
+        ValueError: an empty prediction or batch, factors with different batch sizes, or weights
+            that are no weights of this batch.
+
+    """
+    weighted = isinstance(prediction, Weighted)
+    leaves = list(_leaves(prediction.prediction if weighted else prediction))
+    if not leaves:
+        raise ValueError("the prediction is empty: it holds no distribution")
+    labels, families, constants = [], [], []
+    parameters: list[Tensors] = []
+    batches: dict[str, torch.Size] = {}
+    for path, leaf in leaves:
+        factor = resolve(leaf)
+        labels.append(f"{path}{factor.name}")
+        batches[labels[-1]] = leaf.batch_shape
+        families.append(factor.family)
+        constants.append(factor.constants)
+        with torch.enable_grad():  # some parameters are computed on first access
+            parameters.append(tuple(factor.family.parameters(factor.holder)))
+    sizes = {label: batch[0] if batch else 1 for label, batch in batches.items()}
+    if len(set(sizes.values())) > 1:
+        raise ValueError(f"the factors of a joint prediction must share one batch, got {sizes}")
+    batch_size = next(iter(sizes.values()))
+    if batch_size == 0 or any(t.numel() == 0 for tensors in parameters for t in tensors):
+        raise ValueError("the prediction is over an empty batch: it holds no sample")
+    weights = _checked(prediction.weights, batches, parameters) if weighted else None
+    return Joint(
+        tuple(labels),
+        tuple(families),
+        tuple(parameters),
+        tuple(constants),
+        batch_size,
+        weights,
+        batch_size if weights is None else weights.sum().item(),
+    )
+
+
+def mean_kl(old: Prediction, new: Prediction) -> Tensor:
+    """KL(old || new) in nats: joint over all dimensions, mean over the batch, in float64.
+
+    Args:
+        old: a distribution, or a dict, list or tuple of independent ones; :class:`Weighted` for a
+            weighted mean.
+        new: the same structure over the same batch, with the same weights.
+
+    Returns:
+        A float64 scalar, differentiable in the parameters of both.
+
+    Raises:
+        TypeError: a family that is unknown or refused.
+        ValueError: the predictions differ in structure, shape or weights.
+
+    Example:
+        >>> from torch.distributions import Normal
+        >>> old = Normal(torch.zeros(5), torch.ones(5))
+        >>> new = Normal(torch.full((5,), 0.2), torch.ones(5))
+        >>> round(mean_kl(old, new).item(), 6)
+        0.02
+
+    """
+    return joint_of(old).mean_kl(joint_of(new))

@@ -1,0 +1,214 @@
+"""Jacobian products of a model given as a pure function of its parameters."""
+
+from __future__ import annotations
+
+import functools
+import math
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeAlias, TypeVar
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from ..autodiff import NOT_TWICE
+from ..vector import ParameterVector, dot, norm
+from .base import Linearisation
+from .choose import BACKENDS
+
+Tensors: TypeAlias = tuple[Tensor, ...]
+Params: TypeAlias = Mapping[str, Tensor]
+Run: TypeAlias = Callable[[Params], Any]
+T = TypeVar("T")
+
+
+class FunctionalLinearisation(Linearisation):
+    """``J`` by :func:`torch.func.vjp`, kept, and :func:`torch.func.jvp`, run for each product.
+
+    It works under :func:`torch.func.vmap` over stacked parameters, and for what can be
+    differentiated in forward mode but not twice in reverse, as a compiled module. The function is
+    run again for each ``Jv``, so that it must be deterministic.
+
+    Args:
+        outputs_of: parameters, one tensor each -> the outputs.
+        vector: the parameters.
+
+    Raises:
+        RuntimeError: a part of the model has no forward-mode derivative.
+
+    """
+
+    backend = "functional"
+
+    def __init__(self, outputs_of: Callable[..., Tensors], vector: ParameterVector) -> None:
+        self._point = tuple(p.detach() for p in vector.params)
+        self._outputs_of = outputs_of
+        with torch.enable_grad():
+            pair = torch.func.vjp(outputs_of, *self._point)
+        self._pullback = pair[1]
+        super().__init__(pair[0], vector, range(len(self._point)))
+
+    def jvp(self, v: Tensor) -> Tensors:
+        """Return ``Jv``. Cost: one run of the function in forward mode."""
+        return forward(self._outputs_of, self._point, tuple(self.vector.unravel(v)))
+
+    def vjp(self, u: Sequence[Tensor]) -> Tensor:
+        """Return ``J'u``. Cost: one backward pass."""
+        return self.vector.ravel(self._pullback(tuple(u)))
+
+
+def forward(fn: Callable[..., Any], point: Tensors, tangents: Tensors) -> Any:
+    """Return the derivative of ``fn`` at ``point`` along ``tangents``, in forward mode.
+
+    Raises:
+        RuntimeError: a part of ``fn`` has no forward-mode derivative.
+
+    """
+    _load_forward_mode()
+    with _in_words():
+        return torch.func.jvp(fn, point, tangents)[1]
+
+
+_WAYS_OUT = {
+    "forward AD": "the model has no forward-mode derivative: use backend='graph', or replace the"
+    " operation that is named here",
+    "forward mode AD": "the model has no forward-mode derivative: write the jvp of the"
+    " torch.autograd.Function in it",
+    "Batching rule not implemented": "the model holds an operation that torch.func.vmap cannot"
+    " batch: loop over the parameters instead",
+    "saved tensor hooks": "the model uses saved tensor hooks, as checkpointing does, which"
+    " torch.func does not allow: use backend='graph' outside of transforms, or no checkpointing",
+    "in-place operation": "the model writes to a tensor of its own, as the running averages of"
+    " BatchNorm in train mode, which torch.func does not allow: use backend='graph' outside of"
+    " transforms, or module.eval()",
+}
+
+
+@contextmanager
+def _in_words() -> Iterator[None]:
+    """Say what to do about an error of :mod:`torch.func`."""
+    try:
+        yield
+    except RuntimeError as error:
+        text = str(error)
+        reason = next((way for words, way in _WAYS_OUT.items() if words in text), None)
+        if reason is None or reason in text:
+            raise
+        raise RuntimeError(f"{reason} (torch said: {error})") from error
+
+
+@functools.cache
+def _load_forward_mode() -> None:
+    """Let torch load its forward mode, which warns about torch itself the first time."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        torch.func.jvp(torch.sin, (torch.zeros(()),), (torch.zeros(()),))
+
+
+def under_transform() -> bool:
+    """Return whether a :mod:`torch.func` transform, such as ``vmap``, is running."""
+    try:
+        torch.zeros(()).requires_grad_()
+    except RuntimeError:  # what torch.func forbids, and nothing else does
+        return True
+    return False
+
+
+def from_function(
+    fn: Callable[..., Any],
+    params: Params,
+    inputs: Sequence[Any],
+    backend: str,
+    graph: Callable[[Any, dict[str, Tensor]], T],
+    functional: Callable[[Run, ParameterVector], T],
+    backends: Sequence[str] = BACKENDS,
+) -> T:
+    """Return an operator of ``fn(params, *inputs)``, by the way of differentiating that can.
+
+    With ``"auto"`` and outside of transforms the function is run once with a graph; the
+    products with ``J`` by double backward are compared with each other, since some modules refuse
+    a second derivative only then, and a few give zero instead.
+
+    Args:
+        fn: the model.
+        params: its parameters by name; they need not require a gradient.
+        inputs: what else it takes.
+        backend: ``"functional"``, ``"auto"``, or one that reads the graph.
+        graph: ``(result, leaves)`` -> the operator, from the graph of one run.
+        functional: ``(run, vector)`` -> the operator, from the function itself.
+        backends: those that read the graph, and ``"auto"``.
+
+    Raises:
+        TypeError: ``params`` is not a dict of tensors.
+        ValueError: an unknown backend.
+        RuntimeError: no way of differentiating can, or inference mode is on.
+
+    """
+    known = (*backends, "functional")
+    if backend not in known:
+        raise ValueError(f"backend must be one of {', '.join(known)}, got {backend!r}")
+    if not isinstance(params, Mapping):
+        raise TypeError(
+            "params must be a dict of tensors by name, such as dict(module.named_parameters()),"
+            f" got {type(params).__name__}"
+        )
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError(
+            "torch.inference_mode() lets nothing be differentiated: use torch.no_grad() instead"
+        )
+    vector = ParameterVector(params.values(), list(params))
+
+    def run(p: Params) -> Any:
+        with sdpa_kernel(SDPBackend.MATH):  # the fused kernels cannot be differentiated twice
+            return fn(p, *inputs)
+
+    def by_function() -> T:
+        with _in_words():
+            return functional(run, vector)
+
+    if backend == "functional" or (backend == "auto" and under_transform()):
+        return by_function()
+    leaves = {name: p.detach().requires_grad_() for name, p in params.items()}
+    try:
+        with torch.enable_grad():
+            operator = graph(run(leaves), leaves)
+        if backend == "auto" and getattr(operator, "backend", "") == "graph":
+            _try_product(operator)
+    except RuntimeError as error:
+        if backend != "auto" or "cannot be differentiated twice" not in str(error):
+            raise
+        try:
+            operator = by_function()
+            _try_product(operator)
+        except RuntimeError as other:
+            raise RuntimeError(f"{error}. In forward mode: {other}") from other
+    return operator
+
+
+@torch.no_grad()
+def _try_product(operator: Any) -> None:
+    """Raise where ``J`` by double backward fails, or where ``u'(Jv)`` is not ``v'(J'u)``."""
+    if not hasattr(operator, "jvp"):  # a Hessian: only whether it fails
+        operator.mv(_zero(operator))
+        return
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(like: Tensor) -> Tensor:
+        return torch.randn(like.shape, generator=generator).to(like)
+
+    v = draw(_zero(operator))
+    u = [draw(y) for y in operator.outputs]
+    tangents = operator.jvp(v)
+    pairs = [(x.reshape(-1), t.reshape(-1)) for x, t in zip(u, tangents, strict=True)]
+    slope = operator.vjp(u)
+    gap = abs(sum(dot(x, t) for x, t in pairs) - dot(v, slope))
+    size = sum(norm(x) * norm(t) for x, t in pairs) + norm(v) * norm(slope)
+    eps = max(torch.finfo(t.dtype).eps for t in (v, *u))
+    if math.isfinite(size) and gap > math.sqrt(eps) * size:
+        raise RuntimeError(NOT_TWICE)
+
+
+def _zero(operator: Any) -> Tensor:
+    return torch.zeros(operator.shape[0], dtype=operator.dtype, device=operator.device)

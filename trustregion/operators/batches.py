@@ -1,0 +1,246 @@
+"""The mean of the operators of many batches, in the memory of one."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.utils.data import RandomSampler
+
+from .base import LinearOperator, product
+
+Batches: TypeAlias = "Iterable[Any] | Callable[[], Iterable[Any]]"
+
+
+class BatchedOperator(LinearOperator):
+    r"""The operator :math:`\sum_b w_b A_b / \sum_b w_b` of shape ``(n, n)`` over batches of data.
+
+    With the numbers of samples as weights, the Fisher matrices and the GGN of mean losses of any
+    partition of the data combine to those of the whole.
+
+    Each product goes once through the batches, makes the operator of a batch, multiplies and drops
+    it: memory of one batch, at the price of a forward pass and of the operator's construction for
+    each batch and product. :meth:`mm` does so once for all columns. The operators of the first
+    batches are kept while they fit in ``cache_bytes``; a kept operator belongs to the parameters at
+    which it was made, so that a new :class:`BatchedOperator` is needed once they change.
+
+    The products are summed in float64. The first batch is made once at construction. For a part of
+    the samples, let ``make`` index the batch with :func:`subsample`: one seed, one part.
+
+    Args:
+        make: batch -> the operator of the batch, as ``lambda b: FisherOperator(model(b), params)``.
+        batches: what a ``for`` loop can go through again and again, in the same order: a list, a
+            DataLoader that does not shuffle, or a function that returns a new iterator each time.
+        size: batch -> its weight, the number of samples. Needed for what is not a
+            :class:`FisherOperator` or one from scores; for these it is their ``total``, the number
+            of samples or the sum of their weights.
+        cache_bytes: what the kept operators may hold, counted as the distinct memory that
+            they and their graphs refer to, the batches included.
+
+    Attributes:
+        batch_size: sum of the weights, known after the first product; None before.
+        cached: how many operators are kept.
+
+    Raises:
+        TypeError: ``batches`` or what ``make`` returns is of a wrong type.
+        ValueError: no batches, an iterator that serves one pass only, a loader that shuffles, a
+            batch of size zero or unknown size, operators that do not fit each other, or another
+            sequence of sizes than in the first pass.
+
+    Example:
+        >>> from torch.distributions import Normal
+        >>> from trustregion import FisherOperator
+        >>> w = torch.zeros(1, requires_grad=True)
+        >>> batches = [torch.tensor([1.0, 2.0]), torch.tensor([4.0])]
+        >>> F = BatchedOperator(lambda x: FisherOperator(Normal(x * w, 1.0), [w]), batches)
+        >>> F @ torch.ones(1), F.batch_size
+        (tensor([7.]), 3.0)
+
+    """
+
+    def __init__(
+        self,
+        make: Callable[[Any], LinearOperator],
+        batches: Batches,
+        *,
+        size: Callable[[Any], float] | None = None,
+        cache_bytes: int = 0,
+    ) -> None:
+        _check_batches(batches)
+        if not cache_bytes >= 0:
+            raise ValueError(f"cache_bytes must be at least 0, got {cache_bytes}")
+        self._make, self._batches, self._size = make, batches, size
+        self._kept: list[tuple[LinearOperator, float]] = []
+        self._room, self._seen, self._full = cache_bytes, set[tuple[str, int]](), cache_bytes == 0
+        self.batch_size: float | None = None
+        nothing = object()
+        first = next(iter(self._pass()), nothing)
+        if first is nothing:
+            raise ValueError("there are no batches: batches is empty")
+        operator, weight = self._operator(first)
+        super().__init__(operator.shape[0], operator.dtype, operator.device)
+        self._weights = [weight]
+
+    @property
+    def cached(self) -> int:
+        """How many operators are kept."""
+        return len(self._kept)
+
+    def mv(self, v: Tensor) -> Tensor:
+        """Return the product of shape ``(n,)``. Cost: one product and one graph for each batch."""
+        return self._mean(v, lambda A: product(A, v))
+
+    def mm(self, V: Tensor) -> Tensor:
+        """Return the products ``(n, k)``. Cost: one graph and k products for each batch."""
+        return self._mean(V, lambda A: A.mm(V))
+
+    def _mean(self, like: Tensor, times: Callable[[LinearOperator], Tensor]) -> Tensor:
+        total = torch.zeros_like(like, dtype=torch.float64)
+        weights: list[float] = []
+        for operator, weight in self._operators():
+            total.add_(times(operator), alpha=weight)
+            weights.append(weight)
+            del operator  # its memory is for the next one
+        known = self._weights if self.batch_size else self._weights + weights[1:]
+        if weights != known:
+            raise ValueError(
+                f"this pass went over {len(weights)} batches, of sizes that begin with"
+                f" {weights[:3]}, an earlier one over {len(known)}, which begin with {known[:3]}. A"
+                " product needs the same batches each time: pass a list, a DataLoader that does not"
+                " shuffle, or a function that returns a new iterator at each call"
+            )
+        self._weights, self.batch_size = weights, sum(weights)
+        return total.div_(self.batch_size).to(like.dtype)
+
+    def _operators(self) -> Iterator[tuple[LinearOperator, float]]:
+        yield from list(self._kept)
+        if self.batch_size is not None and len(self._kept) == len(self._weights):
+            return  # all of them: no need to load the data
+        start = len(self._kept)
+        for i, batch in enumerate(islice(self._pass(), start, None), start):
+            operator, weight = self._operator(batch)
+            self._check_fits(operator)
+            yield operator, weight
+            self._keep(i, operator, weight)  # after its product, which may allocate
+            del operator
+
+    def _pass(self) -> Iterable[Any]:
+        return self._batches() if callable(self._batches) else self._batches
+
+    def _operator(self, batch: Any) -> tuple[LinearOperator, float]:
+        with torch.enable_grad():
+            operator = self._make(batch)
+        if not isinstance(operator, LinearOperator):
+            raise TypeError(
+                "make must return a LinearOperator, as in lambda batch: FisherOperator(model(batch)"
+                f", params), got {type(operator).__name__}"
+            )
+        known = getattr(operator, "total", None) if hasattr(operator, "batch_size") else None
+        weight = self._size(batch) if self._size else known
+        if weight is None:
+            raise ValueError(
+                f"a {type(operator).__name__} does not say how many samples it is over: pass size=,"
+                " a function from a batch to its number of samples, such as lambda b: len(b[0])"
+            )
+        if not 0 < weight < float("inf"):
+            raise ValueError(f"the size of a batch must be positive and finite, got {weight}")
+        return operator, float(weight)
+
+    def _check_fits(self, operator: LinearOperator) -> None:
+        if (operator.shape, operator.dtype) != (self.shape, self.dtype):
+            raise ValueError(
+                f"the operators of the batches differ: the first has shape {self.shape} and dtype"
+                f" {self.dtype}, another {operator.shape} and {operator.dtype}"
+            )
+
+    def _keep(self, i: int, operator: LinearOperator, weight: float) -> None:
+        """Keep the operator of batch ``i`` if all before it are kept and it fits in the room."""
+        if self._full or i != len(self._kept):
+            return
+        seen = set(self._seen)
+        size = _memory(operator, seen)
+        if size > self._room:
+            self._full = True
+            return
+        self._room, self._seen = self._room - size, seen
+        self._kept.append((operator, weight))
+
+
+def _check_batches(batches: Batches) -> None:
+    if callable(batches):
+        one, other = batches(), batches()
+        if one is other and isinstance(one, Iterator):
+            raise ValueError(
+                "batches returns the same iterator at each call, which is exhausted after one pass:"
+                " let it return a new one"
+            )
+        return
+    if not isinstance(batches, Iterable):
+        raise TypeError(
+            "batches must be iterable, or a function that returns an iterator, got"
+            f" {type(batches).__name__}"
+        )
+    if isinstance(batches, Iterator):
+        raise ValueError(
+            "batches is an iterator, which is exhausted after one pass, and every product needs a"
+            " pass: pass a list, a DataLoader, or a function that returns a new iterator"
+        )
+    if isinstance(getattr(batches, "sampler", None), RandomSampler):
+        raise ValueError(
+            "batches is a DataLoader that shuffles, so that two products would be of different"
+            " operators: use shuffle=False"
+        )
+
+
+def _memory(root: Any, seen: set[tuple[str, int]]) -> int:
+    """Return the bytes of tensors that ``root`` refers to and that are not in ``seen`` yet."""
+    todo, total, alive = [root], 0, []
+    visited: set[int] = set()
+    while todo:
+        part = todo.pop()
+        if id(part) in visited:
+            continue
+        visited.add(id(part))
+        alive.append(part)  # an id is free again once its object is gone
+        if isinstance(part, Tensor):
+            key, size = _storage(part)
+            if key not in seen:
+                seen.add(key)
+                total += size
+            todo.append(part.grad_fn)
+        else:
+            todo += _parts(part)
+    return total
+
+
+def _storage(t: Tensor) -> tuple[tuple[str, int], int]:
+    """Return which memory a tensor refers to, and its bytes."""
+    try:
+        storage = t.untyped_storage()
+        return (str(t.device), storage.data_ptr()), storage.nbytes()
+    except NotImplementedError:  # a tensor that torch.func wraps
+        return ("wrapped", id(t)), t.nbytes
+
+
+def _parts(part: Any) -> Iterable[Any]:
+    """Return what an object refers to: its attributes, items, closure, or saved tensors."""
+    if isinstance(part, (str, bytes, int, float, type, types.ModuleType, torch.nn.Module)):
+        return ()
+    if isinstance(part, dict):
+        return part.values()
+    if isinstance(part, (list, tuple, set, frozenset)):
+        return part
+    if isinstance(part, types.FunctionType):
+        return [cell.cell_contents for cell in part.__closure__ or () if cell != types.CellType()]
+    if isinstance(part, types.MethodType):
+        return (part.__self__, part.__func__)
+    if isinstance(part, torch.autograd.graph.Node):
+        saved = [getattr(part, name) for name in dir(part) if name.startswith("_saved_")]
+        sources = [node for node, _ in part.next_functions]
+        return [*saved, *getattr(part, "saved_tensors", ()), *sources]
+    slots = [getattr(part, name, None) for name in getattr(type(part), "__slots__", ())]
+    return [*getattr(part, "__dict__", {}).values(), *slots]

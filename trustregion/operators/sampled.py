@@ -1,0 +1,205 @@
+"""Fisher matrices from scores: of the data's labels, or of labels that the model draws."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+
+import torch
+from torch import Tensor
+from torch.distributions import Distribution
+
+from ..distributions import Prediction, Weighted
+from ..linearise import linearise
+from ..vector import ParameterVector
+from .gauss_newton import GaussNewtonOperator, Tensors
+
+
+class EmpiricalFisherOperator(GaussNewtonOperator):
+    r"""The matrix :math:`\frac1N \sum_i g_i g_i'` of shape ``(n, n)`` of per-sample gradients.
+
+    :math:`g_i` is the gradient of the log-likelihood of sample *i*, or of its loss: the sign is of
+    no matter. It is positive semidefinite of rank at most ``N``, and not an estimate of the Fisher
+    matrix: the labels are the data's, not drawn from the model.
+
+    Args:
+        log_probs: per-sample log-likelihoods or losses, shape ``(N,)``, with their graph.
+        params: the parameters, in the order of the flat vector. An already built
+            :class:`ParameterVector` is taken as it is.
+        backend: which way of differentiating makes the products.
+
+    Attributes:
+        batch_size: ``N``.
+
+    Raises:
+        TypeError: ``log_probs`` is not a tensor.
+        ValueError: another shape, an empty batch, or no dependence on the parameters.
+        RuntimeError: a part of the model cannot be differentiated twice, or its graph was freed.
+
+    Example:
+        >>> w = torch.zeros(2, requires_grad=True)
+        >>> losses = torch.tensor([[1.0, 0.0], [1.0, 2.0]]) @ w
+        >>> EmpiricalFisherOperator(losses, [w]) @ torch.tensor([1.0, 0.0])
+        tensor([1., 1.])
+
+    References:
+        Kunstner, Balles and Hennig, Limitations of the Empirical Fisher Approximation, 2019.
+
+    """
+
+    def __init__(
+        self,
+        log_probs: Tensor,
+        params: ParameterVector | Iterable[Tensor],
+        *,
+        backend: str = "auto",
+    ) -> None:
+        vector = params if isinstance(params, ParameterVector) else ParameterVector(params)
+        if not isinstance(log_probs, Tensor):
+            raise TypeError(
+                f"log_probs must be a tensor of shape (N,), got {type(log_probs).__name__}"
+            )
+        if log_probs.ndim != 1 or not log_probs.numel():
+            raise ValueError(
+                "log_probs must hold one log-likelihood or loss a sample, shape (N,) with N > 0,"
+                f" got shape {tuple(log_probs.shape)}: sum over the other dimensions of a sample,"
+                " and use reduction='none'"
+            )
+        self.batch_size = log_probs.numel()
+        super().__init__(linearise((log_probs,), vector, backend), _identity, self.batch_size)
+
+
+class MonteCarloFisherOperator(GaussNewtonOperator):
+    r"""The estimate :math:`\frac{1}{SN} \sum_{s,i} g_{si} g_{si}'` of the Fisher matrix.
+
+    :math:`g_{si}` is the gradient of :math:`\log p(y_{si} | x_i)` at an outcome :math:`y_{si}`
+    drawn from the model's own prediction. Its expectation over the seed is the Fisher matrix
+    :math:`\frac1N \sum_i \mathrm{E}_y[g_i g_i']`; its rank is at most ``S N``, and its error falls
+    as :math:`1/\sqrt{S N}`. All that is asked of a distribution is ``sample`` and ``log_prob``, so
+    that it works for families without a closed form, as mixtures, and only where the score has mean
+    zero: not where the support depends on the parameters.
+
+    Within one operator the outcomes are fixed. No global random number is used.
+
+    Args:
+        distribution: the prediction, with its graph; a torch distribution, or a dict, list or tuple
+            of independent ones, whose log-probabilities are added. The first dimension of the batch
+            shape is the batch; the others are summed. With :class:`Weighted` the outer products are
+            weighted; outcomes are drawn for samples of weight 0 too, and left out.
+        params: the parameters, in the order of the flat vector. An already built
+            :class:`ParameterVector` is taken as it is.
+        samples: ``S``, the outcomes drawn for each sample. Cost and memory of the family grow with
+            it, those of the network do not.
+        seed: of the draw.
+        backend: which way of differentiating makes the products.
+
+    Attributes:
+        batch_size: ``N``.
+
+    Raises:
+        TypeError: something that is not a distribution.
+        ValueError: an empty prediction or batch, factors with different batch sizes, weights that
+            are none of this batch, no positive number of samples, or no dependence on the
+            parameters.
+        RuntimeError: a part of the model cannot be differentiated twice, or its graph was freed.
+
+    Example:
+        >>> from torch.distributions import StudentT
+        >>> mean = torch.zeros(1, requires_grad=True)
+        >>> d = StudentT(3.0, mean.expand(2000))
+        >>> F = MonteCarloFisherOperator(d, [mean], samples=10)
+        >>> F @ torch.ones(1)  # (3 + 1) / (3 + 3) in expectation
+        tensor([0.6631])
+
+    References:
+        Martens, New Insights and Perspectives on the Natural Gradient Method, 2020, section 5.
+
+    """
+
+    def __init__(
+        self,
+        distribution: Prediction,
+        params: ParameterVector | Iterable[Tensor],
+        *,
+        samples: int = 1,
+        seed: int = 0,
+        backend: str = "auto",
+    ) -> None:
+        vector = params if isinstance(params, ParameterVector) else ParameterVector(params)
+        if isinstance(samples, bool) or not isinstance(samples, int) or samples < 1:
+            raise ValueError(f"samples must be a positive integer, got {samples!r}")
+        given = distribution.weights if isinstance(distribution, Weighted) else None
+        factors = distribution.prediction if isinstance(distribution, Weighted) else distribution
+        parts = list(_factors(factors))
+        weights = _weights(given, parts, vector.device)
+        log_probs = _drawn(parts, weights, samples, seed)
+        self.batch_size = len(weights)
+        counted = (weights[weights > 0] / samples).to(log_probs.dtype)
+        super().__init__(
+            linearise((log_probs,), vector, backend),
+            lambda d: (d[0] * counted,),
+            weights.sum().item(),
+        )
+
+
+def _identity(d: Tensors) -> Tensors:
+    return d
+
+
+def _factors(prediction: Prediction, path: str = "") -> Iterator[Distribution]:
+    """Yield the distributions of a prediction, of any family."""
+    if isinstance(prediction, Distribution):
+        yield prediction
+    elif isinstance(prediction, Mapping):
+        for key, part in prediction.items():
+            yield from _factors(part, f"{path}[{key!r}]")
+    elif isinstance(prediction, (list, tuple)):
+        for i, part in enumerate(prediction):
+            yield from _factors(part, f"{path}[{i}]")
+    else:
+        raise TypeError(
+            "a prediction must be a torch distribution, or a dict, list or tuple of independent"
+            f" ones, got {type(prediction).__name__}{' at ' + path if path else ''}"
+        )
+
+
+def _weights(given: Tensor | None, factors: list[Distribution], device: torch.device) -> Tensor:
+    """Return the weights in float64, ones over the first dimension where none are given."""
+    if not factors:
+        raise ValueError("the prediction is empty: it holds no distribution")
+    shapes = [tuple(d.batch_shape) or (1,) for d in factors]
+    if len({shape[0] for shape in shapes}) > 1:
+        sizes = [shape[0] for shape in shapes]
+        raise ValueError(f"the factors of a joint prediction must share one batch, got {sizes}")
+    if not shapes[0][0]:
+        raise ValueError("the prediction is over an empty batch: it holds no sample")
+    if given is None:
+        return torch.ones(shapes[0][0], dtype=torch.float64, device=device)
+    if not given.ndim or any(shape[: given.ndim] != given.shape for shape in shapes):
+        raise ValueError(
+            "the shape of weights must be a leading part of the batch shape of every factor, got"
+            f" weights of shape {tuple(given.shape)} for the batch shapes {shapes}: one weight for"
+            " each sample"
+        )
+    weights = given.detach().to(device, torch.float64, copy=True)
+    if not (bool((weights >= 0).all()) and 0 < weights.sum().item() < float("inf")):
+        raise ValueError("weights must be finite and not negative, with a positive sum")
+    return weights
+
+
+def _drawn(factors: list[Distribution], weights: Tensor, samples: int, seed: int) -> Tensor:
+    """Return the log-probabilities ``(S, K)`` of outcomes, for the samples that count."""
+    device = weights.device
+    with torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=_kind(device)):
+        torch.manual_seed(seed)
+        with torch.no_grad():
+            outcomes = [d.sample(torch.Size([samples])) for d in factors]
+    with torch.enable_grad():
+        parts = [
+            d.log_prob(y).reshape(samples, *weights.shape, -1).sum(-1)
+            for d, y in zip(factors, outcomes, strict=True)
+        ]
+        return torch.stack(parts).sum(0)[:, weights > 0]
+
+
+def _kind(device: torch.device) -> str:
+    return "cuda" if device.type == "cpu" else device.type  # fork_rng always keeps the CPU's

@@ -1,0 +1,109 @@
+"""The diagonal as a preconditioner."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..operators.base import FunctionOperator, Identity, LinearOperator
+from ..operators.gauss_newton import GaussNewtonOperator
+from ..solvers.arguments import finite, is_number, shown
+from ..spectrum import diagonal
+from ..vector import exponent, ldexp
+from .base import Preconditioner, check_damping, check_positive
+from .kfac_noise import Samples, cotangents
+
+
+class Jacobi(Preconditioner):
+    r"""The preconditioner :math:`M = \mathrm{diag}(d + \lambda)^{-\alpha}`, ``d`` the diagonal.
+
+    It pays where parameters differ in scale: embeddings of rare and frequent words, inputs in
+    different units. The diagonal is estimated. For a Fisher or Gauss-Newton matrix
+    :math:`J'MJ / N` by :math:`(J'u)^2 / N` for random changes ``u`` of the outputs with the
+    covariance ``M``, which is never negative and costs half a product; for another operator by
+    Hutchinson's estimate, negative values taken as zero. The estimates of successive solves are
+    averaged, since the noise of few probes costs more than a stale diagonal.
+
+    Entries of a diagonal of zero, without damping, are taken to be as large as the largest.
+
+    Args:
+        exponent: :math:`\alpha`; below one it trusts a noisy diagonal less.
+        probes: how many estimates a build averages, or ``"exact"`` for n products.
+        every: how many solves use one estimate.
+        decay: weight of the earlier estimates in the running average.
+        seed: of the noise, from an own generator.
+
+    Raises:
+        ValueError: an argument out of its range.
+
+    Example:
+        >>> from trustregion import DenseOperator, Identity, cg
+        >>> A, b = DenseOperator(torch.diag(torch.arange(1.0, 6.0))), torch.ones(5)
+        >>> M = Jacobi(1.0, probes="exact").build(A, damping=0.5)
+        >>> cg(A + 0.5 * Identity(5), b, M=M).iterations
+        1
+
+    References:
+        Martens, Deep learning via Hessian-free optimization, 2010, section 4.7, which takes the
+        exponent 0.75.
+
+    """
+
+    def __init__(
+        self,
+        exponent: float = 0.75,
+        *,
+        probes: Samples = 8,
+        every: int = 1,
+        decay: float = 0.9,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if not (is_number(exponent) and 0 < exponent <= 1):
+            raise ValueError(f"exponent must lie in (0, 1], got {shown(exponent)}")
+        if not (is_number(decay) and 0 <= decay < 1):
+            raise ValueError(f"decay must lie in [0, 1), got {shown(decay)}")
+        if probes != "exact":
+            check_positive("probes", probes)
+        check_positive("every", every)
+        self.exponent, self.every = exponent, every
+        self.probes: Samples = probes
+        self.decay, self.seed = decay, seed
+
+    @torch.no_grad()
+    def build(self, A: LinearOperator, damping: float) -> LinearOperator:
+        """Return ``M``. Cost: half a product a probe with a Gauss-Newton matrix, one otherwise."""
+        check_damping(damping)
+        self.products, self.overhead = 0, 0.0
+        solves = self.state.get("solves", 0)
+        d: Tensor | None = self.state.get("diagonal")
+        d = None if d is None or d.shape != A.shape[:1] else d  # of another model
+        if solves % self.every == 0 or d is None:
+            new = self._estimate(A, solves).double()
+            if not finite(new):
+                return Identity(A.shape[0], A.dtype, A.device)
+            d = new if d is None else torch.lerp(new, d, self.decay)
+            self.state["diagonal"] = d
+        self.state["solves"] = solves + 1
+        d = d.clamp(min=0.0) + damping
+        e = exponent(d)
+        if e is None or not finite(d):
+            return Identity(A.shape[0], A.dtype, A.device)
+        d = ldexp(d, -e)  # so that M does not depend on the scale
+        m = torch.where(d > 0, d, d.max()).pow(-self.exponent).to(A.dtype)
+        m = m.clamp(max=torch.finfo(A.dtype).max ** 0.5)
+        return FunctionOperator(lambda v: m * v, A.shape[0], A.dtype, A.device)
+
+    def _estimate(self, A: LinearOperator, solves: int) -> Tensor:
+        if self.probes == "exact":
+            self.products = A.shape[0]
+            return diagonal(A)
+        seed = self.seed + 7919 * solves  # another draw at each estimate
+        if not isinstance(A, GaussNewtonOperator):
+            self.products = self.probes
+            return diagonal(A, probes=self.probes, seed=seed)
+        self.overhead = 0.5 * self.probes
+        total = torch.zeros(A.shape[0], dtype=torch.float64, device=A.device)
+        for u in cotangents(A, self.probes, torch.Generator().manual_seed(seed)):
+            total += A.vjp(u).double().square()
+        return total / A.total

@@ -1,0 +1,148 @@
+"""Random changes of a model's outputs whose covariance is the metric of a curvature operator."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+from ..operators.gauss_newton import GaussNewtonOperator, Tensors
+from ..operators.root import _factor as factor_blocks
+from ..solvers.arguments import finite
+
+Samples: TypeAlias = 'int | Literal["exact"]'
+Root: TypeAlias = Callable[[Tensors], Tensors]
+"""``e -> B'e`` for changes ``e`` shaped like the outputs, where ``B'B = M``."""
+Blocks: TypeAlias = Callable[[list[Tensor]], list[Tensor]]
+"""The same for some of the outputs."""
+
+
+def draw_count(A: GaussNewtonOperator, samples: Samples) -> int:
+    """Return how many tuples :func:`cotangents` yields."""
+    return sum(_rows(y).shape[1] for y in A.outputs) if samples == "exact" else samples
+
+
+@torch.no_grad()
+def cotangents(
+    A: GaussNewtonOperator, samples: Samples, generator: torch.Generator
+) -> Iterator[Tensors]:
+    r"""Yield tuples ``u`` shaped like the outputs of ``A``, with :math:`\sum u u' = M` on average.
+
+    ``u = B'e`` where ``e`` is a vector of random signs: of all vectors with independent entries of
+    unit variance that one has the least noise in ``u u'``. For ``"exact"``, ``e`` runs over the
+    unit vectors of a sample, in all samples at once: the blocks of the sum that belong to one
+    sample are then those of ``M``, exactly.
+
+    The root ``B`` costs two products with ``M`` where ``M`` scales each entry, as for ``Normal``,
+    or is the Fisher matrix of a softmax of the outputs up to a factor for each sample. One random
+    vector tells: another ``M`` would give the same product with probability zero. For any other,
+    the blocks of the samples are formed and factored, at one product an output.
+    """
+    root, outputs = _root(A), A.outputs
+    if samples == "exact":
+        yield from map(root, _units(outputs, range(len(outputs))))
+        return
+    size = 1 / math.sqrt(samples)
+    for _ in range(samples):
+        coins = (torch.randint(2, y.shape, generator=generator).to(y) for y in outputs)
+        yield root(tuple(coin.mul_(2 * size).sub_(size) for coin in coins))
+
+
+def _units(outputs: Tensors, positions: Sequence[int]) -> Iterator[Tensors]:
+    """Yield the unit vectors of a sample in some of the outputs, in all samples at once."""
+    for k in positions:
+        for c in range(_rows(outputs[k]).shape[1]):
+            e = tuple(torch.zeros(y.shape, dtype=y.dtype, device=y.device) for y in outputs)
+            _rows(e[k])[:, c] = 1.0
+            yield e
+
+
+def _rows(y: Tensor) -> Tensor:
+    """Return an output as a matrix with one row a sample; a view where ``y`` is contiguous."""
+    return y.reshape(y.shape[0] if y.ndim else 1, -1)
+
+
+def _root(A: GaussNewtonOperator) -> Root:
+    outputs = tuple(y.detach() for y in A.outputs)
+    generator = torch.Generator().manual_seed(0)
+    r = tuple(torch.randn(y.shape, generator=generator).to(y) for y in outputs)
+    diagonals = A._metric(tuple(torch.ones_like(y) for y in outputs))
+    Mr = A._metric(r)
+    if not all(finite(x) for x in Mr):
+        return lambda _: Mr  # and so are the factors, which their user sees
+    parts = zip(outputs, r, diagonals, Mr, strict=True)
+    simple = [_scaling(x, d, Mx) or _softmax(y, x, Mx) for y, x, d, Mx in parts]
+    rest = [k for k, part in enumerate(simple) if part is None]
+    blocks = _blocks(A, outputs, rest) if rest else None
+
+    def root(e: Tensors) -> Tensors:
+        made = [part(x) if part is not None else x for part, x in zip(simple, e, strict=True)]
+        if blocks is not None:
+            for k, u in zip(rest, blocks([e[k] for k in rest]), strict=True):
+                made[k] = u
+        return tuple(made)
+
+    return root
+
+
+def _close(a: Tensor, b: Tensor, size: Tensor) -> bool:
+    # far from rounding, and a metric that differs by less is as good for the purpose
+    return bool(((a - b).abs() <= math.sqrt(torch.finfo(a.dtype).eps) * size).all())
+
+
+def _scaling(r: Tensor, diagonal: Tensor, Mr: Tensor) -> Callable[[Tensor], Tensor] | None:
+    """Return the root of an ``M`` that scales each entry, or None if this one does more."""
+    scaled = diagonal * r
+    if not _close(Mr, scaled, scaled.abs()):
+        return None
+    root = diagonal.clamp(min=0.0).sqrt()
+    return lambda e: root * e
+
+
+def _softmax(y: Tensor, r: Tensor, Mr: Tensor) -> Callable[[Tensor], Tensor] | None:
+    """Return the root of ``w (diag(p) - pp')``, ``p`` the softmax of ``y``; None if it is not M."""
+    if not y.ndim:
+        return None
+    p = torch.softmax(y, -1).nan_to_num(0.0)  # of a sample without weight
+    pr = p * r
+    q = pr - p * pr.sum(-1, keepdim=True)
+    square = q.square().sum(-1, keepdim=True)
+    weight = torch.where(square > 0, (q * Mr).sum(-1, keepdim=True) / square, 0.0)
+    largest = r.abs().amax(-1, keepdim=True)
+    if not _close(Mr, weight * q, weight.abs() * p * largest):
+        return None
+    root, size = p.sqrt(), weight.clamp(min=0.0).sqrt()
+
+    def apply(e: Tensor) -> Tensor:
+        along = (root * e).sum(-1, keepdim=True)
+        return size * (root * e - p * along)
+
+    return apply
+
+
+def _blocks(A: GaussNewtonOperator, outputs: Tensors, rest: list[int]) -> Blocks:
+    """Return the root over the outputs ``rest``, from the block of ``M`` for each sample."""
+    shapes = [outputs[k].shape for k in rest]
+    samples = {shape[0] if shape else 1 for shape in shapes}
+    if len(samples) > 1:
+        raise ValueError(
+            "KFAC needs outputs that hold one slice a sample over their first dimension where the"
+            f" metric couples them, got the shapes {[tuple(shape) for shape in shapes]}"
+        )
+    widths = [_rows(outputs[k]).shape[1] for k in rest]
+    columns = []
+    for e in _units(outputs, rest):
+        Me = A._metric(e)
+        columns.append(torch.cat([_rows(Me[k]).double() for k in rest], dim=1))
+    V, D, values = factor_blocks(torch.stack(columns, dim=2))
+    root = D.unsqueeze(2) * V.mT * values.sqrt().unsqueeze(1)
+
+    def apply(e: list[Tensor]) -> list[Tensor]:
+        rows = torch.cat([_rows(x) for x in e], dim=1).double()
+        u = torch.bmm(root, rows.unsqueeze(2)).squeeze(2).split(widths, 1)
+        return [part.reshape(x.shape).to(x) for part, x in zip(u, e, strict=True)]
+
+    return apply

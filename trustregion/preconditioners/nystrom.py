@@ -1,0 +1,93 @@
+"""A sketch of the largest eigenvalues as a preconditioner."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..operators.base import FunctionOperator, Identity, LinearOperator
+from ..solvers.arguments import finite
+from .base import Preconditioner, check_damping, check_positive, product_work
+
+
+class Nystrom(Preconditioner):
+    r"""The preconditioner of a randomised Nyström approximation :math:`A \approx U \Lambda U'`.
+
+    .. math:: M = U \frac{\lambda_r + \mu}{\Lambda + \mu} U' + (I - UU')
+
+    with the damping :math:`\mu` and the smallest eigenvalue :math:`\lambda_r` of the approximation.
+    It pays where few eigenvalues are far above the rest and the damping, and the sketch is used
+    over several solves. A rank of the number of eigenvalues above the damping leaves a system that
+    a few iterations solve.
+
+    Cost of a sketch: ``rank`` products with ``A``, and ``O(n rank^2)`` operations in float64; of a
+    product with ``M``: ``4 n rank`` operations. Memory: ``n rank``.
+
+    Args:
+        rank: of the approximation; ``n`` at most.
+        every: how many solves use one sketch, with the damping of each.
+        seed: of the sketch, from an own generator.
+
+    Raises:
+        ValueError: an argument that is not a positive integer.
+
+    Example:
+        >>> from trustregion import DenseOperator, Identity, cg
+        >>> A, b = DenseOperator(torch.diag(torch.tensor([9.0, 4.0, 0.0]))), torch.ones(3)
+        >>> M = Nystrom(2).build(A, damping=0.1)
+        >>> cg(A + 0.1 * Identity(3), b, M=M).iterations
+        2
+
+    References:
+        Frangella, Tropp and Udell, Randomized Nyström Preconditioning, 2023, algorithm 2.1 and
+        eq. 1.3.
+
+    """
+
+    def __init__(self, rank: int, *, every: int = 20, seed: int = 0) -> None:
+        super().__init__()
+        check_positive("rank", rank)
+        check_positive("every", every)
+        self.rank, self.every, self.seed = rank, every, seed
+
+    @torch.no_grad()
+    def build(self, A: LinearOperator, damping: float) -> LinearOperator:
+        """Return ``M``. Cost: ``rank`` products, or none where the sketch is used again."""
+        check_damping(damping)
+        self.products, self.overhead = 0, 0.0
+        solves, U = self.state.get("solves", 0), self.state.get("vectors")
+        self.state["solves"] = solves + 1
+        if solves % self.every == 0 or U is None or len(U) != A.shape[0]:
+            self._sketch(A, solves)
+        U, values = self.state["vectors"], self.state["values"]
+        if not len(values):
+            return Identity(A.shape[0], A.dtype, A.device)
+        weights = ((values[-1] + damping) / (values + damping) - 1).to(A.dtype)
+
+        def multiply(v: Tensor) -> Tensor:
+            return torch.addmv(v, U, weights * (U.T @ v))
+
+        return FunctionOperator(multiply, A.shape[0], A.dtype, A.device)
+
+    def work(self, A: LinearOperator) -> float:
+        """Return the cost of one product with ``M``, in units of one product with ``A``."""
+        return 4 * A.shape[0] * min(self.rank, A.shape[0]) / product_work(A)
+
+    def _sketch(self, A: LinearOperator, solves: int) -> None:
+        """Keep the eigenvectors and values of ``A Q (Q'AQ)^-1 (AQ)'`` for a random basis ``Q``."""
+        n, rank = A.shape[0], min(self.rank, A.shape[0])
+        generator = torch.Generator().manual_seed(self.seed + 7919 * solves)
+        draw = torch.randn(n, rank, generator=generator, dtype=torch.float64).to(A.device)
+        Q = torch.linalg.qr(draw).Q.to(A.dtype)
+        Y = A.mm(Q).double()
+        self.products = rank
+        self.state["vectors"], self.state["values"] = Q[:, :0], Y.new_zeros(0)
+        if not finite(Y):
+            return
+        inner = Q.double().T @ Y
+        theta, W = torch.linalg.eigh((inner + inner.T) / 2)
+        # below this an eigenvalue of Q'AQ is rounding of the products, in the dtype of A
+        floor = n**0.5 * torch.finfo(A.dtype).eps * theta.abs().max()
+        kept = theta > floor
+        U, sizes, _ = torch.linalg.svd(Y @ (W[:, kept] / theta[kept].sqrt()), full_matrices=False)
+        self.state["vectors"], self.state["values"] = U.to(A.dtype), sizes.square()

@@ -1,0 +1,244 @@
+"""What products alone tell of an operator: diagonal, trace, largest eigenvalues."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .operators.base import LinearOperator, product
+from .solvers.arguments import check_count, check_tolerances, finite
+from .solvers.krylov import KrylovSpace
+from .solvers.lanczos import lanczos
+from .solvers.verified import shows
+from .status import Status
+from .vector import norm
+
+if TYPE_CHECKING:
+    from scipy.sparse.linalg import LinearOperator as ScipyOperator
+
+_BLOCK = 64  # unit vectors at a time: memory of 64 n
+
+
+@torch.no_grad()
+def diagonal(A: LinearOperator, *, probes: int | None = None, seed: int = 0) -> Tensor:
+    r"""Return the diagonal of ``A``, shape ``(n,)``, exact or estimated.
+
+    Exact at n products. With ``probes`` it is Hutchinson's estimate, the mean of
+    :math:`z \odot A z` over vectors ``z`` of random signs: unbiased, with the variance
+    :math:`\sum_{j \ne i} A_{ij}^2` over the number of probes for entry *i*. An estimate can be
+    negative where the diagonal is not.
+
+    Args:
+        A: a symmetric operator.
+        probes: how many products to spend; n products and no noise when None.
+        seed: of the signs, from an own generator.
+
+    Raises:
+        ValueError: ``probes`` is not a positive integer.
+
+    Example:
+        >>> from trustregion import DenseOperator
+        >>> A = DenseOperator(torch.tensor([[2.0, 1.0], [1.0, 3.0]]))
+        >>> diagonal(A), diagonal(A, probes=1000)
+        (tensor([2., 3.]), tensor([2.0260, 3.0260]))
+
+    References:
+        Bekas, Kokiopoulou and Saad, An estimator for the diagonal of a matrix, 2007.
+
+    """
+    n = A.shape[0]
+    if probes is not None:
+        _check_probes(probes)
+        total = torch.zeros(n, dtype=torch.float64, device=A.device)
+        for z in _signs(A, probes, seed):
+            total += z.double() * product(A, z).double()
+        return (total / probes).to(A.dtype)
+    out = torch.empty(n, dtype=A.dtype, device=A.device)
+    for start in range(0, n, _BLOCK):
+        width = min(_BLOCK, n - start)
+        units = torch.zeros(n, width, dtype=A.dtype, device=A.device)
+        units[start : start + width].fill_diagonal_(1.0)
+        out[start : start + width] = A.mm(units)[start : start + width].diagonal()
+    return out
+
+
+@torch.no_grad()
+def trace(A: LinearOperator, *, probes: int | None = None, seed: int = 0) -> float:
+    r"""Return the trace of ``A``, exact or estimated.
+
+    Exact at n products. With ``probes`` it is Hutchinson's estimate, the mean of :math:`z'Az` over
+    vectors of random signs: unbiased, with a variance of twice the sum of squares off the diagonal
+    over the number of probes; its relative error for a positive semidefinite ``A`` is about
+    ``sqrt(2 / probes)`` at most, and far less where many eigenvalues make up the trace.
+
+    Args:
+        A: a symmetric operator.
+        probes: how many products to spend; n products and no noise when None.
+        seed: of the signs, from an own generator.
+
+    Raises:
+        ValueError: ``probes`` is not a positive integer.
+
+    Example:
+        >>> from trustregion import DenseOperator
+        >>> trace(DenseOperator(torch.tensor([[2.0, 1.0], [1.0, 3.0]])))
+        5.0
+
+    References:
+        Hutchinson, A stochastic estimator of the trace of the influence matrix, 1989.
+
+    """
+    return float(diagonal(A, probes=probes, seed=seed).double().sum())
+
+
+@dataclass(frozen=True, eq=False)  # a tensor has no truth value to compare by
+class Eigenvalues:
+    r"""The largest eigenvalues of an operator, as far as a Krylov space knows them.
+
+    Attributes:
+        values: in falling order, shape ``(k,)``, float64.
+        vectors: of unit length, as columns, shape ``(n, k)``.
+        residuals: :math:`\|Av - \theta v\|` for each, measured: an eigenvalue lies within that
+            distance of each value.
+        status: ``CONVERGED`` where every residual is within the tolerance; else ``MAX_ITER``,
+            ``STAGNATED`` or what stopped the space.
+        products: products with ``A``.
+    """
+
+    values: Tensor
+    vectors: Tensor
+    residuals: Tensor
+    status: Status
+    products: int
+
+
+@torch.no_grad()
+def largest_eigenvalues(
+    A: LinearOperator, k: int = 1, *, rtol: float = 1e-3, max_iter: int | None = None, seed: int = 0
+) -> Eigenvalues:
+    r"""Return the ``k`` largest eigenvalues of ``A`` with their vectors, by Lanczos' method.
+
+    They are the Ritz values of a Krylov space of a random vector, whose basis is kept orthogonal.
+    The residuals are measured. A Krylov space holds one vector of each eigenspace: an eigenvalue
+    that occurs twice is found once, or a second time by rounding, and the next one takes its place.
+    Where a space ends before it has ``k`` dimensions, another goes on beside it.
+
+    Cost: up to ``max_iter`` products for the space, and ``k`` to measure. Memory: the space.
+
+    Args:
+        A: a symmetric operator of any definiteness.
+        k: how many.
+        rtol: tolerance of the residuals, relative to the largest of the values in size.
+        max_iter: limit on the dimension of the space; ``10 k + 30`` when None.
+        seed: of the first vector, from an own generator.
+
+    Returns:
+        ``k`` values; fewer, or none, where the operator is not finite.
+
+    Raises:
+        ValueError: ``k`` or ``max_iter`` is not positive, or ``k`` is larger than ``n``.
+
+    Example:
+        >>> from trustregion import DenseOperator
+        >>> top = largest_eigenvalues(DenseOperator(torch.diag(torch.arange(9.0))), 2)
+        >>> top.values.round(decimals=3), top.status
+        (tensor([8., 7.], dtype=torch.float64), <Status.CONVERGED: 'converged'>)
+
+    References:
+        Parlett, The Symmetric Eigenvalue Problem, 1980, chapter 13.
+
+    """
+    n = A.shape[0]
+    check_count("k", k)
+    check_count("max_iter", max_iter)
+    check_tolerances(rtol, 0.0)
+    if not 1 <= k <= n:
+        raise ValueError(f"k must lie between 1 and the dimension {n}, got {k}")
+    limit = min(n, 10 * k + 30 if max_iter is None else max_iter)
+    if limit < k:
+        raise ValueError(f"max_iter must be at least k = {k}, got {max_iter}")
+    b = torch.randn(n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    space = lanczos(A, b.to(A.device, A.dtype), max_iter=k)
+    while space.size < limit and _too_small(space, k, rtol):
+        if not space.extend(min(5, limit - space.size)):
+            if space.size >= k or not space.exhausted:
+                break
+            space.restart()
+    theta, U = torch.linalg.eigh(space.tridiagonal)
+    size = float(theta.abs().max()) if len(theta) else 0.0
+    theta, U = theta.flip(0)[:k], U.flip(1)[:, :k]
+    vectors = (space.basis[: space.size].T @ U).to(A.dtype)
+    images = A.mm(vectors).double() if len(theta) else vectors.double()
+    gaps = images - vectors.double() * theta
+    residuals = torch.tensor([norm(gap) for gap in gaps.T], dtype=torch.float64)
+    status = space.status or Status.CONVERGED
+    tolerance = rtol * float(theta.abs().max()) if len(theta) else 0.0
+    rounding = torch.finfo(A.dtype).eps * size
+    if status is Status.CONVERGED and not finite(residuals):
+        status = Status.NONFINITE_OPERATOR
+    elif status is Status.CONVERGED and not all(shows(r, rounding, tolerance) for r in residuals):
+        status = Status.MAX_ITER if space.size == limit < n else Status.STAGNATED
+    products = space.products + len(theta)
+    return Eigenvalues(theta, vectors, residuals.to(A.device), status, products)
+
+
+def _too_small(space: KrylovSpace, k: int, rtol: float) -> bool:
+    """Whether a Ritz value has a residual above the tolerance, by the coupling to what is next."""
+    if space.size < k:
+        return space.status is None
+    theta, U = torch.linalg.eigh(space.tridiagonal)
+    bounds = space.coupling * U[-1].abs()[-k:]
+    return bool((bounds > rtol * theta[-k:].abs().max()).any())
+
+
+def to_scipy(A: LinearOperator) -> ScipyOperator:
+    """Return ``A`` as a :class:`scipy.sparse.linalg.LinearOperator`.
+
+    It takes and gives numpy arrays in the dtype of ``A``; the products run where ``A`` lives.
+
+    Args:
+        A: a symmetric operator.
+
+    Raises:
+        ImportError: scipy is not installed.
+
+    Example:
+        >>> from scipy.sparse.linalg import eigsh
+        >>> from trustregion import DenseOperator
+        >>> A = to_scipy(DenseOperator(torch.diag(torch.arange(5.0))))
+        >>> float(eigsh(A, k=1, return_eigenvectors=False)[0].round(4))
+        4.0
+
+    """
+    try:
+        from scipy.sparse.linalg import LinearOperator as Operator
+    except ImportError as error:
+        raise ImportError("to_scipy needs scipy: pip install scipy") from error
+    numpy_dtype = torch.empty(0, dtype=A.dtype).numpy().dtype
+
+    def multiply(x: Any) -> Any:
+        given = torch.tensor(x, dtype=A.dtype, device=A.device)  # a copy: scipy lends its own
+        given = given.squeeze(1) if given.ndim == 2 and given.shape[1] == 1 else given
+        return (A @ given).detach().cpu().numpy()
+
+    products = dict.fromkeys(("matvec", "rmatvec", "matmat", "rmatmat"), multiply)
+    make: Any = Operator  # scipy is not typed
+    return make(A.shape, dtype=numpy_dtype, **products)
+
+
+def _check_probes(probes: object) -> None:
+    check_count("probes", probes)
+    if not probes:
+        raise ValueError("probes must be a positive integer, got 0; None is exact")
+
+
+def _signs(A: LinearOperator, probes: int, seed: int) -> Iterator[Tensor]:
+    """Yield vectors of random signs."""
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(probes):
+        coins = torch.randint(2, (A.shape[0],), generator=generator)
+        yield (2 * coins - 1).to(A.device, A.dtype)
