@@ -9,36 +9,33 @@ own compiler emits.
 from __future__ import annotations
 
 import platform
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor
 
-from .arithmetic import MatrixProduct
+from .arithmetic import FACTORS, MatrixProduct
 from .rules import Rule, Site, Tangents
 
-_WORTH_A_CALL = 3e6  # operations; a call takes about 14 microseconds more than one of torch's
+_WORTH_A_CALL = 1e6  # operations; a call takes about 14 microseconds more than one of torch's
+_NARROW = 16  # columns of an output below which torch's own products are faster backwards
 
 
 def fits(site: Site) -> bool:
     """Whether a matrix product is one that oneDNN does faster."""
     place, node = site.outputs[0], site.node
-    row = len(site.needs) == 2 or site.inputs[0] is None or len(site.inputs[0].shape) == 1
-    sizes = getattr(node, "_saved_mat1_sym_sizes", None) or getattr(
-        node, "_saved_self_sym_sizes", (0, 0)
-    )
-    return (
-        place.dtype is torch.float32
-        and place.device.type == "cpu"
-        and len(place.shape) == 2
-        and any(site.needs[-2:])
-        and row
-        and getattr(node, "_saved_alpha", 1) == getattr(node, "_saved_beta", 1) == 1
-        and 2 * place.numel * sizes[1] > _WORTH_A_CALL
-        and torch.backends.mkldnn.enabled
-        and _on_amd()
-    )
+    if not (place.dtype is torch.float32 and place.device.type == "cpu" and len(place.shape) == 2):
+        return False
+    added = site.inputs[0] if len(site.needs) == 3 else None
+    row = added is None or len(added.shape) == 1
+    unscaled = getattr(node, "_saved_alpha", 1) == getattr(node, "_saved_beta", 1) == 1
+    inner = getattr(node, f"_saved_{FACTORS[node.name()][0]}_sym_sizes", (0, 0))[1]
+    worth = 2 * place.numel * inner > _WORTH_A_CALL
+    used = any(site.needs[-2:]) and torch.backends.mkldnn.enabled and _on_amd()
+    return row and unscaled and worth and used
 
 
 @cache
@@ -46,7 +43,7 @@ def _on_amd() -> bool:
     if not (torch.backends.mkldnn.is_available() and torch.backends.mkl.is_available()):
         return False
     operator = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
-    if operator is None or not {"default", "binary"} <= set(operator.overloads()):
+    if operator is None or "default" not in operator.overloads():
         return False
     cpuinfo = Path("/proc/cpuinfo")
     text = cpuinfo.read_text() if cpuinfo.exists() else platform.processor()
@@ -67,6 +64,7 @@ class DenseProduct(Rule):
         super().__init__(site)
         self.plain = MatrixProduct(site)
         self.plain.cotangents = self.cotangents
+        self.narrow = site.outputs[0].shape[1] < _NARROW
         self.left: Tensor | None = None
 
     def writes(self, which: int) -> bool:
@@ -74,21 +72,19 @@ class DenseProduct(Rule):
         return which != len(self.site.needs) - 2 and self.plain.writes(which)
 
     def jvp(self, tangents: Tangents) -> Tensor:
-        """Return the change of the product."""
-        a, b = self.plain.a, self.plain.b
-        c = tangents[0] if self.plain.added else None
-        da, db = tangents[-2:]
-        pairs = [(da, b), (a, db)]
-        first, *second = [(x, y) for x, y in pairs if x is not None and y is not None]
-        out = _times(first[0], first[1].mT, c)
-        for x, y in second:
-            out = torch.ops.mkldnn._linear_pointwise.binary(x, out, y.mT, None, "add")
-        return out
+        """Return ``dc + dA B + A dB``."""
+        row = tangents[0] if self.plain.added else None
+        out, *more = self.plain.terms(tangents)
+        result = _times(out[0], out[1].mT, row)
+        for x, y in more:  # faster by itself than as the addend of the next product
+            result.add_(_times(x, y.mT))
+        return result
 
-    def vjp(self, cotangents: Tangents) -> list[Tensor | None]:
+    def vjp(self, cotangents: Tangents) -> Sequence[Tensor | None]:
         """Return the cotangents of ``c``, ``A`` and ``B``."""
-        (u,) = cotangents
-        assert u is not None
+        if self.narrow:
+            return self.plain.vjp(cotangents)
+        u = cast(Tensor, cotangents[0])
         a, b = self.plain.a, self.plain.b
         if self.left is None and a is not None:
             self.left = a.mT.contiguous()
