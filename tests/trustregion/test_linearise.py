@@ -486,6 +486,24 @@ def test_products_by_onednn_are_those_of_torch(monkeypatch, bias):
     assert onednn.DenseProduct not in [type(s.rule) for s in plain._steps]
 
 
+@pytest.mark.skipif(
+    not torch.backends.mkldnn.is_available(), reason="torch was built without oneDNN"
+)
+def test_new_tensors_are_written_over_only_where_nothing_else_needs_them(monkeypatch):
+    """Activations after such a product, in chains, used twice, as an output, and through a view."""
+    monkeypatch.setattr(onednn, "_on_amd", lambda: True)
+    torch.manual_seed(0)
+    a, b = (torch.randn(64, 64).div(8).requires_grad_() for _ in range(2))
+    x = torch.randn(400, 64)
+    h = (x @ a).tanh().exp()
+    z = h @ b
+    outputs = [z.tanh() + z.sigmoid(), z, (h @ a).t().tanh(), (z @ a).exp().neg(), h]
+    vector = ParameterVector([a, b])
+    J = linearise(outputs, vector, "tape")
+    assert any(any(s.rule.over) for s in J._steps)
+    check_equal(J, GraphLinearisation(outputs, vector), torch.float32)
+
+
 def test_onednn_with_a_trainable_left_factor(monkeypatch):
     monkeypatch.setattr(onednn, "_on_amd", lambda: torch.backends.mkldnn.is_available())
     torch.manual_seed(0)

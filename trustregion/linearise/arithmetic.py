@@ -23,12 +23,13 @@ class Elementwise(Rule):
 
     def jvp(self, tangents: Tangents) -> Tensor:
         """Return the slope times the tangent."""
-        return torch.mul(cast(Tensor, tangents[0]), self.slope, out=self.tangent)
+        t = cast(Tensor, tangents[0])
+        return t.mul_(self.slope) if self.over[0] else torch.mul(t, self.slope, out=self.tangent)
 
     def vjp(self, cotangents: Tangents) -> Sequence[Tensor]:
         """Return the slope times the cotangent."""
-        u = cast(Tensor, cotangents[0])
-        return (torch.mul(u, self.slope, out=self.cotangents[0]),)
+        u, out = cast(Tensor, cotangents[0]), self.cotangents[0]
+        return (u.mul_(self.slope) if self.over[1] else torch.mul(u, self.slope, out=out),)
 
 
 class Sum(Rule):

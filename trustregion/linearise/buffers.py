@@ -21,6 +21,7 @@ class _Memory:
         self._buffers: dict[int, Tensor] = {}
         self._of: dict[int, frozenset[int]] = {}
         self._whole: set[int] = set()  # values that fill their buffer, in its layout
+        self.given: set[int] = set()  # values that are new tensors, which no one else refers to
 
     def buffers_of(self, values: Collection[int]) -> frozenset[int]:
         """Return the buffers that the values may share."""
@@ -57,6 +58,7 @@ class _Memory:
         """Forget which values there are; the buffers that they hold are theirs for ever."""
         self._of.clear()
         self._whole.clear()
+        self.given.clear()
 
     def drop(self, value: int) -> None:
         """Give up a value; its buffers are free when no other value lives there."""
@@ -96,11 +98,16 @@ def _plan_forward(steps: Sequence[Step], uses: Counter[int], memory: _Memory) ->
     """Find memory for the tangents; those of the ends are kept."""
     for step in steps:
         rule, inputs, out = step.rule, [i for i in step.inputs if i >= 0], step.outputs.start
-        if not rule.buffered:
+        if rule.gives:
+            memory.given.add(out)
+        elif not rule.buffered:
             shared = frozenset() if rule.fresh else memory.buffers_of(inputs)
             for value in step.outputs:
                 if uses[value]:
                     memory.share(value, shared)
+        elif rule.elementwise and uses[inputs[0]] == 1 and inputs[0] in memory.given:
+            rule.over[0] = True
+            memory.given.add(out)
         elif rule.elementwise and uses[inputs[0]] == 1:
             rule.tangent = memory.over(inputs[0], out, rule.site.outputs[0])
         else:
@@ -139,8 +146,14 @@ def _plan_backward(
             place = rule.site.inputs[k]
             if value < 0 or rule.cotangents[k] is not None:
                 continue
-            if not rule.writes(k):
+            if rule.gives and rule.site.needs[k] and uses[value] == 1:
+                memory.given.add(value)
+            elif not rule.writes(k):
                 memory.share(value, shared)
+            elif rule.elementwise and out in memory.given:
+                rule.over[1] = True
+                if uses[value] == 1:
+                    memory.given.add(value)
             elif not rule.buffered or uses[value] > 1 or value in leaves or place is None:
                 continue  # a new tensor
             elif rule.elementwise:

@@ -58,7 +58,7 @@ def _times(x: Tensor, w: Tensor, added: Tensor | None = None) -> Tensor:
 class DenseProduct(Rule):
     """``c + A B`` of matrices, for ``c`` a row or nothing."""
 
-    fresh = True
+    fresh = gives = True
 
     def __init__(self, site: Site) -> None:
         super().__init__(site)

@@ -85,15 +85,19 @@ class Rule:
         buffered: the products write to ``tangent`` and ``cotangents`` where these are set.
         elementwise: these may be the memory of what the product is taken of.
         fresh: the tangents share no memory with those of the inputs.
+        gives: the tangents, and the cotangents it writes to no given memory, are new tensors that
+            nothing else refers to, so that the next rule may write over them.
+        over: whether :meth:`jvp` and :meth:`vjp` write over what they are given.
         tangent: where :meth:`jvp` writes.
         cotangents: where :meth:`vjp` writes, for each input.
     """
 
-    buffered = elementwise = fresh = False
+    buffered = elementwise = fresh = gives = False
 
     def __init__(self, site: Site) -> None:
         self.site = site
         self.tangent: Tensor | None = None
+        self.over = [False, False]
         self.cotangents: list[Tensor | None] = [None] * len(site.needs)
         self._pullback: tuple[list[Tensor], list[Tensor | None]] | None = None
 
