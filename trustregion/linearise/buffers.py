@@ -90,7 +90,7 @@ def plan(
     _plan_forward(steps, Counter(uses), memory)
     memory.keep()
     written = _aim(steps, results, uses)
-    _plan_backward(steps, uses, frozenset(results), memory)
+    _plan_backward(steps, uses, memory)
     return written
 
 
@@ -135,18 +135,16 @@ def _aim(
     return frozenset(written)
 
 
-def _plan_backward(
-    steps: Sequence[Step], uses: Counter[int], leaves: frozenset[int], memory: _Memory
-) -> None:
-    """Find memory for the cotangents; a value used twice has the sum of two, a new tensor."""
+def _plan_backward(steps: Sequence[Step], uses: Counter[int], memory: _Memory) -> None:
+    """Find memory for the cotangents; what is used twice has two, and their sum, a new tensor."""
     for step in reversed(steps):
         rule, out = step.rule, step.outputs.start
         shared = memory.buffers_of(step.outputs)
         for k, value in enumerate(step.inputs):
             place = rule.site.inputs[k]
-            if value < 0 or rule.cotangents[k] is not None:
+            if value < 0 or place is None or rule.cotangents[k] is not None:
                 continue
-            if rule.gives and rule.site.needs[k] and uses[value] == 1:
+            if rule.gives and uses[value] == 1:
                 memory.given.add(value)
             elif not rule.writes(k):
                 memory.share(value, shared)
@@ -154,11 +152,9 @@ def _plan_backward(
                 rule.over[1] = True
                 if uses[value] == 1:
                     memory.given.add(value)
-            elif not rule.buffered or uses[value] > 1 or value in leaves or place is None:
-                continue  # a new tensor
             elif rule.elementwise:
                 rule.cotangents[k] = memory.over(out, value, place)
-            else:
+            elif rule.buffered:
                 rule.cotangents[k] = memory.new(value, place)
         for value in step.outputs:
             memory.drop(value)
