@@ -25,9 +25,8 @@ class FisherOperator(GaussNewtonOperator):
     symmetric positive semi-definite by construction, and equals the Hessian of
     KL(old || new) at the current parameters.
 
-    The graph of the prediction is differentiated once, into ``w -> J'w``. Each product then runs
-    ``v -> Jv`` (a vector-Jacobian product of that map, which is linear in ``w``), ``M``, and
-    ``J'``: four matrix products a dense layer, no forward pass. A KL double backward costs six.
+    Each product runs ``J``, ``M`` and ``J'``, linearised once from the graph of the prediction: four
+    matrix products a dense layer, no forward pass. A KL double backward costs six.
 
     Parameters that are frozen or that the prediction does not use have rows of exact zeros.
 
@@ -37,7 +36,9 @@ class FisherOperator(GaussNewtonOperator):
             alive by the operator.
         params: the parameters, in the order of the flat vector. An already built
             :class:`ParameterVector` is taken as it is.
-        backend: which way of differentiating makes the products with ``J``.
+        backend: ``"tape"``: sweeps over the recorded graph, node by node, in kept memory;
+            ``"graph"``: double backward through it, slower and in less memory; ``"auto"``: the
+            first where it can and agrees with autograd. :attr:`backend` says which it is.
 
     Raises:
         TypeError: a family that is unknown or refused, or parameters of a wrong type.
