@@ -95,7 +95,7 @@ class KrylovSpace:
     @property
     def basis(self) -> Tensor:
         """The basis as rows, shape ``(k, n)``, float64."""
-        return self._process.Q.rows
+        return self._process.Q.rows[: self.size]
 
     @torch.no_grad()
     def extend(self, count: int) -> int:
@@ -254,8 +254,9 @@ class KrylovSpace:
         only this way. Cost: one product with ``M``.
         """
         if self.exhausted and self.size < self._zero.numel():
+            seed = self.size if self.restarted else 0  # another vector each time
             self.restarted = True
-            self._process.restart(torch.Generator().manual_seed(0))
+            self._process.restart(torch.Generator().manual_seed(seed))
 
     @property
     def coupling(self) -> float:
