@@ -175,8 +175,6 @@ MAKERS: dict[str, Maker] = {
     "curvlinops, sampled Fisher": curvlinops_sampled,
     "BackPACK": backpack,
 }
-if not hasattr(trustregion, "GGNOperator"):
-    del MAKERS["ours, GGNOperator"]
 
 
 def check(model: Model, makers: dict[str, Maker] = MAKERS) -> Tensor:

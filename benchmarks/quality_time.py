@@ -22,13 +22,12 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import median, quantiles
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributions import Categorical, Distribution, Independent, Normal, kl_divergence
 
-import trustregion
 from benchmarks.allocator import keep_freed_memory
 from benchmarks.quality import (
     DAMPINGS,
@@ -42,24 +41,32 @@ from benchmarks.quality import (
     row,
 )
 from rl.rollout import Rollout
-from trustregion import FisherOperator, Identity, LinearOperator, Status, cg
+from trustregion import (
+    KFAC,
+    FisherOperator,
+    Identity,
+    Jacobi,
+    LinearOperator,
+    Nystrom,
+    Preconditioner,
+    Recycled,
+    Status,
+    cg,
+)
 
 ITERATIONS = 10
 PROBES = (4, 16)
 """Iterations at which a method is timed to find how many fit."""
 WARMUP, TARGET = 3, 0.95
 
-Rule: TypeAlias = Any  # a preconditioner of the package
 
-
-def preconditioners(policy: torch.nn.Module) -> dict[str, Callable[[], Rule]]:
-    """Return those that the package has, at their defaults."""
-    arguments = {"KFAC": [policy], "Jacobi": [], "Nystrom": [10], "Recycled": [10]}
-    found = {name: getattr(trustregion, name, None) for name in arguments}
+def preconditioners(policy: torch.nn.Module) -> dict[str, Callable[[], Preconditioner]]:
+    """Return those of the package, at their defaults."""
     return {
-        name: lambda rule=rule, given=arguments[name]: rule(*given)
-        for name, rule in found.items()
-        if rule is not None
+        "KFAC": lambda: KFAC(policy),
+        "Jacobi": Jacobi,
+        "Nystrom": lambda: Nystrom(10),
+        "Recycled": lambda: Recycled(10),
     }
 
 
@@ -146,7 +153,12 @@ def peers_solve(product: Callable[[Tensor], Tensor], b: Tensor) -> Tensor:
 
 
 def our_solve(
-    start: Start, damping: float, iterations: int, rule: Rule | None, *, reorthogonalize: bool
+    start: Start,
+    damping: float,
+    iterations: int,
+    rule: Preconditioner | None,
+    *,
+    reorthogonalize: bool,
 ) -> Tensor:
     """Make the operator and the preconditioner, and solve."""
     F = FisherOperator(start.prediction, start.parameters)
@@ -165,16 +177,16 @@ def our_solve(
 class Method:
     """One of our ways to a direction."""
 
-    run: Callable[[int, Rule | None], Tensor]
+    run: Callable[[int, Preconditioner | None], Tensor]
     """(iterations, preconditioner) -> direction."""
-    fresh: Callable[[], Rule | None] = lambda: None
+    fresh: Callable[[], Preconditioner | None] = lambda: None
     """Makes the preconditioner, outside the clock; all of its work is in ``build``."""
 
 
 def methods(before: Start, start: Start, damping: float) -> dict[str, Method]:
     """Return our ways, plain and with each preconditioner, at its first solve and its next."""
 
-    def way(reorthogonalize: bool) -> Callable[[int, Rule | None], Tensor]:
+    def way(reorthogonalize: bool) -> Callable[[int, Preconditioner | None], Tensor]:
         return lambda k, rule: our_solve(start, damping, k, rule, reorthogonalize=reorthogonalize)
 
     found = {"cg": Method(way(False)), "cg, reorthogonalised": Method(way(True))}
@@ -184,7 +196,9 @@ def methods(before: Start, start: Start, damping: float) -> dict[str, Method]:
         old = earlier[name]()
         our_solve(before, damping, ITERATIONS, old, reorthogonalize=True)
 
-        def again(fresh: Callable[[], Rule] = fresh, old: Rule = old) -> Rule:
+        def again(
+            fresh: Callable[[], Preconditioner] = fresh, old: Preconditioner = old
+        ) -> Preconditioner:
             rule = fresh()
             rule.load_state_dict(copy.deepcopy(old.state_dict()))
             return rule
