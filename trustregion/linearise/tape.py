@@ -16,6 +16,7 @@ from .base import Linearisation, active, require_used, trainable
 from .buffers import plan
 from .catalogue import rule_for
 from .rules import Place, Site, Step, UnreadableGraph
+from .shapes import Transpose
 
 
 class TapeLinearisation(Linearisation):
@@ -59,6 +60,12 @@ class TapeLinearisation(Linearisation):
         results = {value: parts[position] for value, position in self._leaves.items()}
         written = plan(self._steps, results, ends)
         self._collected = [(v, part) for v, part in results.items() if v not in written]
+        self._backward = [
+            step
+            for step in reversed(self._steps)
+            # the transpose of what is written to its place is there already
+            if not (isinstance(step.rule, Transpose) and step.inputs[0] in written)
+        ]
         tangents: list[Tensor | None] = [None] * self._values
         parts = self.vector.unravel(self._v)
         for value, position in self._leaves.items():
@@ -132,9 +139,9 @@ class TapeLinearisation(Linearisation):
         for end, part in zip(self._ends, u, strict=True):
             if end is not None:
                 _accumulate(cotangents, end, part)
-        for step in reversed(self._steps):
+        for step in self._backward:
             given = cotangents[step.outputs.start : step.outputs.stop]
-            if all(c is None for c in given):
+            if given[0] is None and all(c is None for c in given):
                 step.rule.vanish()
                 continue
             for value, grad in zip(step.inputs, step.rule.vjp(given), strict=True):
