@@ -13,61 +13,64 @@ from .shapes import Transpose
 
 
 class _Memory:
-    """Buffers, and which values live in them. A value may share the buffers of others."""
+    """What values live in: kept buffers, or new tensors of each sweep. Some live in the same."""
 
     def __init__(self) -> None:
         self._free: defaultdict[object, list[Tensor]] = defaultdict(list)
         self._users: Counter[int] = Counter()
-        self._buffers: dict[int, Tensor] = {}
+        self._buffers: dict[int, Tensor | None] = {}  # None for a new tensor
         self._of: dict[int, frozenset[int]] = {}
-        self._whole: set[int] = set()  # values that fill their buffer, in its layout
-        self.given: set[int] = set()  # values that are new tensors, which no one else refers to
+        self._whole: set[int] = set()  # values that are all of their memory, in its layout
 
-    def buffers_of(self, values: Collection[int]) -> frozenset[int]:
-        """Return the buffers that the values may share."""
+    def homes(self, values: Collection[int]) -> frozenset[int]:
+        """Return the memory that the values may live in."""
         return frozenset().union(*(self._of.get(v, frozenset()) for v in values))
 
-    def share(self, value: int, buffers: frozenset[int]) -> None:
-        """Note that a value lives in these buffers, with what was noted before."""
+    def share(self, value: int, homes: frozenset[int]) -> None:
+        """Note that a value lives there too, besides what was noted before."""
         before = self._of.get(value, frozenset())
-        self._of[value] = before | buffers
-        self._users.update(buffers - before)
+        self._of[value] = before | homes
+        self._users.update(homes - before)
 
     def new(self, value: int, place: Place) -> Tensor:
-        """Return memory for a value."""
+        """Return a buffer for a value."""
         key = (place.numel, place.dtype, place.device)
         free = self._free[key]
         flat = free.pop() if free else torch.empty(key[0], dtype=key[1], device=key[2])
-        self._buffers[id(flat)] = flat
-        self.share(value, frozenset({id(flat)}))
-        self._whole.add(value)
+        self._settle(value, id(flat), flat)
         return flat.view(place.shape)
 
-    def over(self, source: int, value: int, place: Place) -> Tensor:
-        """Return memory for a value, that of ``source`` if nothing else lives there."""
+    def give(self, value: int) -> None:
+        """Note that a value is a new tensor in each sweep."""
+        self._settle(value, -1 - len(self._buffers), None)
+
+    def take_over(self, source: int, value: int) -> bool:
+        """Let a value be written over another, if that is all that lives there."""
         own = self._of.get(source, frozenset())
-        if source in self._whole and len(own) == 1 and self._users[next(iter(own))] == 1:
-            flat = self._buffers[next(iter(own))]
-            if (flat.numel(), flat.dtype) == (place.numel, place.dtype):
-                self.share(value, own)
-                self._whole.add(value)
-                return flat.view(place.shape)
-        return self.new(value, place)
+        if source not in self._whole or len(own) != 1 or self._users[next(iter(own))] != 1:
+            return False
+        self.share(value, own)
+        self._whole.add(value)
+        return True
 
     def keep(self) -> None:
         """Forget which values there are; the buffers that they hold are theirs for ever."""
         self._of.clear()
         self._whole.clear()
-        self.given.clear()
 
     def drop(self, value: int) -> None:
         """Give up a value; its buffers are free when no other value lives there."""
-        for buffer in self._of.pop(value, frozenset()):
-            self._users[buffer] -= 1
-            if self._users[buffer] == 0:
-                flat = self._buffers[buffer]
+        for home in self._of.pop(value, frozenset()):
+            self._users[home] -= 1
+            flat = self._buffers[home]
+            if self._users[home] == 0 and flat is not None:
                 self._free[flat.numel(), flat.dtype, flat.device].append(flat)
         self._whole.discard(value)
+
+    def _settle(self, value: int, home: int, flat: Tensor | None) -> None:
+        self._buffers[home] = flat
+        self.share(value, frozenset({home}))
+        self._whole.add(value)
 
 
 def plan(
@@ -90,7 +93,7 @@ def plan(
     _plan_forward(steps, Counter(uses), memory)
     memory.keep()
     written = _aim(steps, results, uses)
-    _plan_backward(steps, uses, memory)
+    _plan_backward(steps, memory)
     return written
 
 
@@ -99,17 +102,14 @@ def _plan_forward(steps: Sequence[Step], uses: Counter[int], memory: _Memory) ->
     for step in steps:
         rule, inputs, out = step.rule, [i for i in step.inputs if i >= 0], step.outputs.start
         if rule.gives:
-            memory.given.add(out)
+            memory.give(out)
         elif not rule.buffered:
-            shared = frozenset() if rule.fresh else memory.buffers_of(inputs)
+            homes = frozenset() if rule.fresh else memory.homes(inputs)
             for value in step.outputs:
                 if uses[value]:
-                    memory.share(value, shared)
-        elif rule.elementwise and uses[inputs[0]] == 1 and inputs[0] in memory.given:
+                    memory.share(value, homes)
+        elif rule.elementwise and uses[inputs[0]] == 1 and memory.take_over(inputs[0], out):
             rule.over[0] = True
-            memory.given.add(out)
-        elif rule.elementwise and uses[inputs[0]] == 1:
-            rule.tangent = memory.over(inputs[0], out, rule.site.outputs[0])
         else:
             rule.tangent = memory.new(out, rule.site.outputs[0])
         for value in inputs:
@@ -135,26 +135,22 @@ def _aim(
     return frozenset(written)
 
 
-def _plan_backward(steps: Sequence[Step], uses: Counter[int], memory: _Memory) -> None:
+def _plan_backward(steps: Sequence[Step], memory: _Memory) -> None:
     """Find memory for the cotangents; what is used twice has two, and their sum, a new tensor."""
     for step in reversed(steps):
         rule, out = step.rule, step.outputs.start
-        shared = memory.buffers_of(step.outputs)
+        homes = memory.homes(step.outputs)
         for k, value in enumerate(step.inputs):
             place = rule.site.inputs[k]
             if value < 0 or place is None or rule.cotangents[k] is not None:
                 continue
-            if rule.gives and uses[value] == 1:
-                memory.given.add(value)
+            if rule.gives:
+                memory.give(value)
             elif not rule.writes(k):
-                memory.share(value, shared)
-            elif rule.elementwise and out in memory.given:
+                memory.share(value, homes)
+            elif rule.elementwise and memory.take_over(out, value):
                 rule.over[1] = True
-                if uses[value] == 1:
-                    memory.given.add(value)
-            elif rule.elementwise:
-                rule.cotangents[k] = memory.over(out, value, place)
-            elif rule.buffered:
+            else:
                 rule.cotangents[k] = memory.new(value, place)
         for value in step.outputs:
             memory.drop(value)

@@ -43,10 +43,9 @@ class LogSoftmax(Softmax):
 class LayerNorm(Rule):
     """``w (x - mean) rstd + b`` over the last dimensions."""
 
-    fresh = True
-
     def __init__(self, site: Site) -> None:
         super().__init__(site)
+        self.fresh = site.needs[0] or site.needs[1]
         x, self.rstd = site.saved("input"), site.saved("result2")
         self.normal = (x - site.saved("result1")) * self.rstd
         self.weight = None if site.number("weight") is None else site.saved("weight")
@@ -70,10 +69,9 @@ class LayerNorm(Rule):
 class Convolution(Rule):
     """Convolutions of any dimension, plain or transposed."""
 
-    fresh = True
-
     def __init__(self, site: Site) -> None:
         super().__init__(site)
+        self.fresh = site.needs[0] or site.needs[1]
         self.input = site.saved("input") if site.needs[1] else None
         self.weight = site.saved("weight") if site.needs[0] else None
         names = ("stride", "padding", "dilation", "transposed", "output_padding", "groups")
@@ -114,6 +112,7 @@ class Embedding(Rule):
 
     def __init__(self, site: Site) -> None:
         super().__init__(site)
+        _require_plain(site)
         self.indices, padding = site.saved("indices"), signed(site.number("padding_idx"))
         self.padded = (self.indices == padding).unsqueeze(-1) if padding >= 0 else None
 
@@ -132,10 +131,12 @@ class EmbeddingBag(Rule):
         super().__init__(site)
         weights, padding = site.number("per_sample_weights"), signed(site.number("padding_idx"))
         self.bags = site.saved("indices"), site.saved("offsets")
+        _require_plain(site)
         self.options = {
             "mode": ("sum", "mean", "max")[site.number("mode")],
             "per_sample_weights": None if weights is None else site.saved("per_sample_weights"),
             "padding_idx": padding if padding >= 0 else None,
+            "include_last_offset": self.bags[1].numel() > site.outputs[0].shape[0],
         }
         if self.options["mode"] == "max" or site.needs[1:].count(True):
             raise UnreadableGraph("EmbeddingBag can be linearised for fixed sums and means only")
@@ -144,6 +145,11 @@ class EmbeddingBag(Rule):
         """Return the bags of the tangent."""
         indices, offsets = self.bags
         return embedding_bag(indices, cast(Tensor, tangents[0]), offsets, **self.options)
+
+
+def _require_plain(site: Site) -> None:
+    if site.number("scale_grad_by_freq"):
+        raise UnreadableGraph("scale_grad_by_freq makes the gradient of an embedding another one")
 
 
 class Attention(Rule):

@@ -52,7 +52,13 @@ def _on_amd() -> bool:
 
 def _times(x: Tensor, w: Tensor, added: Tensor | None = None) -> Tensor:
     """Return ``x w'``, plus a row."""
-    return torch.ops.mkldnn._linear_pointwise(x, w, added, "none", [], "")
+    if added is not None:  # it is read as if it were contiguous
+        added = added.expand(w.shape[0]).contiguous()
+    return torch.ops.mkldnn._linear_pointwise(_dense(x), _dense(w), added, "none", [], "")
+
+
+def _dense(x: Tensor) -> Tensor:
+    return x if x.is_contiguous() or x.mT.is_contiguous() else x.contiguous()
 
 
 class DenseProduct(Rule):

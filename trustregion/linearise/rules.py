@@ -105,12 +105,9 @@ class Rule:
         """Whether :meth:`vjp` writes to ``cotangents[which]`` if set, or else to a new tensor."""
         return self.buffered and self.site.needs[which]
 
-    def fixed_tangent(
-        self,
-        tangents: Tangents,  # noqa: ARG002 # a view needs them
-    ) -> Tensor | None:
+    def fixed_tangent(self, tangents: Tangents) -> Tensor | None:
         """Return the tensor that :meth:`jvp` makes of these, if it is the same one each time."""
-        return self.tangent if self.buffered else None
+        return tangents[0] if self.over[0] else self.tangent
 
     def vanish(self) -> None:
         """Do what :meth:`vjp` does for a cotangent of zero."""
