@@ -66,6 +66,11 @@ def _explain(text: str) -> str | None:
         )
     if "modified by an inplace operation" in text:
         return "a tensor that the graph needs was modified in place after the forward pass"
+    if "vmap: inplace arithmetic" in text:
+        return (
+            "these products cannot be taken under torch.func.vmap: make the operator with"
+            ' backend="graph"'
+        )
     if any(words in text.lower() for words in _NOT_TWICE):
         return (
             "the model cannot be differentiated twice. Use the module without torch.compile, run"
@@ -79,6 +84,15 @@ NOT_TWICE = (
     "the model cannot be differentiated twice: it holds a torch.autograd.Function that is marked as"
     " differentiable once only. Write its backward with differentiable operations"
 )
+
+
+def require_recorded(node: Any) -> None:
+    """Raise a RuntimeError where the graph behind a node was never recorded."""
+    if type(node).__name__ == "CheckpointFunctionBackward":
+        raise RuntimeError(
+            "the graph holds a reentrant checkpoint, behind which the parameters cannot be seen:"
+            " call torch.utils.checkpoint.checkpoint with use_reentrant=False"
+        )
 
 
 def edge_of(t: Tensor) -> tuple[Any, int]:
@@ -107,6 +121,7 @@ def upstream(
         if edge in cut:
             continue
         node = edge[0]
+        require_recorded(node)
         backward = getattr(getattr(node, "_forward_cls", None), "backward", None)
         if getattr(backward, "__code__", None) is _ONCE:
             raise RuntimeError(NOT_TWICE)

@@ -13,7 +13,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from trustregion import ParameterVector
-from trustregion.linearise import GraphLinearisation, TapeLinearisation, choose, linearise, onednn
+from trustregion.linearise import (
+    GraphLinearisation,
+    TapeLinearisation,
+    catalogue,
+    choose,
+    linearise,
+    onednn,
+)
 from trustregion.linearise.arithmetic import Elementwise, MatrixProduct
 from trustregion.linearise.rules import Rule, UnreadableGraph
 from trustregion.linearise.shapes import Permute
@@ -621,8 +628,8 @@ def test_a_wrong_rule_is_noticed(monkeypatch, rule, method):
 def test_a_structure_is_compared_once(monkeypatch):
     choose._AGREED.clear()
     calls = []
-    right = choose.agrees_with_autograd
-    monkeypatch.setattr(choose, "agrees_with_autograd", lambda J: calls.append(J) or right(J))
+    right = choose.disagreement
+    monkeypatch.setattr(choose, "disagreement", lambda J: calls.append(J) or right(J))
     for name, expected in [("policy", 1), ("policy", 1), ("tied", 2), ("policy", 2)]:
         assert linearise(*run(name, torch.float64, seed=len(calls))).backend == "tape"
         assert len(calls) == expected
@@ -649,3 +656,142 @@ def test_nothing_of_the_caller_is_touched():
     assert torch.equal(torch.random.get_rng_state(), state)
     assert all(p.grad is None for p in vector.params)
     assert not J.vjp(u).requires_grad
+
+
+def test_complex_numbers_are_left_to_autograd_whatever_was_asked_before():
+    w = torch.randn(4, dtype=torch.float64, requires_grad=True)
+    factors = torch.tensor([1 + 2j, 3 - 1j], dtype=torch.complex128)
+    y = torch.view_as_real(torch.view_as_complex(w.view(2, 2)) * factors)
+    with pytest.raises(UnreadableGraph, match="complex"):
+        linearise([y], ParameterVector([w]), "tape")
+    assert linearise([y], ParameterVector([w])).backend == "graph"
+
+
+@pytest.mark.parametrize("kind", [nn.Embedding, nn.EmbeddingBag])
+def test_a_number_that_changes_the_gradient_is_seen(kind):
+    """Counting frequencies makes the gradient another one than that of the function."""
+    indices = torch.tensor([[0, 1, 1], [2, 2, 2]])
+    plain, scaled = kind(4, 3), kind(4, 3, scale_grad_by_freq=True)
+    vectors = [ParameterVector(table.parameters()) for table in (plain, scaled)]
+    assert linearise([plain(indices).exp()], vectors[0]).backend == "tape"
+    with pytest.raises(UnreadableGraph, match="scale_grad_by_freq"):
+        linearise([scaled(indices).exp()], vectors[1], "tape")
+
+
+def test_the_structure_of_a_graph_knows_its_numbers():
+    x, a = torch.randn(ROWS), torch.randn(FULL, requires_grad=True)
+    outputs = [torch.add(x, x @ a, alpha=alpha) for alpha in (2, 2, 3)]
+    first, same, other = (TapeLinearisation([y], ParameterVector([a])).structure for y in outputs)
+    assert first == same != other
+
+
+def test_bags_whose_last_offset_is_the_end():
+    torch.manual_seed(0)
+    table, indices = torch.randn(7, 3).double().requires_grad_(), torch.tensor([1, 2, 4, 5])
+    y = nn.functional.embedding_bag(
+        indices, table, torch.tensor([0, 3, 4]), include_last_offset=True, mode="sum"
+    )
+    plain = torch.stack([table[[1, 2, 4]].sum(0), table[5]])
+    vector = ParameterVector([table])
+    J = linearise([y.exp()], vector)
+    check_equal(J, GraphLinearisation([plain.exp()], vector), torch.float64)
+
+
+def test_a_row_that_is_one_number():
+    """Its memory ends after one number; the fast product reads a row as contiguous."""
+    torch.manual_seed(0)
+    W, b = torch.randn(128, 64).requires_grad_(), torch.randn(()).requires_grad_()
+    x = torch.randn(300, 64)
+    for row in (b.expand(128), b.expand(1), torch.stack([b] * 256)[::2]):
+        vector = ParameterVector([W, b])
+        y = nn.functional.linear(x, W, row)
+        check_equal(linearise([y], vector, "tape"), GraphLinearisation([y], vector), torch.float32)
+
+
+def test_parameters_that_were_computed_are_left_to_autograd():
+    base = torch.randn(4, 4).double().requires_grad_()
+    w, b = base * 2, torch.zeros(4).double().requires_grad_()
+    vector = ParameterVector([w, b])
+    J = linearise([torch.randn(ROWS).double() @ w + b], vector)
+    assert (J.backend, J.used) == ("graph", (0, 1))
+
+
+@pytest.mark.parametrize("name", ["EmbeddingBackward0", "ExpBackward0"])
+def test_a_wrong_rule_is_noticed_in_small_components_and_large_vectors(monkeypatch, name):
+    """One rule dead in a vector of 64,000, one in a part 1e5 times smaller than the rest."""
+    choose._AGREED.clear()
+    torch.manual_seed(1)
+    right = catalogue._RULES[name]
+
+    class Wrong(right):
+        def jvp(self, tangents):
+            return 0 * super().jvp(tangents)
+
+    monkeypatch.setitem(catalogue._RULES, name, Wrong)
+    table, head = nn.Embedding(1000, 64).double(), nn.Linear(64, 4).double()
+    scale = nn.Parameter(torch.full((4,), -5.0).double())
+    mean = head(table(torch.randint(1000, (256,)))) * 100
+    outputs = [mean, scale.exp().expand_as(mean)]
+    vector = ParameterVector([*table.parameters(), *head.parameters(), scale])
+    assert linearise(outputs, vector).backend == "graph"
+
+
+@pytest.mark.parametrize("backend", ["auto", "tape", "graph"])
+def test_reentrant_checkpoints_are_refused(backend):
+    """Autograd itself does not see what is behind them."""
+    inner, outer = nn.Linear(4, 4), nn.Linear(4, 2)
+    x = torch.randn(ROWS, requires_grad=True)
+    y = outer(checkpoint(inner, x, use_reentrant=True))
+    vector = ParameterVector([*inner.parameters(), *outer.parameters()])
+    with pytest.raises(RuntimeError, match="use_reentrant=False"):
+        linearise([y], vector, backend)
+
+
+class Detached(torch.autograd.Function):
+    """A backward pass without a derivative of its own."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.x = x.detach()
+        return x**3
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad.detach() * 3 * ctx.x**2 + 0 * grad
+
+
+def test_a_backward_pass_that_cannot_be_differentiated_is_refused():
+    w = torch.ones(3, requires_grad=True)
+    with pytest.raises(RuntimeError, match="cannot be differentiated twice"):
+        linearise([Detached.apply(w)], ParameterVector([w]))
+
+
+@pytest.mark.parametrize("backend", ["tape", "graph"])
+def test_moving_the_parameters_of_a_linear_model_is_noticed_too(backend):
+    model = nn.Linear(4, 2)
+    J = linearise([model(torch.randn(ROWS))], ParameterVector(model.parameters()), backend)
+    with torch.no_grad():
+        model.weight.mul_(2)
+    with pytest.raises(RuntimeError, match="Build the operator anew"):
+        J.jvp(torch.ones(10))
+
+
+def test_errors_of_the_tape_are_in_words():
+    (y,), vector = run("solve", torch.float64)
+    J = linearise([y], vector, "tape")
+    with pytest.raises(ValueError, match=r"shape \(16,\), got \(1,\)"):
+        J.jvp(torch.ones(1, dtype=torch.float64))
+    with pytest.raises(RuntimeError, match='backend="graph"'):
+        torch.func.vmap(lambda v: J.jvp(v)[0])(torch.ones(2, 16, dtype=torch.float64))
+    _, u = draw([y], vector)
+    y.sum().backward()
+    with pytest.raises(RuntimeError, match="already freed"):
+        J.vjp(u)
+
+
+def test_outputs_of_inference_mode_are_refused_in_words():
+    model = nn.Linear(4, 2)
+    with torch.inference_mode():
+        y = model(torch.randn(ROWS))
+    with pytest.raises(ValueError, match="inference_mode"):
+        linearise([y], ParameterVector(model.parameters()))

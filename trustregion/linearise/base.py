@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
+import torch
 from torch import Tensor
 
 from ..vector import ParameterVector
@@ -21,9 +22,11 @@ class Linearisation(abc.ABC):
         vector: the parameters as one flat vector.
         used: positions of the parameters that the outputs depend on.
         backend: which way of differentiating makes the products.
+        eps: the largest rounding unit of the numbers that they pass through.
     """
 
     backend: str
+    eps: float
 
     def __init__(
         self, outputs: Sequence[Tensor], vector: ParameterVector, used: Sequence[int]
@@ -40,6 +43,11 @@ class Linearisation(abc.ABC):
     @abc.abstractmethod
     def vjp(self, u: Sequence[Tensor]) -> Tensor:
         """Return ``J'u`` of shape ``(n,)``, a new tensor; ``u`` is left alone."""
+
+
+def rounding_unit(dtypes: Iterable[torch.dtype]) -> float:
+    """Return the largest rounding unit of the floating-point dtypes."""
+    return max(torch.finfo(d).eps for d in {*dtypes} if d.is_floating_point)
 
 
 def active(outputs: Sequence[Tensor]) -> list[int]:
@@ -83,3 +91,20 @@ def require_used(used: Sequence[int], vector: ParameterVector) -> None:
             "the outputs do not depend on the parameters: their graph leads to none of the"
             f" {len(vector.params)} given"
         )
+
+
+class Unmoved:
+    """Tensors that a linearisation refers to, which nobody may write to while it is used."""
+
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
+        self._versions = [(t, t._version) for t in tensors]
+
+    def check(self) -> None:
+        """Raise a RuntimeError where one was written to."""
+        for tensor, version in self._versions:
+            if tensor._version != version:
+                raise RuntimeError(
+                    "a tensor that the graph needs was modified in place after the forward pass:"
+                    " the parameters have moved, or an activation was overwritten. Build the"
+                    " operator anew at the new parameters"
+                )

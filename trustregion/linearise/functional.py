@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..autodiff import NOT_TWICE
 from ..vector import ParameterVector, dot, norm
-from .base import Linearisation
+from .base import Linearisation, rounding_unit
 from .choose import BACKENDS
 
 Tensors: TypeAlias = tuple[Tensor, ...]
@@ -49,6 +49,7 @@ class FunctionalLinearisation(Linearisation):
             pair = torch.func.vjp(outputs_of, *self._point)
         self._pullback = pair[1]
         super().__init__(pair[0], vector, range(len(self._point)))
+        self.eps = rounding_unit([vector.dtype, *(y.dtype for y in pair[0])])
 
     def jvp(self, v: Tensor) -> Tensors:
         """Return ``Jv``. Cost: one run of the function in forward mode."""

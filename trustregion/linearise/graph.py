@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..autodiff import differentiate, edge_of, upstream
 from ..vector import ParameterVector
-from .base import Linearisation, active, require_used, trainable
+from .base import Linearisation, Unmoved, active, require_used, rounding_unit, trainable
 
 
 class GraphLinearisation(Linearisation):
@@ -31,8 +31,10 @@ class GraphLinearisation(Linearisation):
         positions = trainable(vector)
         self._active = active(outputs)
         self._y = [outputs[i] for i in self._active]
-        for _ in upstream([edge_of(y) for y in self._y]):  # raises where Jv would come out as zero
-            pass
+        # raises where Jv would come out as zero
+        nodes = [node for node, _ in upstream([edge_of(y) for y in self._y])]
+        places = (m for node in nodes for m in getattr(node, "_input_metadata", ()))
+        self.eps = rounding_unit([vector.dtype, *(m.dtype for m in places)])
         self._w = [torch.zeros_like(y, requires_grad=True) for y in self._y]
         inputs = [vector.params[i] for i in positions]
         with torch.enable_grad():
@@ -46,9 +48,11 @@ class GraphLinearisation(Linearisation):
         require_used(self.used, vector)
         self._inputs = [vector.params[i] for i in self.used]
         self._pullback = [jt_w for _, jt_w in used]
+        self._unmoved = Unmoved(self._inputs)
 
     def jvp(self, v: Tensor) -> tuple[Tensor, ...]:
         """Return ``Jv``. Cost: one backward pass through ``w -> J'w``."""
+        self._unmoved.check()
         parts = self.vector.unravel(v)
         tangents = differentiate(self._pullback, self._w, [parts[i] for i in self.used])
         slots: list[Tensor | None] = [None] * len(self.outputs)
@@ -59,5 +63,6 @@ class GraphLinearisation(Linearisation):
 
     def vjp(self, u: Sequence[Tensor]) -> Tensor:
         """Return ``J'u``. Cost: one backward pass through the model's graph."""
+        self._unmoved.check()
         grads = differentiate(self._y, self._inputs, [u[i] for i in self._active])
         return self.vector.ravel_at(self.used, grads)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, TypeAlias
 
 import torch
@@ -61,6 +62,22 @@ class Site:
     def number(self, name: str) -> Any:
         """Return a number, or a list of them, that the node has saved."""
         return getattr(self.node, f"_saved_{name}")
+
+    def numbers(self) -> tuple[object, ...]:
+        """Return all numbers that the node has saved; of a tensor only that there is one."""
+        return tuple(_shown(getattr(self.node, name)) for name in _saved_by(type(self.node)))
+
+
+@cache
+def _saved_by(kind: type) -> tuple[str, ...]:
+    return tuple(name for name in dir(kind) if name.startswith("_saved_"))
+
+
+def _shown(value: Any) -> object:
+    if isinstance(value, (list, tuple)):
+        return tuple(map(_shown, value))
+    known = isinstance(value, (int, float, str)) or value is None
+    return value if known else type(value).__name__
 
 
 @dataclass(frozen=True)

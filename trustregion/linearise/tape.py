@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import get_gradient_edge
 
-from ..autodiff import explained
+from ..autodiff import explained, require_recorded
 from ..vector import ParameterVector
-from .base import Linearisation, active, require_used, trainable
+from .base import Linearisation, Unmoved, active, require_used, rounding_unit, trainable
 from .buffers import plan
 from .catalogue import rule_for
 from .rules import Place, Site, Step, UnreadableGraph
@@ -41,13 +41,20 @@ class TapeLinearisation(Linearisation):
         positions = trainable(vector)
         with_graph = active(outputs)
         edges = [get_gradient_edge(y) if i in with_graph else None for i, y in enumerate(outputs)]
+        if any(vector.params[i].grad_fn is not None for i in positions):
+            raise UnreadableGraph(
+                "a parameter was computed from other tensors, so that the graph does not end in it:"
+                ' use backend="graph"'
+            )
         index = {id(vector.params[i]): i for i in positions}
         with explained():
             self._read(edges, index)
         super().__init__(outputs, vector, sorted(self._leaves.values()))
         require_used(self.used, vector)
         saved = [t for step in self._steps for t in step.rule.site.saved_tensors]
-        self._saved = [(t, t._version) for t in saved]
+        places = [place for step in self._steps for place in step.rule.site.outputs]
+        self.eps = rounding_unit([vector.dtype, *(place.dtype for place in places)])
+        self._unmoved = Unmoved([*saved, *(vector.params[i] for i in self.used)])
         self._v, self._jt_u = (
             torch.zeros(vector.numel, dtype=vector.dtype, device=vector.device) for _ in range(2)
         )
@@ -108,17 +115,24 @@ class TapeLinearisation(Linearisation):
 
     @property
     def structure(self) -> int:
-        """A number that graphs of the same nodes, shapes and connections share."""
+        """A number that graphs of the same nodes, numbers, shapes and connections share."""
+        sites = [(s.inputs, s.rule.site) for s in self._steps]
         program = tuple(
-            (s.rule.site.node.name(), s.inputs, s.rule.site.inputs, s.rule.site.outputs)
-            for s in self._steps
+            (site.node.name(), inputs, site.inputs, site.outputs, site.numbers())
+            for inputs, site in sites
         )
         return hash((program, tuple(self._ends), tuple(self._leaves.items())))
 
     @torch.no_grad()
     def jvp(self, v: Tensor) -> tuple[Tensor, ...]:
         """Return ``Jv``. Cost: one forward sweep."""
-        self._check_saved()
+        self._unmoved.check()
+        if v.shape != self._v.shape:
+            raise ValueError(f"v must have the shape {tuple(self._v.shape)}, got {tuple(v.shape)}")
+        with explained():
+            return self._forwards(v)
+
+    def _forwards(self, v: Tensor) -> tuple[Tensor, ...]:
         self._v.copy_(v)
         tangents = self._tangents.copy()
         for step in self._forward:
@@ -134,7 +148,11 @@ class TapeLinearisation(Linearisation):
     @torch.no_grad()
     def vjp(self, u: Sequence[Tensor]) -> Tensor:
         """Return ``J'u``. Cost: one backward sweep."""
-        self._check_saved()
+        self._unmoved.check()
+        with explained():
+            return self._backwards(u)
+
+    def _backwards(self, u: Sequence[Tensor]) -> Tensor:
         cotangents: list[Tensor | None] = [None] * self._values
         for end, part in zip(self._ends, u, strict=True):
             if end is not None:
@@ -152,15 +170,6 @@ class TapeLinearisation(Linearisation):
             _ = part.zero_() if grad is None else part.copy_(grad)
         return self._jt_u.clone()
 
-    def _check_saved(self) -> None:
-        for tensor, version in self._saved:
-            if tensor._version != version:
-                raise RuntimeError(
-                    "a tensor that the graph needs was modified in place after the forward pass:"
-                    " the parameters have moved, or an activation was overwritten. Build the"
-                    " operator anew at the new parameters"
-                )
-
 
 def _accumulate(cotangents: list[Tensor | None], value: int, grad: Tensor) -> None:
     present = cotangents[value]
@@ -177,6 +186,7 @@ def _topological(roots: Sequence[Any]) -> list[Any]:
         if done:
             order.append(node)
         elif node not in seen:
+            require_recorded(node)
             seen.add(node)
             stack.append((node, True))
             stack += [(n, False) for n, _ in node.next_functions if n is not None]
@@ -185,6 +195,8 @@ def _topological(roots: Sequence[Any]) -> list[Any]:
 
 def _require_readable(node: Any) -> None:
     """Raise if the node is Python code, or writes into a view of what other nodes made."""
+    if any(place.dtype.is_complex for place in _places(node)):
+        raise UnreadableGraph('the graph holds complex numbers: use backend="graph"')
     name = type(node).__name__ if isinstance(node, BackwardCFunction) else node.name()
     if isinstance(node, BackwardCFunction) or name.startswith("torch::autograd::"):
         raise UnreadableGraph(
