@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -10,17 +11,17 @@ import torch
 from torch import Tensor
 
 from .operators.base import LinearOperator, product
-from .solvers.arguments import check_count, check_tolerances, finite
-from .solvers.krylov import KrylovSpace
-from .solvers.lanczos import lanczos
+from .solvers.arguments import check_count, check_tolerances
+from .solvers.tridiagonal import Tridiagonalisation
 from .solvers.verified import shows
 from .status import Status
-from .vector import norm
+from .vector import exponent, ldexp, norm
 
 if TYPE_CHECKING:
     from scipy.sparse.linalg import LinearOperator as ScipyOperator
 
 _BLOCK = 64  # unit vectors at a time: memory of 64 n
+_CHECK = 5  # vectors from one look at the Ritz values to the next
 
 
 @torch.no_grad()
@@ -102,8 +103,9 @@ class Eigenvalues:
     Attributes:
         values: in falling order, shape ``(k,)``, float64.
         vectors: of unit length, as columns, shape ``(n, k)``.
-        residuals: :math:`\|Av - \theta v\|` for each, measured: an eigenvalue lies within that
-            distance of each value.
+        residuals: :math:`\|Av - \theta v\|` for each, measured, shape ``(k,)``, float64: an
+            eigenvalue lies within that distance of each value. Infinite where a product was not
+            finite.
         status: ``CONVERGED`` where every residual is within the tolerance; else ``MAX_ITER``,
             ``STAGNATED`` or what stopped the space.
         products: products with ``A``.
@@ -125,7 +127,9 @@ def largest_eigenvalues(
     They are the Ritz values of a Krylov space of a random vector, whose basis is kept orthogonal.
     The residuals are measured. A Krylov space holds one vector of each eigenspace: an eigenvalue
     that occurs twice is found once, or a second time by rounding, and the next one takes its place.
-    Where a space ends before it has ``k`` dimensions, another goes on beside it.
+    Where a space ends before it has ``k`` dimensions, another goes on beside it. Values much
+    smaller than the operator, as the largest ones of a negative semidefinite one can be, are
+    rounding and end as ``STAGNATED``.
 
     Cost: up to ``max_iter`` products for the space, and ``k`` to measure. Memory: the space.
 
@@ -161,37 +165,64 @@ def largest_eigenvalues(
     limit = min(n, 10 * k + 30 if max_iter is None else max_iter)
     if limit < k:
         raise ValueError(f"max_iter must be at least k = {k}, got {max_iter}")
-    b = torch.randn(n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    space = lanczos(A, b.to(A.device, A.dtype), max_iter=k)
+    generator = torch.Generator().manual_seed(seed)
+    start = torch.randn(n, generator=generator, dtype=torch.float64).to(A.device)
+    unit = _UnitScale(A)
+    space = Tridiagonalisation(unit, start, None, A.dtype)
     while space.size < limit and _too_small(space, k, rtol):
-        if not space.extend(min(5, limit - space.size)):
-            if space.size >= k or not space.exhausted:
+        if space.exhausted:
+            if space.size >= k:
                 break
-            space.restart()
-    theta, U = torch.linalg.eigh(space.tridiagonal)
+            space.restart(generator)  # one generator, so that each goes another way
+        if not space.grow():
+            break
+    theta, U = space.spectrum(space.size)
+    theta = ldexp(theta, unit.exponent or 0)
     size = float(theta.abs().max()) if len(theta) else 0.0
     theta, U = theta.flip(0)[:k], U.flip(1)[:, :k]
-    vectors = (space.basis[: space.size].T @ U).to(A.dtype)
-    images = A.mm(vectors).double() if len(theta) else vectors.double()
-    gaps = images - vectors.double() * theta
-    residuals = torch.tensor([norm(gap) for gap in gaps.T], dtype=torch.float64)
-    status = space.status or Status.CONVERGED
+    vectors = (space.Q.rows[: space.size].T @ U).to(A.dtype)
+    residuals = _residuals(A, theta, vectors)
     tolerance = rtol * float(theta.abs().max()) if len(theta) else 0.0
     rounding = torch.finfo(A.dtype).eps * size
-    if status is Status.CONVERGED and not finite(residuals):
+    status = space.status or Status.CONVERGED
+    if status is Status.CONVERGED and not all(map(math.isfinite, residuals)):
         status = Status.NONFINITE_OPERATOR
     elif status is Status.CONVERGED and not all(shows(r, rounding, tolerance) for r in residuals):
         status = Status.MAX_ITER if space.size == limit < n else Status.STAGNATED
-    products = space.products + len(theta)
-    return Eigenvalues(theta, vectors, residuals.to(A.device), status, products)
+    measured = torch.tensor(residuals, dtype=torch.float64, device=A.device)
+    return Eigenvalues(theta, vectors, measured, status, space.products + len(theta))
 
 
-def _too_small(space: KrylovSpace, k: int, rtol: float) -> bool:
+class _UnitScale(LinearOperator):
+    """An operator in units of ``2^exponent``, the size of its first product."""
+
+    def __init__(self, A: LinearOperator) -> None:
+        super().__init__(A.shape[0], A.dtype, A.device)
+        self.A = A
+        self.exponent: int | None = None
+
+    def mv(self, v: Tensor) -> Tensor:
+        """Return ``2^-exponent A v``."""
+        out = product(self.A, v)
+        if self.exponent is None:
+            self.exponent = exponent(out) or 0
+        return ldexp(out, -self.exponent)
+
+
+def _residuals(A: LinearOperator, theta: Tensor, vectors: Tensor) -> list[float]:
+    """Return ``|Av - theta v|`` of each column, infinite where ``Av`` is not finite."""
+    if not len(theta):
+        return []
+    gaps = A.mm(vectors).double() - vectors.double() * theta
+    return [norm(gap.nan_to_num(nan=math.inf)) for gap in gaps.T]
+
+
+def _too_small(space: Tridiagonalisation, k: int, rtol: float) -> bool:
     """Whether a Ritz value has a residual above the tolerance, by the coupling to what is next."""
-    if space.size < k:
-        return space.status is None
-    theta, U = torch.linalg.eigh(space.tridiagonal)
-    bounds = space.coupling * U[-1].abs()[-k:]
+    if space.size < k or (space.size % _CHECK and not space.exhausted):
+        return True
+    theta, U = space.spectrum(space.size)
+    bounds = space.betas[-1] * U[-1].abs()[-k:]
     return bool((bounds > rtol * theta[-k:].abs().max()).any())
 
 
@@ -222,7 +253,6 @@ def to_scipy(A: LinearOperator) -> ScipyOperator:
 
     def multiply(x: Any) -> Any:
         given = torch.tensor(x, dtype=A.dtype, device=A.device)  # a copy: scipy lends its own
-        given = given.squeeze(1) if given.ndim == 2 and given.shape[1] == 1 else given
         return (A @ given).detach().cpu().numpy()
 
     products = dict.fromkeys(("matvec", "rmatvec", "matmat", "rmatmat"), multiply)

@@ -66,17 +66,17 @@ class Preconditioner(abc.ABC):
         return dict(self.state)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a saved state, made by a preconditioner with the same arguments."""
+        """Go on from a saved state, made with the same arguments; anew from an empty one."""
         self.state = dict(state)
 
 
 def product_work(A: LinearOperator) -> float:
     r"""Return roughly how many operations a product with ``A`` takes.
 
-    :math:`8 N n` for an operator that knows its ``batch_size`` N: four matrix products a layer, as
-    of a Fisher matrix of dense layers; :math:`2 n^2`, as of a matrix, otherwise.
+    :math:`8 N n` for an operator that knows its ``batch_size`` or ``total`` N: four matrix products
+    a layer, as of a Fisher matrix of dense layers; :math:`2 n^2`, as of a matrix, otherwise.
     """
-    n, samples = A.shape[0], getattr(A, "batch_size", None)
+    n, samples = A.shape[0], getattr(A, "batch_size", None) or getattr(A, "total", None)
     return max(1.0, 2.0 * n * n if samples is None else 8.0 * samples * n)
 
 

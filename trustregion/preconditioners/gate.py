@@ -8,18 +8,20 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..operators.base import Identity, LinearOperator, congruent
+from ..operators.base import FunctionOperator, Identity, LinearOperator, congruent
 from ..solvers.cg import cg
 from ..solvers.solution import LinearSolution
 from ..status import Status
 from .base import Preconditioner, check_positive
 
+_BROKEN = (Status.NONFINITE_OPERATOR, Status.INDEFINITE_PRECONDITIONER, Status.BREAKDOWN)
+
 
 class Gated:
     r"""Conjugate gradients with a preconditioner that is measured, and switched off where it loses.
 
-    In the first solve and in one of every ``retest`` the system is solved both ways, for the same
-    work: ``k`` iterations without, and with the preconditioner as many as
+    In a test the system is solved both ways, and compared at the same work: ``k`` products without,
+    and with the preconditioner as many iterations as that work affords,
 
     .. math:: k' = \left\lfloor \frac{k - w_b / e}{1 + w_a} \right\rfloor
 
@@ -27,7 +29,14 @@ class Gated:
     product with ``M``, in units of a product with ``A``: counted or declared, never timed, so that
     the answer is reproducible. The preconditioner is used until the next test if the quadratic
     model falls further with it, or as far for less work where both solve the system. The better of
-    the two solutions is returned. A test costs one more solve.
+    the two solutions is returned.
+
+    The first solve is a test, then one of every ``retest``, and any in which the preconditioner
+    breaks down. It is put off while there is nothing to compare: an ``M`` that knows nothing yet
+    and is the identity, or a system without an iteration. A preconditioner that is switched off
+    forgets its state, and starts anew in the next test; it watches the solve before that.
+
+    Cost of a test: the build, and up to two solves more than one.
 
     Args:
         preconditioner: what is on trial.
@@ -61,7 +70,8 @@ class Gated:
         self.preconditioner, self.retest = preconditioner, retest
         self.enabled: bool | None = None
         self.gain = 1.0
-        self._solves = 0
+        self._left = 0  # solves until the next test
+        self._build = 0.0  # work of the last build that was not a reuse
 
     def __str__(self) -> str:
         """Return the name of the preconditioner and what the last test found."""
@@ -95,45 +105,51 @@ class Gated:
             The solution; its ``products`` count those of the build and of a test too.
 
         """
-        testing = self._solves % self.retest == 0
-        self._solves += 1
+        rule, testing = self.preconditioner, self._left == 0
+        self._left = max(self._left - 1, 0)
         plain = _System(A, b, damping, scale, None)
         if not testing and not self.enabled:
-            return plain.solve(rtol, max_iter)
-        rule = self.preconditioner
+            due = self._left == 0  # a test comes next
+            return self._watched(plain, rtol, max_iter) if due else plain.solve(rtol, max_iter)
         M = rule.build(A, damping)
-        solve = _System(rule.watch(A), b, damping, scale, M).solve(rtol, max_iter)
+        self._build = rule.products + rule.overhead or self._build
+        within = plain if isinstance(M, Identity) else replace(plain, M=M)
+        solve = self._watched(within, rtol, max_iter)
+        known = within is not plain or rule.products + rule.overhead > 0
+        if known and (testing or solve.status in _BROKEN):
+            return self._test(plain, within, solve, rtol, max_iter)
+        return replace(solve, products=solve.products + rule.products)
+
+    def _watched(self, system: _System, rtol: float, max_iter: int) -> LinearSolution:
+        """Solve under the eyes of the preconditioner."""
+        rule = self.preconditioner
+        solve = replace(system, A=rule.watch(system.A)).solve(rtol, max_iter)
         rule.observe(solve)
-        if not testing:
-            return replace(solve, products=solve.products + rule.products)
-        return self._test(A, plain, replace(plain, M=M), solve, rtol, max_iter)
+        return solve
 
     def _test(
-        self,
-        A: LinearOperator,
-        without: _System,
-        within: _System,
-        solve: LinearSolution,
-        rtol: float,
-        max_iter: int,
+        self, without: _System, within: _System, solve: LinearSolution, rtol: float, max_iter: int
     ) -> LinearSolution:
         """Decide, and return the better solution with the products of all."""
         rule = self.preconditioner
-        build = (rule.products + rule.overhead) / rule.every
-        each = 1 + rule.work(A)
+        build, each = self._build / rule.every, 1 + rule.work(without.A)
         plain = without.solve(rtol, max_iter)
         spent = rule.products + solve.products + plain.products
+        if not 0 < -plain.model_value < math.inf:  # nothing to compare with
+            return replace(plain, products=spent)
         afforded, same = math.floor((plain.products - build) / each), solve
         if 0 < afforded < solve.iterations:  # what fits in the work of the plain solve
             same = within.solve(rtol, afforded)
             spent += same.products
         if plain.status is Status.CONVERGED and same.status is Status.CONVERGED:
-            self.gain = plain.products / max(build + each * same.products, 1)
-        elif afforded < 1 or not same.model_value < 0:
+            self.gain = plain.products / (build + each * same.products)
+        elif afforded < 1:
             self.gain = 0.0
         else:
-            self.gain = same.model_value / plain.model_value if plain.model_value else math.inf
-        self.enabled = self.gain > 1
+            self.gain = max(same.model_value / plain.model_value, 0.0)
+        self.enabled, self._left = self.gain > 1, self.retest - 1
+        if not self.enabled:
+            rule.load_state_dict({})  # stale by the next test
         better = solve if solve.model_value < plain.model_value else plain
         return replace(better, products=spent)
 
@@ -153,7 +169,15 @@ class _System:
         A, M, d = self.A, self.M, self.scale
         if d is not None:
             A = congruent(A, d)
-            # where D is zero, so is b, and nothing is asked of M
-            M = None if M is None else congruent(M, torch.where(d > 0, 1 / d, 0.0))
+            M = None if M is None else _between(M, d)
         A = A + self.damping * Identity(A.shape[0], A.dtype, A.device)
         return cg(A, self.b, M=M, rtol=rtol, max_iter=max_iter)
+
+
+def _between(M: LinearOperator, d: Tensor) -> LinearOperator:
+    """Return ``M`` between two inverses of ``diag(d)``, the identity where ``d`` is zero.
+
+    There ``D A D`` is zero, and apart from all else.
+    """
+    inverse, apart = torch.where(d > 0, 1 / d, 0.0), (d == 0).to(d.dtype)
+    return congruent(M, inverse) + FunctionOperator(lambda v: apart * v, len(d), d.dtype, d.device)

@@ -8,6 +8,7 @@ from torch import Tensor
 from ..operators.base import FunctionOperator, Identity, LinearOperator
 from ..solvers.arguments import finite
 from ..solvers.solution import LinearSolution
+from ..vector import exponent, ldexp
 from .base import Preconditioner, check_damping, check_positive, product_work
 
 
@@ -18,11 +19,17 @@ class Recycled(Preconditioner):
 
     for the damped ``A``: on the span of ``P`` all eigenvalues of ``MA`` are :math:`\theta`, taken
     as the smallest Ritz value, and elsewhere nothing changes. It costs no product: the directions
-    and their products are those that the solve went through. It pays where the curvature changes
-    little from solve to solve and its large eigenvalues stand apart. The first solve has nothing
-    to recycle.
+    and their products are those that the solve went through. The first solve has nothing to
+    recycle, and directions along which the curvature is not positive are left out.
 
-    Cost of a product with ``M``: ``8 n rank`` operations. Memory: ``2 n rank``.
+    It pays where the curvature changes little from solve to solve. For the work of 10 products,
+    over 30 steps of small classifiers at a damping of 1e-3, the fraction of the best decrease rose
+    from 0.65 to 0.75 with embeddings and from 0.28 to 0.46 with inputs in different units, where
+    :class:`Jacobi` brings more; on minibatches and over updates of policies, which change the
+    curvature, it is as good without. Of ranks 5 and 10 the first was better more often.
+
+    Cost of a build: about ``20 n rank^2`` operations in float64; of a product with ``M``: ``8 n
+    rank``. Memory: ``2 n rank`` in float64, and as much again in ``M``.
 
     Args:
         rank: how many directions are kept, the first ones of a solve.
@@ -49,7 +56,7 @@ class Recycled(Preconditioner):
 
     """
 
-    def __init__(self, rank: int = 10) -> None:
+    def __init__(self, rank: int = 5) -> None:
         super().__init__()
         check_positive("rank", rank)
         self.rank = rank
@@ -59,11 +66,17 @@ class Recycled(Preconditioner):
     def build(self, A: LinearOperator, damping: float) -> LinearOperator:
         """Return ``M``; the identity before the first solve. Cost: no product."""
         check_damping(damping)
+        self.overhead = 0.0
         nothing = Identity(A.shape[0], A.dtype, A.device)
         P, AP = self.state.get("directions"), self.state.get("images")
         if P is None or AP is None or len(P) != A.shape[0]:
             return nothing
         AP = AP + damping * P
+        e = exponent(AP)
+        if e is None or not finite(AP):
+            return nothing
+        self.overhead = 20.0 * AP.numel() * self.rank / product_work(A)
+        AP = ldexp(AP, -e)  # so that the scale of A is of no matter
         inner = P.T @ AP
         G, X = torch.linalg.eigh((inner + inner.T) / 2)
         # P is orthonormal, so that these are Ritz values; what is rounding is left out
