@@ -496,3 +496,44 @@ def test_kfac_of_another_module_is_an_error_in_words():
     wrong = NaturalTrustRegion(other.parameters(), preconditioner=KFAC(model))
     with pytest.raises(ValueError, match="give KFAC the module whose parameters are trained"):
         wrong.step(closure)
+
+
+STATEFUL = {
+    "KFAC": lambda model: KFAC(model, every=3, decay=0.5),
+    "Jacobi": lambda _: Jacobi(),
+    "Nystrom": lambda _: Nystrom(5, every=4),
+    "Recycled": lambda _: Recycled(),
+}
+
+
+@pytest.mark.parametrize("name", STATEFUL)
+def test_a_saved_optimizer_goes_on_bit_for_bit(name, tmp_path):
+    """Saved after two of five steps, loaded into a new optimizer of a new model."""
+    model, closure = problem()
+    optimizer = NaturalTrustRegion(model.parameters(), preconditioner=STATEFUL[name](model))
+    for _ in range(2):
+        optimizer.step(closure)
+    torch.save((model.state_dict(), optimizer.state_dict()), tmp_path / "saved.pt")
+    weights, state = torch.load(tmp_path / "saved.pt", weights_only=True)
+    twin, on_twin = problem()
+    twin.load_state_dict(weights)
+    resumed = NaturalTrustRegion(twin.parameters(), preconditioner=STATEFUL[name](twin))
+    resumed.load_state_dict(state)
+    for _ in range(3):
+        optimizer.step(closure)
+        resumed.step(on_twin)
+        assert resumed.info == optimizer.info
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+def test_a_state_without_a_preconditioner_lets_it_start_anew():
+    model, closure = problem()
+    plain = NaturalTrustRegion(model.parameters())
+    plain.step(closure)
+    assert set(plain.state_dict()) == {"state", "param_groups"}
+    optimizer = NaturalTrustRegion(model.parameters(), preconditioner=Jacobi())
+    optimizer.load_state_dict(plain.state_dict())
+    assert "not tested yet" in str(optimizer.preconditioner)
+    optimizer.step(closure)
+    assert optimizer.info.accepted

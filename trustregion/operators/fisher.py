@@ -25,8 +25,8 @@ class FisherOperator(GaussNewtonOperator):
     symmetric positive semi-definite by construction, and equals the Hessian of
     KL(old || new) at the current parameters.
 
-    Each product runs ``J``, ``M`` and ``J'``, linearised once from the graph of the prediction: four
-    matrix products a dense layer, no forward pass. A KL double backward costs six.
+    Each product runs ``J``, ``M`` and ``J'``, linearised once from the graph of the prediction:
+    four matrix products a dense layer, no forward pass. A KL double backward costs six.
 
     Parameters that are frozen or that the prediction does not use have rows of exact zeros.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterable
 from dataclasses import replace
@@ -220,14 +221,30 @@ class NaturalTrustRegion(torch.optim.Optimizer):
     ) -> LinearSolution:
         """Solve (D F D + damping I) y = b, D = diag(rates), by conjugate gradients."""
         rtol, max_iter, damping = options.cg_rtol, options.cg_max_iter, options.damping
-        if isinstance(self.preconditioner, Preconditioner):
-            self.preconditioner = Gated(self.preconditioner)
-        M = self.preconditioner
+        M = self._gated()
         if isinstance(M, Gated):
             return M.solve(F, b, damping, rtol=rtol, max_iter=max_iter, scale=rates)
         A = F if rates is None else congruent(F, rates)
         A = A + damping * Identity(b.numel(), b.dtype, b.device)
         return cg(A, b, M=M, rtol=rtol, max_iter=max_iter)
+
+    def _gated(self) -> Gated | OperatorLike | None:
+        """Return the preconditioner, on trial if it is built anew for each step."""
+        if isinstance(self.preconditioner, Preconditioner):
+            self.preconditioner = Gated(self.preconditioner)
+        return self.preconditioner
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state as torch's optimizers do, and that of the preconditioner with it."""
+        state, gate = super().state_dict(), self._gated()
+        return {**state, "preconditioner": gate.state_dict()} if isinstance(gate, Gated) else state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore; without a state for it, the preconditioner starts anew."""
+        super().load_state_dict(state_dict)
+        gate = self._gated()
+        if isinstance(gate, Gated) and "preconditioner" in state_dict:
+            gate.load_state_dict(copy.deepcopy(state_dict["preconditioner"]))
 
     def _vector(self) -> ParameterVector:
         """Return the trainable parameters of all groups, with their names if they have any."""

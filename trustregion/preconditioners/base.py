@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..operators.base import LinearOperator
+from ..operators.gauss_newton import GaussNewtonOperator
 from ..solvers.arguments import check_count, is_number, shown
 from ..solvers.solution import LinearSolution
 
@@ -73,11 +74,13 @@ class Preconditioner(abc.ABC):
 def product_work(A: LinearOperator) -> float:
     r"""Return roughly how many operations a product with ``A`` takes.
 
-    :math:`8 N n` for an operator that knows its ``batch_size`` or ``total`` N: four matrix products
-    a layer, as of a Fisher matrix of dense layers; :math:`2 n^2`, as of a matrix, otherwise.
+    :math:`8 N n` for a Gauss-Newton operator whose outputs have ``N`` rows: four matrix products a
+    layer, as of dense layers; :math:`2 n^2`, as of a matrix, otherwise.
     """
-    n, samples = A.shape[0], getattr(A, "batch_size", None) or getattr(A, "total", None)
-    return max(1.0, 2.0 * n * n if samples is None else 8.0 * samples * n)
+    n = A.shape[0]
+    if not isinstance(A, GaussNewtonOperator):
+        return max(1.0, 2.0 * n * n)
+    return 8.0 * n * max(y.shape[0] if y.ndim else 1 for y in A.outputs)
 
 
 def check_damping(damping: object) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -79,6 +81,18 @@ class Gated:
         if self.enabled is None:
             return f"{name}: not tested yet"
         return f"{name} {'on' if self.enabled else 'off'}: gain {self.gain:.2g}"
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed optimizer needs to go on bit for bit: tensors and numbers."""
+        numbers = {name: getattr(self, name) for name in ("enabled", "gain", "_left", "_build")}
+        return {**numbers, "preconditioner": self.preconditioner.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a saved state."""
+        numbers = dict(state)
+        self.preconditioner.load_state_dict(numbers.pop("preconditioner"))
+        for name, value in numbers.items():
+            setattr(self, name, value)
 
     def solve(
         self,
