@@ -45,11 +45,12 @@ def linearise(
     if backend == "auto":
         with suppress(RuntimeError):  # autograd may still be able, or says why it is not
             tape = TapeLinearisation(outputs, vector)
-            if _is_right(tape):
+            # rounding is far below the root of the unit, a wrong rule far above
+            if _is_right(tape, math.sqrt(tape.eps)):
                 return tape
     graph = GraphLinearisation(outputs, vector)
     # far above the rounding of single precision, far below a derivative left out
-    if graph.eps < 1e-6 and disagreement(graph).size > 0.1:
+    if graph.eps < 1e-6 and not _is_right(graph, 0.1):
         raise RuntimeError(
             "the model cannot be differentiated twice: the derivative of its gradient is not that"
             " of its outputs. A torch.autograd.Function in it needs a backward made of"
@@ -58,21 +59,21 @@ def linearise(
     return graph
 
 
-_AGREED: set[int] = set()  # structures of graphs on which the tape was compared with autograd
+_AGREED: set[int] = set()  # structures of graphs whose products were those of autograd
 
 
-def _is_right(tape: TapeLinearisation) -> bool:
-    structure = tape.structure
+def _is_right(J: TapeLinearisation | GraphLinearisation, tolerance: float) -> bool:
+    """Whether the products are those of autograd; the tape only where there is no doubt."""
+    structure = J.structure
     if structure in _AGREED:
         return True
-    found = disagreement(tape)
-    # rounding is far below the root of the unit, a wrong rule far above
-    right = found.size <= math.sqrt(tape.eps)
+    found = disagreement(J)
+    right = found.size <= tolerance
     if right and found.complete:
         if len(_AGREED) > _MANY:
             _AGREED.clear()
         _AGREED.add(structure)
-    return right
+    return right or (math.isnan(found.size) and isinstance(J, GraphLinearisation))
 
 
 _MANY = 10_000

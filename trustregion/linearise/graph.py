@@ -33,6 +33,8 @@ class GraphLinearisation(Linearisation):
         self._y = [outputs[i] for i in self._active]
         # raises where Jv would come out as zero
         nodes = [node for node, _ in upstream([edge_of(y) for y in self._y])]
+        kinds = tuple(type(node).__name__ for node in nodes)
+        self.structure = hash((self.backend, kinds, tuple(y.shape for y in self._y)))
         places = (m for node in nodes for m in getattr(node, "_input_metadata", ()))
         self.eps = rounding_unit([vector.dtype, *(m.dtype for m in places)])
         self._w = [torch.zeros_like(y, requires_grad=True) for y in self._y]
