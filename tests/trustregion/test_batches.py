@@ -8,7 +8,15 @@ from hypothesis import strategies as st
 from torch import distributions as td
 from torch import nn
 from torch.nn import functional as nnf
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    SubsetRandomSampler,
+    TensorDataset,
+)
 
 from trustregion import (
     DenseOperator,
@@ -22,6 +30,7 @@ from trustregion import (
 from trustregion.distributions import Weighted
 from trustregion.operators.batches import BatchedOperator, _memory
 from trustregion.operators.ggn import GGNOperator
+from trustregion.operators.hessian import HessianOperator
 from trustregion.operators.sampled import EmpiricalFisherOperator, MonteCarloFisherOperator
 
 F64 = torch.float64
@@ -250,11 +259,103 @@ def test_parameters_may_change_between_products_when_nothing_is_kept():
     torch.testing.assert_close(A @ v, fisher(W)(X) @ v, rtol=1e-12, atol=1e-15)
 
 
+MAKERS = {
+    "fisher": fisher,
+    "a sum": lambda W: lambda x: FisherOperator(linear(W, x), [W]) + 0.1 * Identity(12, F64),
+    "functional": lambda W: (
+        lambda x: FisherOperator.from_function(
+            lambda p: linear(p["W"], x), {"W": W}, backend="functional"
+        )
+    ),
+    "graph of a function": lambda W: (
+        lambda x: FisherOperator.from_function(lambda p: linear(p["W"], x), {"W": W})
+    ),
+    "hessian": lambda W: lambda x: HessianOperator(linear(W, x).logits.square().mean(), [W]),
+    "hessian of a function": lambda W: (
+        lambda x: HessianOperator.from_function(
+            lambda p: linear(p["W"], x).logits.square().mean(), {"W": W}, backend="functional"
+        )
+    ),
+}
+
+
+@pytest.mark.parametrize("cache_bytes", [1 << 30, 9000])
+@pytest.mark.parametrize("name", list(MAKERS))
+def test_kept_operators_of_old_parameters_are_refused(name, cache_bytes):
+    W = weights()
+    A = BatchedOperator(MAKERS[name](W), X.split(5), size=len, cache_bytes=cache_bytes)
+    v = torch.randn(12, dtype=F64)
+    assert torch.equal(A @ v, A @ v)
+    assert A.cached
+    with torch.no_grad():
+        W.mul_(3)
+    with pytest.raises(RuntimeError, match=r"changed in place since . operators .* were kept"):
+        A @ v
+    new = BatchedOperator(MAKERS[name](W), X.split(5), size=len, cache_bytes=cache_bytes)
+    assert torch.equal(new @ v, new @ v)
+
+
+SHUFFLED = {
+    "shuffle": {"shuffle": True, "batch_size": 5},
+    "a part": {"sampler": SubsetRandomSampler(range(N)), "batch_size": 5},
+    "batches": {"batch_sampler": BatchSampler(RandomSampler(range(N)), 5, False)},
+    "batches of batches": {
+        "batch_sampler": BatchSampler(BatchSampler(RandomSampler(range(N)), 5, False), 1, False)
+    },
+    "no batches": {"sampler": RandomSampler(range(N)), "batch_size": None},
+    "an unknown one": {"batch_sampler": iter([[0]])},
+}
+
+
+@pytest.mark.parametrize("name", list(SHUFFLED))
+def test_a_loader_that_may_shuffle_is_refused(name):
+    loader = DataLoader(TensorDataset(X), **SHUFFLED[name])
+    for batches in (loader, lambda: loader):
+        with pytest.raises(ValueError, match=r"DataLoader with a .*which may shuffle"):
+            BatchedOperator(fisher(weights()), batches)
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        return iter(X)
+
+
+ORDERED = {
+    "default": {"batch_size": 5},
+    "positions": {"sampler": range(N), "batch_size": 5},
+    "lists of positions": {"batch_sampler": [[0, 1, 2], list(range(3, N))]},
+    "batches": {"batch_sampler": BatchSampler(SequentialSampler(range(N)), 5, False)},
+}
+
+
+@pytest.mark.parametrize("name", [*ORDERED, "stream"])
+def test_a_loader_with_a_fixed_order_is_taken(name):
+    W = weights()
+    if name == "stream":
+        loader = DataLoader(Stream(), batch_size=5)
+    else:
+        loader = DataLoader(X, **ORDERED[name])
+    A = BatchedOperator(fisher(W), loader)
+    torch.testing.assert_close(to_dense(A), to_dense(fisher(W)(X)), rtol=1e-12, atol=1e-15)
+
+
+class Once:
+    """Gives the same iterator again."""
+
+    def __init__(self):
+        self.iterator = iter(X.split(5))
+
+    def __iter__(self):
+        return self.iterator
+
+
 def test_batches_that_serve_one_pass_are_refused():
     W = weights()
     for batches in (iter(X.split(5)), (x for x in X.split(5))):
         with pytest.raises(ValueError, match="iterator, which is exhausted after one pass"):
             BatchedOperator(fisher(W), batches)
+    with pytest.raises(ValueError, match="exhausted after one pass"):
+        BatchedOperator(fisher(W), Once())
     once = iter(X.split(5))
     with pytest.raises(ValueError, match="same iterator at each call"):
         BatchedOperator(fisher(W), lambda: once)
@@ -288,7 +389,8 @@ class Spent:
     ],
 )
 def test_other_batches_in_a_later_pass_are_noticed(later):
-    A = BatchedOperator(fisher(weights()), Spent(X.split(5), *later))
+    # two go to the question whether they are the same iterator
+    A = BatchedOperator(fisher(weights()), Spent(*[X.split(5)] * 3, *later))
     v = torch.ones(12, dtype=F64)
 
     def passes():

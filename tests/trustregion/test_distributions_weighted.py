@@ -119,6 +119,16 @@ def test_padding_adds_exactly_nothing(padding):
         assert t[1] == 0
 
 
+def test_finite_padding_is_no_part_of_a_product_and_its_outputs_may_overflow():
+    """Zero times a finite derivative: an output of 1e30 squares to infinity in the metric."""
+    x = torch.tensor([1.0, 2.0, 1e30])
+    w = torch.ones(1, requires_grad=True)
+    mask = torch.tensor([True, True, False])
+    padded = FisherOperator(Weighted(td.Normal(x * w, (x * w).abs()), mask), [w], backend="tape")
+    few = FisherOperator(td.Normal(x[:2] * w, (x[:2] * w).abs()), [w])
+    assert torch.equal(padded @ torch.ones(1), few @ torch.ones(1))
+
+
 def test_weights_are_constants_and_copied():
     weights = torch.ones(2, dtype=torch.float64, requires_grad=True)
     joint = joint_of(Weighted(td.Normal(torch.zeros(2), 1.0), weights))

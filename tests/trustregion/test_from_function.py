@@ -387,6 +387,123 @@ def test_vmap_of_the_ggn_equals_the_loop(loss):
     close(vmap(product)(stacked, V), torch.stack(loop), 1e-12)
 
 
+Y = noise(N, 2, seed=9)
+REGRESSION = {
+    "mse": nnf.mse_loss,
+    "mse in a function": lambda y, t: nnf.mse_loss(y, t),
+    "mse, summed": lambda y, t: nnf.mse_loss(y, t, reduction="sum"),
+    "huber": nnf.huber_loss,
+    "smooth": nnf.smooth_l1_loss,
+    "soft margin": lambda y, t: nnf.soft_margin_loss(y, t.sign()),
+    "Gaussian": lambda y, t: nnf.gaussian_nll_loss(y, t, t.square() + 1),
+}
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # torch's loop, for one of them
+@pytest.mark.parametrize("name", list(REGRESSION))
+def test_losses_without_a_forward_derivative_by_torch_func(name):
+    loss, params = REGRESSION[name], small()
+    exact = oracles.gauss_newton(as_list(model), lambda y: loss(y, Y), list(params.values()))
+
+    def ggn(p):
+        return GGNOperator.from_function(model, p, X, loss=loss, targets=Y, backend="functional")
+
+    close(to_dense(ggn(params)), exact)
+    assert ggn(params).output_hessian == (
+        "closed form" if name == "mse" else "forward over reverse"
+    )
+
+    def value(p):
+        return loss(model(p, X), Y)
+
+    H = HessianOperator.from_function(value, params, backend="functional")
+    close(to_dense(H), oracles.loss_hessian(as_list(value), list(params.values())))
+    stacked = {k: torch.stack([p, 2 * p]) for k, p in params.items()}
+    V = torch.randn(2, 20, dtype=F64)
+    for product in (
+        lambda p, v: ggn(p).mv(v),
+        lambda p, v: HessianOperator.from_function(value, p).mv(v),
+    ):
+        loop = [product({k: p[i] for k, p in stacked.items()}, V[i]) for i in range(2)]
+        close(vmap(product)(stacked, V), torch.stack(loop), 1e-12)
+
+
+def test_mse_loss_under_two_nested_vmaps_equals_the_loop():
+    stacked = {k: torch.stack([p, 2 * p]) for k, p in small().items()}
+    inputs, v = torch.stack([X, -X, 3 * X]), torch.randn(20, dtype=F64)
+
+    def product(p, x):
+        return GGNOperator.from_function(model, p, x, loss=nnf.mse_loss, targets=Y).mv(v)
+
+    found = vmap(vmap(product, in_dims=(None, 0)), in_dims=(0, None))(stacked, inputs)
+    for i in range(2):
+        for j in range(3):
+            close(found[i, j], product({k: p[i] for k, p in stacked.items()}, inputs[j]), 1e-12)
+
+
+@pytest.mark.filterwarnings("ignore:Using a target size")
+def test_mse_loss_of_targets_that_repeat_is_no_closed_form():
+    params = {"w": noise(3, seed=2)}
+
+    def fn(p, x):
+        return x @ p["w"]
+
+    targets = Y[:, :1]  # (N, 1) against (N,): N^2 terms
+    G = GGNOperator.from_function(
+        fn, params, X, loss=nnf.mse_loss, targets=targets, backend="functional"
+    )
+    exact = oracles.gauss_newton(
+        lambda p: X @ p[0], lambda y: nnf.mse_loss(y, targets), list(params.values())
+    )
+    close(to_dense(G), exact)
+    assert G.output_hessian == "forward over reverse"
+
+
+@pytest.mark.parametrize("backend", ["graph", "functional"])
+def test_a_loss_that_is_no_scalar_is_named(backend):
+    def rows(y, labels=LABELS):
+        return nnf.cross_entropy(y, labels, reduction="none")
+
+    with pytest.raises(ValueError, match=r"scalar tensor of shape \(\), got shape \(6,\): reduce"):
+        GGNOperator.from_function(model, small(), X, loss=rows, targets=LABELS, backend=backend)
+    with pytest.raises(ValueError, match=r"scalar tensor of shape \(\), got shape \(6,\): reduce"):
+        HessianOperator.from_function(lambda p: rows(model(p, X)), small(), backend=backend)
+    with pytest.raises(TypeError, match="scalar tensor, got float"):
+        HessianOperator.from_function(lambda _: 1.0, small(), backend=backend)
+
+
+@pytest.mark.parametrize("kind", ["Fisher", "GGN", "Hessian"])
+def test_products_after_the_parameters_moved_are_refused(kind):
+    params = small()
+    make = {
+        "Fisher": lambda **b: FisherOperator.from_function(
+            lambda p: td.Normal(model(p, X), 1.0), params, **b
+        ),
+        "GGN": lambda **b: GGNOperator.from_function(
+            model, params, X, loss=ce, targets=LABELS, **b
+        ),
+        "Hessian": lambda **b: HessianOperator.from_function(mean_loss, params, **b),
+    }[kind]
+    A, v = make(backend="functional"), torch.randn(20, dtype=F64)
+    A @ v
+    params["v"].mul_(2)
+    with pytest.raises(RuntimeError, match="parameters have moved"):
+        A @ v
+    close(make(backend="functional") @ v, make(backend="graph") @ v)
+
+
+def test_half_a_product_after_the_parameters_moved_is_refused():
+    params = small()
+    F = FisherOperator.from_function(
+        lambda p: td.Normal(model(p, X), 1.0), params, backend="functional"
+    )
+    u = F.jvp(torch.randn(20, dtype=F64))
+    params["w"].mul_(2)
+    for half in (lambda: F.jvp(torch.ones(20, dtype=F64)), lambda: F.vjp(u)):
+        with pytest.raises(RuntimeError, match="parameters have moved"):
+            half()
+
+
 def mean_loss(p, x=X, labels=LABELS):
     return nnf.cross_entropy(model(p, x), labels) + p["w"].square().sum()
 

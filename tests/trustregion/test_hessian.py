@@ -216,3 +216,15 @@ def test_a_peer_agrees():
     theirs = curvlinops.HessianLinearOperator(module, nn.CrossEntropyLoss(), params, [(X, LABELS)])
     H = HessianOperator(nnf.cross_entropy(module(X), LABELS), module.parameters())
     check(H, theirs @ torch.eye(44, dtype=F64))
+
+
+@pytest.mark.parametrize("backend", ["graph", "functional"])
+def test_over_an_empty_batch_it_is_zero_also_where_the_loss_is_nan(backend):
+    params = {"w": torch.ones(3, dtype=torch.float64)}
+    H = HessianOperator.from_function(
+        lambda p: (torch.zeros(0, 3, dtype=torch.float64) @ p["w"]).square().mean(),
+        params,
+        backend=backend,
+    )
+    assert not to_dense(H).any()
+    assert not H.gradient.any()

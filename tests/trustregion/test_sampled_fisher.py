@@ -202,9 +202,45 @@ def test_wrong_weights_are_named():
     for wrong in (torch.ones(()), torch.ones(N + 1), torch.ones(N, 2)):
         with pytest.raises(ValueError, match="leading part of the batch shape"):
             MonteCarloFisherOperator(Weighted(linear(W), wrong), [W])
-    for value in (-1.0, math.nan, math.inf, 0.0):
-        with pytest.raises(ValueError, match="finite and not negative, with a positive sum"):
+    for value, words in [
+        (-1.0, "not be negative, got -1.0"),
+        (math.nan, "must be finite"),
+        (math.inf, "must be finite"),
+        (0.0, "sum of weights must be positive"),
+    ]:
+        with pytest.raises(ValueError, match=words):
             MonteCarloFisherOperator(Weighted(linear(W), torch.full((N,), value)), [W])
+    for wrong, given in (([1.0] * N, "list"), (torch.ones(N, dtype=torch.complex64), "complex64")):
+        with pytest.raises(ValueError, match=f"real or bool tensor, got .*{given}"):
+            MonteCarloFisherOperator(Weighted(linear(W), wrong), [W])
+
+
+def test_an_outcome_from_the_cache_of_a_transform_keeps_its_derivative():
+    def build(cache_size):
+        loc, scale = (torch.full((1,), x, dtype=F64, requires_grad=True) for x in (0.0, 1.0))
+        shift = td.AffineTransform(loc.expand(9), scale.expand(9), cache_size=cache_size)
+        d = td.TransformedDistribution(td.Normal(torch.zeros(9, dtype=F64), 1.0), [shift])
+        return to_dense(MonteCarloFisherOperator(d, [loc, scale], samples=2))
+
+    assert torch.equal(build(1), build(0))
+    assert build(1)[0, 0] > 0.9  # 1 / scale^2 at each outcome
+
+
+def test_parameters_without_an_outcome_are_named_also_at_weight_zero():
+    W = weights()
+    logits = torch.cat([X @ W, torch.full((1, 4), math.nan, dtype=F64)])
+    d = td.Categorical(logits=logits, validate_args=False)
+    with pytest.raises(ValueError, match=r"drawn from a Categorical.*weight 0.*finite inputs"):
+        MonteCarloFisherOperator(Weighted(d, torch.arange(N + 1) < N), [W])
+
+
+def test_weights_of_each_sample_are_kept():
+    W, w = weights(), torch.rand(N)
+    assert torch.equal(
+        MonteCarloFisherOperator(linear(W), [W]).sample_weights, torch.ones(N).double()
+    )
+    F = MonteCarloFisherOperator(Weighted(linear(W), w), [W])
+    assert torch.equal(F.sample_weights, w.double())
 
 
 def test_rank_is_at_most_the_number_of_scores():
@@ -253,19 +289,23 @@ def scores(case):
 
 def test_wrong_arguments_are_named():
     W = weights()
-    with pytest.raises(TypeError, match=r"list or tuple of independent ones, got Tensor at \[1\]"):
+    with pytest.raises(
+        TypeError, match=r"list or tuple of independent ones, got a tensor at \[1\]"
+    ):
         MonteCarloFisherOperator([linear(W), X @ W], [W])
     with pytest.raises(TypeError, match=r"got float at \['a'\]"):
         MonteCarloFisherOperator({"a": 1.0}, [W])
     with pytest.raises(ValueError, match="prediction is empty"):
         MonteCarloFisherOperator([], [W])
-    with pytest.raises(ValueError, match=r"share one batch, got \[7, 2\]"):
+    with pytest.raises(ValueError, match=r"share one batch, got {'\[0\]Categorical': 7, "):
         MonteCarloFisherOperator([linear(W), td.Categorical(logits=X[:2] @ W)], [W])
     with pytest.raises(ValueError, match="empty batch"):
         MonteCarloFisherOperator(td.Normal(X[:0] @ W, 1.0), [W])
     for samples in (0, 1.5, True):
         with pytest.raises(ValueError, match="samples must be a positive integer"):
             MonteCarloFisherOperator(linear(W), [W], samples=samples)
+    with pytest.raises(TypeError, match="Weighted goes around a whole prediction"):
+        MonteCarloFisherOperator([Weighted(linear(W), torch.ones(N))], [W])
     with pytest.raises(ValueError, match="carry no graph"):
         MonteCarloFisherOperator(linear(W.detach()), [W])
     with pytest.raises(ValueError, match="all of them are frozen"):

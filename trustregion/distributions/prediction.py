@@ -23,9 +23,12 @@ class Weighted:
     r"""A prediction over a batch with a weight for each sample.
 
     The KL and the Fisher matrix become the weighted means :math:`\sum_i w_i \mathrm{KL}_i / \sum_i
-    w_i` and :math:`\sum_i w_i J_i' M_i J_i / \sum_i w_i`. A sample of weight 0 adds exactly
-    nothing, whatever its parameters are, so a mask over padded sequences is a weight. The loss is
-    the caller's own: it should use the same weights.
+    w_i` and :math:`\sum_i w_i J_i' M_i J_i / \sum_i w_i`, so a mask over padded sequences is a
+    weight. The loss is the caller's own: it should use the same weights.
+
+    A sample of weight 0 adds exactly nothing to the KL, and ``M`` maps to exact zeros there,
+    whatever the parameters are. Derivatives still pass through the network for it, where zero times
+    NaN is NaN, in a gradient as in a product: give padding finite inputs, such as zeros.
 
     Accepted wherever a prediction is, around all of it and not inside a dict, list or tuple.
 
@@ -49,15 +52,21 @@ class Weighted:
     weights: Tensor
 
 
-def _leaves(prediction: Factors, path: str = "") -> Iterator[tuple[str, Distribution]]:
+def leaves_of(prediction: Factors, path: str = "") -> Iterator[tuple[str, Distribution]]:
+    """Yield the distributions of a prediction, of any family, each with where it stands.
+
+    Raises:
+        TypeError: something that is not a distribution.
+
+    """
     if isinstance(prediction, Distribution):
         yield path, prediction
     elif isinstance(prediction, Mapping):
         for key in prediction:
-            yield from _leaves(prediction[key], f"{path}[{key!r}]")
+            yield from leaves_of(prediction[key], f"{path}[{key!r}]")
     elif isinstance(prediction, (list, tuple)):
         for i, part in enumerate(prediction):
-            yield from _leaves(part, f"{path}[{i}]")
+            yield from leaves_of(part, f"{path}[{i}]")
     else:
         at = f" at {path}" if path else ""
         if isinstance(prediction, Weighted):
@@ -73,26 +82,42 @@ def _leaves(prediction: Factors, path: str = "") -> Iterator[tuple[str, Distribu
         )
 
 
-def _checked(
-    weights: Tensor, batches: Mapping[str, torch.Size], parameters: Sequence[Tensors]
+def batch_size_of(batches: Mapping[str, torch.Size]) -> int:
+    """Return the size of the first dimension, from the batch shape of each factor by its label.
+
+    Raises:
+        ValueError: no factors, factors with different sizes, or an empty batch.
+
+    """
+    if not batches:
+        raise ValueError("the prediction is empty: it holds no distribution")
+    sizes = {label: batch[0] if batch else 1 for label, batch in batches.items()}
+    if len(set(sizes.values())) > 1:
+        raise ValueError(f"the factors of a joint prediction must share one batch, got {sizes}")
+    if any(batch.numel() == 0 for batch in batches.values()):
+        raise ValueError("the prediction is over an empty batch: it holds no sample")
+    return next(iter(sizes.values()))
+
+
+def checked_weights(
+    weights: Tensor, batches: Mapping[str, torch.Size], device: torch.device
 ) -> Tensor:
-    """Return the weights in float64, a copy without graph."""
+    """Return the weights in float64 on ``device``, a copy without graph.
+
+    Raises:
+        ValueError: they are no weights of these batches.
+
+    """
     if not isinstance(weights, Tensor) or weights.is_complex():
         given = weights.dtype if isinstance(weights, Tensor) else type(weights).__name__
         raise ValueError(f"weights must be a real or bool tensor, got {given}")
-    for (label, batch), tensors in zip(batches.items(), parameters, strict=True):
+    for label, batch in batches.items():
         if weights.ndim == 0 or batch[: weights.ndim] != weights.shape:
             raise ValueError(
                 "the shape of weights must be a leading part of the batch shape of every factor,"
                 f" got weights of shape {tuple(weights.shape)} for {label} with batch shape"
                 f" {tuple(batch)}: one weight for each sample"
             )
-        if any(t.shape[: weights.ndim] != weights.shape for t in tensors):
-            raise ValueError(
-                "weights need parameter tensors with the batch shape in front, got the shapes"
-                f" {[tuple(t.shape) for t in tensors]} in {label}: expand what samples share"
-            )
-    device = parameters[0][0].device
     weights = weights.detach().to(device, torch.float64, copy=True)
     if not bool(weights.isfinite().all()):
         raise ValueError("weights must be finite, got NaN or infinity: use 0 to leave a sample out")
@@ -104,6 +129,19 @@ def _checked(
             f"the sum of weights must be positive and finite, got {total}: a mean needs at least"
             " one sample, so skip a batch that is all padding"
         )
+    return weights
+
+
+def _weights(
+    given: Tensor, batches: Mapping[str, torch.Size], parameters: Sequence[Tensors]
+) -> Tensor:
+    weights = checked_weights(given, batches, parameters[0][0].device)
+    for label, tensors in zip(batches, parameters, strict=True):
+        if any(t.shape[: weights.ndim] != weights.shape for t in tensors):
+            raise ValueError(
+                "weights need parameter tensors with the batch shape in front, got the shapes"
+                f" {[tuple(t.shape) for t in tensors]} in {label}: expand what samples share"
+            )
     return weights
 
 
@@ -121,13 +159,10 @@ def joint_of(prediction: Prediction) -> Joint:
 
     """
     weighted = isinstance(prediction, Weighted)
-    leaves = list(_leaves(prediction.prediction if weighted else prediction))
-    if not leaves:
-        raise ValueError("the prediction is empty: it holds no distribution")
     labels, families, constants = [], [], []
     parameters: list[Tensors] = []
     batches: dict[str, torch.Size] = {}
-    for path, leaf in leaves:
+    for path, leaf in leaves_of(prediction.prediction if weighted else prediction):
         factor = resolve(leaf)
         labels.append(f"{path}{factor.name}")
         batches[labels[-1]] = leaf.batch_shape
@@ -135,13 +170,10 @@ def joint_of(prediction: Prediction) -> Joint:
         constants.append(factor.constants)
         with torch.enable_grad():  # some parameters are computed on first access
             parameters.append(tuple(factor.family.parameters(factor.holder)))
-    sizes = {label: batch[0] if batch else 1 for label, batch in batches.items()}
-    if len(set(sizes.values())) > 1:
-        raise ValueError(f"the factors of a joint prediction must share one batch, got {sizes}")
-    batch_size = next(iter(sizes.values()))
-    if batch_size == 0 or any(t.numel() == 0 for tensors in parameters for t in tensors):
+    batch_size = batch_size_of(batches)
+    if any(t.numel() == 0 for tensors in parameters for t in tensors):
         raise ValueError("the prediction is over an empty batch: it holds no sample")
-    weights = _checked(prediction.weights, batches, parameters) if weighted else None
+    weights = _weights(prediction.weights, batches, parameters) if weighted else None
     return Joint(
         tuple(labels),
         tuple(families),

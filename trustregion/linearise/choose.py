@@ -113,7 +113,9 @@ def disagreement(J: Linearisation) -> Disagreement:
     errors = [norm((x - r).reshape(-1)) / (size + noise or 1.0) for x, r, size in pairs]
     seen = [size > noise for size in sizes]
     parts = zip(reference, sizes, seen, strict=True)
-    v = J.vector.ravel([r / size**2 if here else torch.zeros_like(r) for r, size, here in parts])
+    v = J.vector.ravel(
+        [r / size / size if here else torch.zeros_like(r) for r, size, here in parts]
+    )
     terms = [(x.reshape(-1), t.reshape(-1)) for x, t in zip(u, J.jvp(v), strict=True)]
     count, rounding = sum(seen), J.eps * sum(norm(x) * norm(t) for x, t in terms)
     gap = abs(sum(dot(x, t) for x, t in terms) - count)

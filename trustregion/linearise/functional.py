@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..autodiff import NOT_TWICE
 from ..vector import ParameterVector, dot, norm
-from .base import Linearisation, rounding_unit
+from .base import Linearisation, Unmoved, rounding_unit
 from .choose import BACKENDS
 
 Tensors: TypeAlias = tuple[Tensor, ...]
@@ -36,7 +36,8 @@ class FunctionalLinearisation(Linearisation):
         vector: the parameters.
 
     Raises:
-        RuntimeError: a part of the model has no forward-mode derivative.
+        RuntimeError: a part of the model has no forward-mode derivative; or, from a product, the
+            parameters were changed in place since.
 
     """
 
@@ -44,6 +45,7 @@ class FunctionalLinearisation(Linearisation):
 
     def __init__(self, outputs_of: Callable[..., Tensors], vector: ParameterVector) -> None:
         self._point = tuple(p.detach() for p in vector.params)
+        self._unmoved = Unmoved(p for p in self._point if not p.is_inference())
         self._outputs_of = outputs_of
         with torch.enable_grad():
             pair = torch.func.vjp(outputs_of, *self._point)
@@ -53,10 +55,12 @@ class FunctionalLinearisation(Linearisation):
 
     def jvp(self, v: Tensor) -> Tensors:
         """Return ``Jv``. Cost: one run of the function in forward mode."""
+        self._unmoved.check()
         return forward(self._outputs_of, self._point, tuple(self.vector.unravel(v)))
 
     def vjp(self, u: Sequence[Tensor]) -> Tensor:
         """Return ``J'u``. Cost: one backward pass."""
+        self._unmoved.check()
         return self.vector.ravel(self._pullback(tuple(u)))
 
 
@@ -70,6 +74,61 @@ def forward(fn: Callable[..., Any], point: Tensors, tangents: Tensors) -> Any:
     _load_forward_mode()
     with _in_words():
         return torch.func.jvp(fn, point, tangents)[1]
+
+
+def hessian(
+    value: Callable[..., Tensor], point: Tensors
+) -> tuple[Callable[..., Tensors], Callable[[Tensors], Tensors]]:
+    """Return the gradient of ``value`` as a function, and ``d -> H d`` at ``point``.
+
+    In forward mode over the gradient, and in reverse mode where the gradient has no forward one, as
+    that of ``huber_loss`` and the one of ``mse_loss`` for a mean. Reverse mode is second since it
+    takes the derivative of a ``once_differentiable`` backward for zero. Cost of a product: one run
+    of ``value`` and one or two passes back.
+
+    Raises:
+        ValueError: ``value`` is not a scalar.
+        RuntimeError: it cannot be differentiated twice.
+
+    """
+
+    def scalar(*tensors: Tensor) -> Tensor:
+        result = value(*tensors)
+        check_scalar(result)
+        return result
+
+    gradient = torch.func.grad(scalar, tuple(range(len(point))))
+
+    def product(d: Tensors) -> Tensors:
+        try:
+            return forward(gradient, point, d)
+        except RuntimeError as error:
+            if not any(words in str(error) for words in _REVERSE_ONLY):
+                raise
+        with _in_words():
+            return torch.func.vjp(gradient, *point)[1](d)
+
+    return gradient, product
+
+
+_REVERSE_ONLY = ("use forward AD with", "ZeroTensors are immutable")
+
+
+def check_scalar(loss: Tensor) -> None:
+    """Raise where a loss is not a scalar tensor.
+
+    Raises:
+        TypeError: not a tensor.
+        ValueError: not a scalar.
+
+    """
+    if not isinstance(loss, Tensor):
+        raise TypeError(f"the loss must be a scalar tensor, got {type(loss).__name__}")
+    if loss.ndim:
+        raise ValueError(
+            f"the loss must be a scalar tensor of shape (), got shape {tuple(loss.shape)}: reduce"
+            " it with .mean() or .sum()"
+        )
 
 
 _WAYS_OUT = {

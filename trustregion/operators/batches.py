@@ -9,8 +9,9 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.utils.data import RandomSampler
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SequentialSampler
 
+from ..vector import ParameterVector
 from .base import LinearOperator, product
 
 Batches: TypeAlias = "Iterable[Any] | Callable[[], Iterable[Any]]"
@@ -26,7 +27,8 @@ class BatchedOperator(LinearOperator):
     it: memory of one batch, at the price of a forward pass and of the operator's construction for
     each batch and product. :meth:`mm` does so once for all columns. The operators of the first
     batches are kept while they fit in ``cache_bytes``; a kept operator belongs to the parameters at
-    which it was made, so that a new :class:`BatchedOperator` is needed once they change.
+    which it was made, so that a new :class:`BatchedOperator` is needed once they change. A product
+    raises where it sees that they did.
 
     The products are summed in float64. The first batch is made once at construction. For a part of
     the samples, let ``make`` index the batch with :func:`subsample`: one seed, one part.
@@ -35,6 +37,7 @@ class BatchedOperator(LinearOperator):
         make: batch -> the operator of the batch, as ``lambda b: FisherOperator(model(b), params)``.
         batches: what a ``for`` loop can go through again and again, in the same order: a list, a
             DataLoader that does not shuffle, or a function that returns a new iterator each time.
+            A DataLoader with a sampler of its own is refused unless that is a list of positions.
         size: batch -> its weight, the number of samples. Needed for what is not a
             :class:`FisherOperator` or one from scores; for these it is their ``total``, the number
             of samples or the sum of their weights.
@@ -50,6 +53,7 @@ class BatchedOperator(LinearOperator):
         ValueError: no batches, an iterator that serves one pass only, a loader that shuffles, a
             batch of size zero or unknown size, operators that do not fit each other, or another
             sequence of sizes than in the first pass.
+        RuntimeError: a parameter of a kept operator was changed in place.
 
     Example:
         >>> from torch.distributions import Normal
@@ -75,6 +79,7 @@ class BatchedOperator(LinearOperator):
             raise ValueError(f"cache_bytes must be at least 0, got {cache_bytes}")
         self._make, self._batches, self._size = make, batches, size
         self._kept: list[tuple[LinearOperator, float]] = []
+        self._versions: dict[int, tuple[Tensor, int]] = {}  # of the parameters of those
         self._room, self._seen, self._full = cache_bytes, set[tuple[str, int]](), cache_bytes == 0
         self.batch_size: float | None = None
         nothing = object()
@@ -117,6 +122,7 @@ class BatchedOperator(LinearOperator):
         return total.div_(self.batch_size).to(like.dtype)
 
     def _operators(self) -> Iterator[tuple[LinearOperator, float]]:
+        self._check_unmoved()
         yield from list(self._kept)
         if self.batch_size is not None and len(self._kept) == len(self._weights):
             return  # all of them: no need to load the data
@@ -168,12 +174,25 @@ class BatchedOperator(LinearOperator):
             return
         self._room, self._seen = self._room - size, seen
         self._kept.append((operator, weight))
+        vectors = (part for part in _reached(operator) if isinstance(part, ParameterVector))
+        for p in (p for vector in vectors for p in vector.params if not p.is_inference()):
+            self._versions.setdefault(id(p), (p, p._version))
+
+    def _check_unmoved(self) -> None:
+        if any(p._version != version for p, version in self._versions.values()):
+            raise RuntimeError(
+                f"parameters were changed in place since {self.cached} operators of batches were"
+                " kept, which belong to the old ones: make a new BatchedOperator at the new"
+                " parameters, or use cache_bytes=0"
+            )
 
 
 def _check_batches(batches: Batches) -> None:
     if callable(batches):
         one, other = batches(), batches()
-        if one is other and isinstance(one, Iterator):
+        if isinstance(one, DataLoader):
+            _check_order(one)
+        elif isinstance(one, Iterable) and iter(one) is iter(other):
             raise ValueError(
                 "batches returns the same iterator at each call, which is exhausted after one pass:"
                 " let it return a new one"
@@ -184,21 +203,45 @@ def _check_batches(batches: Batches) -> None:
             "batches must be iterable, or a function that returns an iterator, got"
             f" {type(batches).__name__}"
         )
-    if isinstance(batches, Iterator):
+    if isinstance(batches, DataLoader):
+        _check_order(batches)
+    elif iter(batches) is iter(batches):  # an iterator, or what gives the same one again
         raise ValueError(
             "batches is an iterator, which is exhausted after one pass, and every product needs a"
             " pass: pass a list, a DataLoader, or a function that returns a new iterator"
         )
-    if isinstance(getattr(batches, "sampler", None), RandomSampler):
+
+
+def _check_order(loader: DataLoader[Any]) -> None:
+    """Raise where a loader may go through its data in another order in each pass."""
+    if isinstance(loader.dataset, IterableDataset):
+        return  # has no order but its own
+    order: Any = loader.sampler if loader.batch_sampler is None else loader.batch_sampler
+    while isinstance(order, BatchSampler):
+        order = order.sampler
+    if not isinstance(order, (SequentialSampler, list, tuple, range)):
         raise ValueError(
-            "batches is a DataLoader that shuffles, so that two products would be of different"
-            " operators: use shuffle=False"
+            f"batches is a DataLoader with a {type(order).__name__}, which may shuffle, so that two"
+            " products would be of different operators: use shuffle=False, or sampler= with a list"
+            " of positions"
         )
 
 
 def _memory(root: Any, seen: set[tuple[str, int]]) -> int:
     """Return the bytes of tensors that ``root`` refers to and that are not in ``seen`` yet."""
-    todo, total, alive = [root], 0, []
+    total = 0
+    for part in _reached(root):
+        if isinstance(part, Tensor):
+            key, size = _storage(part)
+            if key not in seen:
+                seen.add(key)
+                total += size
+    return total
+
+
+def _reached(root: Any) -> Iterator[Any]:
+    """Yield ``root`` and what it refers to, each once."""
+    todo, alive = [root], []
     visited: set[int] = set()
     while todo:
         part = todo.pop()
@@ -206,15 +249,8 @@ def _memory(root: Any, seen: set[tuple[str, int]]) -> int:
             continue
         visited.add(id(part))
         alive.append(part)  # an id is free again once its object is gone
-        if isinstance(part, Tensor):
-            key, size = _storage(part)
-            if key not in seen:
-                seen.add(key)
-                total += size
-            todo.append(part.grad_fn)
-        else:
-            todo += _parts(part)
-    return total
+        yield part
+        todo += [part.grad_fn] if isinstance(part, Tensor) else _parts(part)
 
 
 def _storage(t: Tensor) -> tuple[tuple[str, int], int]:

@@ -8,14 +8,15 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor
+from torch.nn.functional import mse_loss
 
 from ..autodiff import differentiate, edge_of, upstream
 from ..linearise import Linearisation, linearise
 from ..linearise.functional import (
     FunctionalLinearisation,
     Run,
-    forward,
     from_function,
+    hessian,
     under_transform,
 )
 from ..subsample import select
@@ -55,7 +56,8 @@ class GGNOperator(GaussNewtonOperator):
     Raises:
         TypeError: something that is not a tensor.
         ValueError: the loss is not a scalar, does not depend on the outputs, depends on a parameter
-            past them, or is not convex in them; or the outputs do not depend on the parameters.
+            past them, or is not convex in them; or the outputs are empty or do not depend on the
+            parameters.
         RuntimeError: a part of the model cannot be differentiated twice, or its graph was freed.
 
     Example:
@@ -117,6 +119,8 @@ class GGNOperator(GaussNewtonOperator):
             params: the parameters by name; they need not require a gradient.
             *inputs: what else ``fn`` takes.
             loss: ``(outputs, targets)`` -> a scalar, or ``outputs`` -> a scalar without targets.
+                Under two nested ``vmap`` torch cannot batch ``huber_loss``, ``smooth_l1_loss`` and,
+                unless given as it is, ``mse_loss``: write such a loss out.
             targets: the second argument of ``loss``.
             backend: ``"graph"``, ``"functional"`` or ``"auto"``.
             subsample: a count or a fraction of the samples, see :func:`subsample`.
@@ -150,10 +154,13 @@ class GGNOperator(GaussNewtonOperator):
             single = isinstance(run(dict(zip(vector.names, vector.params, strict=True))), Tensor)
             linearisation = FunctionalLinearisation(outputs_of, vector)
             operator = cls.__new__(cls)
-            operator.output_hessian = "forward over reverse"
-            metric = _forward_over_reverse(
-                lambda *ys: loss(ys[0] if single else ys, *labels), linearisation.outputs
-            )
+            ys = linearisation.outputs
+            if loss is mse_loss and single and [y.shape for y in ys] == [t.shape for t in labels]:
+                # its own batching rule fails where two transforms are nested
+                operator.output_hessian, metric = "closed form", _scaled(2 / ys[0].numel())
+            else:
+                operator.output_hessian = "forward over reverse"
+                _, metric = hessian(lambda *ys: loss(ys[0] if single else ys, *labels), ys)
             operator._finish(linearisation, metric)
             return operator
 
@@ -275,13 +282,6 @@ def _double_backward(loss: Tensor, outputs: Tensors) -> Callable[[Tensors], Tens
         return tuple(out)
 
     return product
-
-
-def _forward_over_reverse(
-    loss: Callable[..., Tensor], outputs: Tensors
-) -> Callable[[Tensors], Tensors]:
-    gradient = torch.func.grad(loss, tuple(range(len(outputs))))
-    return lambda d: forward(gradient, outputs, d)
 
 
 @torch.no_grad()

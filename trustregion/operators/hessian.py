@@ -10,7 +10,8 @@ from torch import Tensor
 
 from ..autodiff import differentiate, edge_of, upstream
 from ..distributions import Prediction, joint_of
-from ..linearise.functional import Run, forward, from_function
+from ..linearise.base import Unmoved
+from ..linearise.functional import Run, check_scalar, from_function, hessian
 from ..subsample import select
 from ..vector import ParameterVector
 from .base import LinearOperator
@@ -66,7 +67,8 @@ class HessianOperator(_DoubleBackward):
     a shift. The graph of the gradient is built once and kept; each product is one backward pass
     through it.
 
-    Parameters that are frozen or that the loss does not use have rows of exact zeros.
+    Parameters that are frozen or that the loss does not use have rows of exact zeros. Over an empty
+    batch all of it is zero, also where the loss, a mean, is NaN.
 
     Args:
         loss: a scalar with its graph, which the operator keeps alive.
@@ -126,7 +128,8 @@ class HessianOperator(_DoubleBackward):
         Raises:
             TypeError: ``params`` is not a dict.
             ValueError: as for the class.
-            RuntimeError: no way of differentiating can.
+            RuntimeError: no way of differentiating can; or, from a product, the parameters were
+                changed in place since.
 
         Example:
             >>> params = {"x": torch.tensor([1.0, 2.0])}
@@ -145,11 +148,13 @@ class HessianOperator(_DoubleBackward):
 
             point = tuple(p.detach() for p in vector.params)
             everything = tuple(range(len(point)))
-            gradient = torch.func.grad(loss, everything)
+            gradient, times = hessian(loss, point)
             slope = vector.ravel(gradient(*point)).detach()
+            unmoved = Unmoved(p for p in point if not p.is_inference())
 
             def product(v: Tensor) -> Tensor:
-                return vector.ravel(forward(gradient, point, tuple(vector.unravel(v))))
+                unmoved.check()
+                return vector.ravel(times(tuple(vector.unravel(v))))
 
             operator = cls.__new__(cls)
             operator.backend = "functional"
@@ -203,13 +208,7 @@ def check_loss(loss: Tensor) -> None:
         ValueError: not a scalar, or without a graph.
 
     """
-    if not isinstance(loss, Tensor):
-        raise TypeError(f"the loss must be a scalar tensor, got {type(loss).__name__}")
-    if loss.ndim:
-        raise ValueError(
-            f"the loss must be a scalar tensor of shape (), got shape {tuple(loss.shape)}: reduce"
-            " it with .mean() or .sum()"
-        )
+    check_scalar(loss)
     if not loss.requires_grad:
         raise ValueError(
             "the loss carries no graph: compute it from the model's outputs with grad enabled,"

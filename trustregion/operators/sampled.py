@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
 from ..distributions import Prediction, Weighted
+from ..distributions.prediction import batch_size_of, checked_weights, leaves_of
 from ..linearise import linearise
 from ..vector import ParameterVector
 from .gauss_newton import GaussNewtonOperator, Tensors
@@ -84,7 +85,8 @@ class MonteCarloFisherOperator(GaussNewtonOperator):
         distribution: the prediction, with its graph; a torch distribution, or a dict, list or tuple
             of independent ones, whose log-probabilities are added. The first dimension of the batch
             shape is the batch; the others are summed. With :class:`Weighted` the outer products are
-            weighted; outcomes are drawn for samples of weight 0 too, and left out.
+            weighted; outcomes are drawn for samples of weight 0 too, and left out, so that their
+            parameters must be valid ones.
         params: the parameters, in the order of the flat vector. An already built
             :class:`ParameterVector` is taken as it is.
         samples: ``S``, the outcomes drawn for each sample. Cost and memory of the family grow with
@@ -94,12 +96,13 @@ class MonteCarloFisherOperator(GaussNewtonOperator):
 
     Attributes:
         batch_size: ``N``.
+        sample_weights: the weights in float64, ones over the batch where none are given.
 
     Raises:
         TypeError: something that is not a distribution.
-        ValueError: an empty prediction or batch, factors with different batch sizes, weights that
-            are none of this batch, no positive number of samples, or no dependence on the
-            parameters.
+        ValueError: parameters from which no outcome can be drawn, an empty prediction or batch,
+            factors with different batch sizes, weights that are none of this batch, no positive
+            number of samples, or no dependence on the parameters.
         RuntimeError: a part of the model cannot be differentiated twice, or its graph was freed.
 
     Example:
@@ -127,12 +130,16 @@ class MonteCarloFisherOperator(GaussNewtonOperator):
         vector = params if isinstance(params, ParameterVector) else ParameterVector(params)
         if isinstance(samples, bool) or not isinstance(samples, int) or samples < 1:
             raise ValueError(f"samples must be a positive integer, got {samples!r}")
-        given = distribution.weights if isinstance(distribution, Weighted) else None
-        factors = distribution.prediction if isinstance(distribution, Weighted) else distribution
-        parts = list(_factors(factors))
-        weights = _weights(given, parts, vector.device)
-        log_probs = _drawn(parts, weights, samples, seed)
-        self.batch_size = len(weights)
+        weighted = isinstance(distribution, Weighted)
+        leaves = list(leaves_of(distribution.prediction if weighted else distribution))
+        batches = {f"{path}{type(d).__name__}": d.batch_shape for path, d in leaves}
+        self.batch_size = batch_size_of(batches)
+        if weighted:
+            weights = checked_weights(distribution.weights, batches, vector.device)
+        else:
+            weights = torch.ones(self.batch_size, dtype=torch.float64, device=vector.device)
+        self.sample_weights = weights
+        log_probs = _drawn([d for _, d in leaves], weights, samples, seed)
         counted = (weights[weights > 0] / samples).to(log_probs.dtype)
         super().__init__(
             linearise((log_probs,), vector, backend),
@@ -145,60 +152,33 @@ def _identity(d: Tensors) -> Tensors:
     return d
 
 
-def _factors(prediction: Prediction, path: str = "") -> Iterator[Distribution]:
-    """Yield the distributions of a prediction, of any family."""
-    if isinstance(prediction, Distribution):
-        yield prediction
-    elif isinstance(prediction, Mapping):
-        for key, part in prediction.items():
-            yield from _factors(part, f"{path}[{key!r}]")
-    elif isinstance(prediction, (list, tuple)):
-        for i, part in enumerate(prediction):
-            yield from _factors(part, f"{path}[{i}]")
-    else:
-        raise TypeError(
-            "a prediction must be a torch distribution, or a dict, list or tuple of independent"
-            f" ones, got {type(prediction).__name__}{' at ' + path if path else ''}"
-        )
-
-
-def _weights(given: Tensor | None, factors: list[Distribution], device: torch.device) -> Tensor:
-    """Return the weights in float64, ones over the first dimension where none are given."""
-    if not factors:
-        raise ValueError("the prediction is empty: it holds no distribution")
-    shapes = [tuple(d.batch_shape) or (1,) for d in factors]
-    if len({shape[0] for shape in shapes}) > 1:
-        sizes = [shape[0] for shape in shapes]
-        raise ValueError(f"the factors of a joint prediction must share one batch, got {sizes}")
-    if not shapes[0][0]:
-        raise ValueError("the prediction is over an empty batch: it holds no sample")
-    if given is None:
-        return torch.ones(shapes[0][0], dtype=torch.float64, device=device)
-    if not given.ndim or any(shape[: given.ndim] != given.shape for shape in shapes):
-        raise ValueError(
-            "the shape of weights must be a leading part of the batch shape of every factor, got"
-            f" weights of shape {tuple(given.shape)} for the batch shapes {shapes}: one weight for"
-            " each sample"
-        )
-    weights = given.detach().to(device, torch.float64, copy=True)
-    if not (bool((weights >= 0).all()) and 0 < weights.sum().item() < float("inf")):
-        raise ValueError("weights must be finite and not negative, with a positive sum")
-    return weights
-
-
-def _drawn(factors: list[Distribution], weights: Tensor, samples: int, seed: int) -> Tensor:
+def _drawn(factors: Sequence[Distribution], weights: Tensor, samples: int, seed: int) -> Tensor:
     """Return the log-probabilities ``(S, K)`` of outcomes, for the samples that count."""
     device = weights.device
     with torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=_kind(device)):
         torch.manual_seed(seed)
         with torch.no_grad():
-            outcomes = [d.sample(torch.Size([samples])) for d in factors]
+            outcomes = [_outcome(d, samples) for d in factors]
     with torch.enable_grad():
         parts = [
             d.log_prob(y).reshape(samples, *weights.shape, -1).sum(-1)
             for d, y in zip(factors, outcomes, strict=True)
         ]
         return torch.stack(parts).sum(0)[:, weights > 0]
+
+
+def _outcome(d: Distribution, samples: int) -> Tensor:
+    try:
+        # A copy, which a transform with a cache does not know: it would take what the outcome was
+        # made of from there, and log_prob would lose a derivative.
+        return d.sample(torch.Size([samples])).clone()
+    except NotImplementedError:
+        raise
+    except RuntimeError as error:
+        raise ValueError(
+            f"no outcome can be drawn from a {type(d).__name__}: its parameters must be valid, also"
+            f" those of samples of weight 0, so give padding finite inputs (torch said: {error})"
+        ) from error
 
 
 def _kind(device: torch.device) -> str:

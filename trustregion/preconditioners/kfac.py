@@ -16,7 +16,7 @@ from ..solvers.arguments import check_count, finite, is_number, shown
 from ..vector import ParameterVector
 from .base import Preconditioner, check_damping, check_positive, product_work
 from .kfac_layers import Factors, Layer, dense_layers, measure, recorded_layers
-from .kfac_noise import Samples, cotangents, draw_count
+from .kfac_noise import Samples, cotangents, draw_count, sample_weights
 from .kronecker import KroneckerBlock, KroneckerInverse
 
 Block: TypeAlias = dict[str, Any]  # of tensors and numbers, so that it can be saved
@@ -44,7 +44,8 @@ class KFAC(Preconditioner):
     way back to their outputs, at one backward pass for each draw and no product with ``F``.
     Nothing is hooked, and nothing of the graph is kept after :meth:`build`. A layer that runs
     several times, or at several positions of a sample, sums over its rows as if they were samples
-    (KFAC-expand). ``Conv2d`` layers are dense layers on patches.
+    (KFAC-expand). ``Conv2d`` layers are dense layers on patches. Weights of samples enter both
+    factors, by the order of the rows: those of the first sample first.
 
     Parameters outside of such layers (``log_std``, norms, embeddings, grouped convolutions) get
     the diagonal of their own part of the operator, estimated as ``|v * (Fv)|`` for random signs
@@ -77,7 +78,8 @@ class KFAC(Preconditioner):
     Raises:
         TypeError: ``module`` is not a module; :meth:`build` is given another kind of operator.
         ValueError: the module has no such layer, or a number is out of range; :meth:`build` is
-            given an operator whose graph does not show one of the layers.
+            given an operator whose graph does not show one of the layers, or whose metric couples
+            samples.
 
     Example:
         >>> from torch.distributions import Normal
@@ -165,7 +167,8 @@ class KFAC(Preconditioner):
         generator = torch.Generator().manual_seed(self.seed + count)
         layers = recorded_layers(self.module, A)
         passes = draw_count(A, self.samples)
-        factors = measure(A, layers, cotangents(A, self.samples, generator))
+        draws = cotangents(A, self.samples, generator)
+        factors = measure(A, layers, draws, sample_weights(A))
         diagonal = _rest_diagonal(A, layers, passes, generator)
         old = min(self.decay, 1 - 1 / (count + 1))
         before, blocks = self.state.get("blocks", {}), {}

@@ -45,7 +45,7 @@ class Factors:
     """
 
     A: Tensor
-    """The mean of ``a a'`` over all rows, with a 1 behind ``a`` where there is a bias."""
+    """The weighted mean of ``a a'`` over all rows, with a 1 behind ``a`` where there is a bias."""
     G: Tensor
     """The sum of ``g g'`` over all rows, divided by the number of samples."""
     rows: int
@@ -88,13 +88,16 @@ def recorded_layers(module: nn.Module, A: GaussNewtonOperator) -> list[Layer]:
     if not known:
         raise ValueError(
             "none of the weights of the module's Linear and Conv2d layers is among the parameters"
-            " of the operator: give KFAC the module whose parameters are trained"
+            " of the operator: give KFAC the module whose parameters are trained. An operator that"
+            " from_function made has leaves of its own: make it from the outputs of the module and"
+            " module.parameters() instead"
         )
     if reached and not layers:
         raise ValueError(
             "the graph of the operator's outputs shows no product with the weight of a Linear or"
             " Conv2d layer of the module: KFAC reads the graph of a plain forward pass, without"
-            " torch.compile, of layers that are not grouped or transposed"
+            " torch.compile, of layers that are not grouped or transposed; make an operator that"
+            " from_function made with backend='functional' from the outputs of the module instead"
         )
     return list(layers.values())
 
@@ -158,16 +161,21 @@ def _is_plain(node: Node) -> bool:
 
 @torch.no_grad()
 def measure(
-    A: GaussNewtonOperator, layers: Sequence[Layer], cotangents: Iterable[Tensors]
+    A: GaussNewtonOperator,
+    layers: Sequence[Layer],
+    cotangents: Iterable[Tensors],
+    weights: Tensor | None = None,
 ) -> list[Factors]:
     """Return the factors of each layer, from one backward pass for each of the ``cotangents``.
 
     A row of ``g`` is the gradient at the output of the layer for one sample, one position and one
-    use, and a row of ``a`` the input there.
+    use, and a row of ``a`` the input there. ``weights`` are those of the samples, which rows of
+    ``a`` take; the ``cotangents`` hold them already, so that a row of ``g`` is only left out where
+    its weight is 0. Rows that show another order than that of the samples count equally.
     """
     if not layers:
         return []
-    nodes, grams = [], {}
+    nodes, grams, shares = [], {}, dict[Node, Tensor | None]()
     for layer in layers:
         out = A.vector.params[layer.weight].shape[0]
         nodes += layer.uses
@@ -178,15 +186,33 @@ def measure(
     for u in cotangents:
         for node, g in zip(nodes, differentiate(ys, edges, [u[k] for k in active]), strict=True):
             if g is not None:
-                grams[node] = grams[node] + _gram(_gradient_rows(g))
+                rows = _gradient_rows(g)
+                share = shares.setdefault(node, _shares(weights, len(rows)))
+                if share is not None:
+                    left_out = rows[share == 0]
+                    if bool((left_out.isfinite() & (left_out != 0)).any()):
+                        shares[node] = None
+                    else:
+                        rows = rows[share > 0]
+                grams[node] = grams[node] + _gram(rows)
     factors = []
     for layer in layers:
-        moments = torch.stack([_moments(node) for node in layer.uses]).sum(0)
+        parts = [_moments(node, shares.get(node)) for node in layer.uses]
+        moments = torch.stack([part for part, _ in parts]).sum(0)
         G = torch.stack([grams[node] for node in layer.uses]).sum(0) / A.total
-        rows = int(moments[-1, -1].item())
         size = len(moments) if layer.bias is not None else len(moments) - 1
-        factors.append(Factors(moments[:size, :size] / rows, G, rows))
+        mean = moments[:size, :size] / moments[-1, -1]
+        factors.append(Factors(mean, G, sum(count for _, count in parts)))
     return factors
+
+
+def _shares(weights: Tensor | None, rows: int) -> Tensor | None:
+    """Return the weight of each row, sample by sample; None where the number does not fit."""
+    while weights is not None:
+        if rows % weights.numel() == 0:
+            return weights.reshape(-1).repeat_interleave(rows // weights.numel())
+        weights = weights.sum(-1) if weights.ndim > 1 else None  # a layer behind a pool
+    return None
 
 
 def _gradient_rows(g: Tensor) -> Tensor:
@@ -194,15 +220,25 @@ def _gradient_rows(g: Tensor) -> Tensor:
     return g.transpose(0, 1).flatten(1).T if g.ndim == 4 else g
 
 
-def _moments(node: Node) -> Tensor:
-    """Return the sum of ``a a'`` over the rows ``a`` of the input, each with a 1 behind it."""
-    total = torch.zeros((), dtype=torch.float64)
+def _moments(node: Node, share: Tensor | None) -> tuple[Tensor, int]:
+    """Return the weighted sum of ``a a'`` over the rows of the input, and their number.
+
+    Each row ``a`` has a 1 behind it.
+    """
+    total, count = torch.zeros((), dtype=torch.float64), 0
     for a in _input_rows(node):
-        K = pad(_gram(a), (0, 1, 0, 1))
-        K[-1, :-1] = K[:-1, -1] = _real(a).sum(0).double().cpu()
-        K[-1, -1] = len(a)
+        rows = _real(a)
+        size = torch.ones(len(rows), 1, dtype=torch.float64, device=rows.device)
+        count += len(rows)
+        if share is not None:
+            part = share[count - len(rows) : count]
+            size = part[part > 0].sqrt().unsqueeze(1)
+            rows = rows[part > 0] * size.to(rows)
+        K = pad(_gram(rows), (0, 1, 0, 1))
+        K[-1, :-1] = K[:-1, -1] = (size.to(rows).T @ rows).squeeze(0).double().cpu()
+        K[-1, -1] = size.square().sum().cpu()
         total = total + K
-    return total
+    return total, count
 
 
 def _input_rows(node: Node) -> Iterator[Tensor]:

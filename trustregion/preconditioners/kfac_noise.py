@@ -9,8 +9,10 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
+from ..operators.fisher import FisherOperator
 from ..operators.gauss_newton import GaussNewtonOperator, Tensors
 from ..operators.root import _factor as factor_blocks
+from ..operators.sampled import MonteCarloFisherOperator
 from ..solvers.arguments import finite
 
 Samples: TypeAlias = 'int | Literal["exact"]'
@@ -23,6 +25,33 @@ Blocks: TypeAlias = Callable[[list[Tensor]], list[Tensor]]
 def draw_count(A: GaussNewtonOperator, samples: Samples) -> int:
     """Return how many tuples :func:`cotangents` yields."""
     return sum(_rows(y).shape[1] for y in A.outputs) if samples == "exact" else samples
+
+
+@torch.no_grad()
+def sample_weights(A: GaussNewtonOperator) -> Tensor | None:
+    """Return the weights of the samples, the largest one; None where they are equal.
+
+    For an operator that does not know them, 0 where the metric shows no curvature and 1 elsewhere.
+    """
+    if isinstance(A, FisherOperator):
+        weights = A._joint.weights
+    elif isinstance(A, MonteCarloFisherOperator):
+        weights = A.sample_weights
+    else:
+        weights = _curved(A)
+    if weights is None or bool((weights == weights.max()).all()):
+        return None
+    return weights / weights.max()
+
+
+def _curved(A: GaussNewtonOperator) -> Tensor | None:
+    """Return 1 for the samples on which the metric is not zero, and 0 for the others."""
+    if len({y.shape[:1] for y in A.outputs}) > 1 or not A.outputs[0].ndim:
+        return None
+    generator = torch.Generator().manual_seed(0)
+    Mr = A._metric(tuple(torch.randn(y.shape, generator=generator).to(y) for y in A.outputs))
+    curved = torch.stack([(_rows(x) != 0).any(1) for x in Mr]).any(0)
+    return curved.double() if bool(curved.any()) else None
 
 
 @torch.no_grad()
@@ -123,6 +152,23 @@ def _softmax(y: Tensor, r: Tensor, Mr: Tensor) -> Callable[[Tensor], Tensor] | N
     return apply
 
 
+def _check_apart(A: GaussNewtonOperator, outputs: Tensors, rest: list[int]) -> None:
+    """Raise where a change of every other sample's outputs has an effect on the rest."""
+    generator = torch.Generator().manual_seed(0)
+    e = [torch.zeros(y.shape, dtype=y.dtype, device=y.device) for y in outputs]
+    for k in rest:
+        e[k] = torch.randn(e[k].shape, generator=generator).to(e[k])
+        _rows(e[k])[1::2] = 0.0
+    Me = A._metric(tuple(e))
+    # zero times anything finite is an exact zero, so that no tolerance is needed
+    if any(bool((_rows(Me[k])[1::2] != 0).any()) for k in rest):
+        raise ValueError(
+            "KFAC needs a metric that acts sample by sample, over the first dimension of the"
+            " outputs, but a change of some samples' outputs has an effect on others, as in a"
+            " contrastive loss: use another preconditioner, such as Jacobi"
+        )
+
+
 def _blocks(A: GaussNewtonOperator, outputs: Tensors, rest: list[int]) -> Blocks:
     """Return the root over the outputs ``rest``, from the block of ``M`` for each sample."""
     shapes = [outputs[k].shape for k in rest]
@@ -132,6 +178,7 @@ def _blocks(A: GaussNewtonOperator, outputs: Tensors, rest: list[int]) -> Blocks
             "KFAC needs outputs that hold one slice a sample over their first dimension where the"
             f" metric couples them, got the shapes {[tuple(shape) for shape in shapes]}"
         )
+    _check_apart(A, outputs, rest)
     widths = [_rows(outputs[k]).shape[1] for k in rest]
     columns = []
     for e in _units(outputs, rest):
