@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -52,10 +52,15 @@ def explained() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        reason = _explain(str(error))
-        if reason is None:
-            raise
-        raise RuntimeError(f"{reason} (torch said: {error})") from error
+        raise_in_words(error)
+
+
+def raise_in_words(error: RuntimeError) -> NoReturn:
+    """Raise the error in words, or as it is where torch says enough."""
+    reason = _explain(str(error))
+    if reason is None:
+        raise error
+    raise RuntimeError(f"{reason} (torch said: {error})") from error
 
 
 def _explain(text: str) -> str | None:

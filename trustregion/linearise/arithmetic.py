@@ -108,6 +108,7 @@ class MatrixProduct(Rule):
         # a factor is saved where the other one carries a graph
         self.a = site.saved(left) if needs_b else None
         self.b = site.saved(right) if needs_a else None
+        self.b_t = None if self.b is None else self.b.mT
         self.alpha = site.number("alpha") if self.added else 1
         self.beta = site.number("beta") if self.added else 1
         self.row = self.added and self.beta == 1 and _is_row(site.inputs[0])
@@ -145,8 +146,8 @@ class MatrixProduct(Rule):
         u = cast(Tensor, cotangents[0])
         out = [self.added_cotangent(u)] if self.added else []
         u = u if self.alpha == 1 else self.alpha * u
-        out.append(None if self.b is None else self._into(u, self.b.mT, -2))
-        out.append(None if self.a is None else self._into(self.a.mT, u, -1))
+        out.append(None if self.b_t is None else self.times(u, self.b_t, out=self.cotangents[-2]))
+        out.append(None if self.a is None else self._cotangent_of_b(u, self.a))
         return out
 
     def writes(self, which: int) -> bool:
@@ -161,11 +162,12 @@ class MatrixProduct(Rule):
             return torch.sum(u, dim=0, out=self.cotangents[0])
         return reduce_to(self.site.inputs[0], u if self.beta == 1 else self.beta * u)
 
-    def _into(self, x: Tensor, y: Tensor, which: int) -> Tensor:
-        out = self.cotangents[which]
+    def _cotangent_of_b(self, u: Tensor, a: Tensor) -> Tensor:
+        out = self.cotangents[-1]
         if out is not None and not out.is_contiguous():  # the memory of a transposed weight
-            return self.times(y.mT, x.mT, out=out.mT).mT
-        return self.times(x, y, out=out)
+            self.times(u.mT, a, out=out.mT)
+            return out
+        return self.times(a.mT, u, out=out)
 
 
 def _is_row(place: Place | None) -> bool:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import get_gradient_edge
 
-from ..autodiff import explained, require_recorded
+from ..autodiff import explained, raise_in_words, require_recorded
 from ..vector import ParameterVector
 from .base import Linearisation, Unmoved, active, require_used, rounding_unit, trainable
 from .buffers import plan
@@ -129,8 +129,10 @@ class TapeLinearisation(Linearisation):
         self._unmoved.check()
         if v.shape != self._v.shape:
             raise ValueError(f"v must have the shape {tuple(self._v.shape)}, got {tuple(v.shape)}")
-        with explained():
+        try:  # cheaper than a context, at each product
             return self._forwards(v)
+        except RuntimeError as error:
+            raise_in_words(error)
 
     def _forwards(self, v: Tensor) -> tuple[Tensor, ...]:
         self._v.copy_(v)
@@ -149,8 +151,10 @@ class TapeLinearisation(Linearisation):
     def vjp(self, u: Sequence[Tensor]) -> Tensor:
         """Return ``J'u``. Cost: one backward sweep."""
         self._unmoved.check()
-        with explained():
+        try:
             return self._backwards(u)
+        except RuntimeError as error:
+            raise_in_words(error)
 
     def _backwards(self, u: Sequence[Tensor]) -> Tensor:
         cotangents: list[Tensor | None] = [None] * self._values
