@@ -15,6 +15,7 @@ import math
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -90,8 +91,16 @@ class Recording(TRPO):
         return super().update(rollout)
 
 
+R = TypeVar("R", bound=Recording)
+
+
 def batch_of(env: str) -> Batch:
     """Return the batch that the update after the first few starts from."""
+    return recorded(env, Recording).batch
+
+
+def recorded(env: str, kind: type[R]) -> R:
+    """Return the agent after its first few updates."""
     steps = STATES + STATES // 8  # of which some are resets
     seen = 0
 
@@ -102,10 +111,10 @@ def batch_of(env: str) -> Batch:
 
     # MuJoCo logs its warnings to the working directory
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
-        agent = Recording(env, seed=0, steps_per_update=steps)
+        agent = kind(env, seed=0, steps_per_update=steps)
         agent.learn(10 * UPDATES * steps, progress=False, callback=enough)
     assert len(agent.batch.observations) == STATES
-    return agent.batch
+    return agent
 
 
 def fisher_diagonal(batch: Batch) -> Tensor:

@@ -13,11 +13,9 @@ keeps from it, it may use.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import copy
 import importlib.util
 import math
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -32,12 +30,11 @@ from benchmarks.allocator import keep_freed_memory
 from benchmarks.quality import (
     DAMPINGS,
     ENVIRONMENTS,
-    STATES,
-    UPDATES,
     Batch,
     Recording,
     fisher_diagonal,
     quality,
+    recorded,
     row,
 )
 from rl.rollout import Rollout
@@ -83,18 +80,7 @@ class TwoRecordings(Recording):
 
 def batches_of(env: str) -> tuple[Batch, Batch]:
     """Return the batch that the update after the first few starts from, and the one before."""
-    steps = STATES + STATES // 8  # of which some are resets
-    seen = 0
-
-    def enough(*_: object) -> bool:
-        nonlocal seen
-        seen += 1
-        return seen <= UPDATES
-
-    # MuJoCo logs its warnings to the working directory
-    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
-        agent = TwoRecordings(env, seed=0, steps_per_update=steps)
-        agent.learn(10 * UPDATES * steps, progress=False, callback=enough)
+    agent = recorded(env, TwoRecordings)
     return agent.previous, agent.batch
 
 

@@ -7,6 +7,7 @@ from torch import nn
 from torch.nn import functional as nnf
 
 import oracles
+from laws import check_operator
 from trustregion import FisherOperator, Identity, ParameterVector, to_dense
 from trustregion.operators.ggn import GGNOperator
 
@@ -113,22 +114,8 @@ def test_ggn_equals_jacobian_hessian_jacobian(name):
     G = GGNOperator(loss(y), y, params)
     assert G.output_hessian == form
     dense = oracles.gauss_newton(model, loss, params)
-    check(G, dense)
+    check_operator(G, dense)
     assert torch.linalg.eigvalsh(to_dense(G))[0] >= -1e-12 * dense.abs().max()
-
-
-def check(A, dense, tolerance=1e-9):
-    """An operator equals a dense matrix, is symmetric and linear, and leaves its input alone."""
-    size = dense.abs().max().item()
-    torch.testing.assert_close(to_dense(A), dense, rtol=0, atol=tolerance * size)
-    u, v = torch.randn(2, A.shape[0], dtype=A.dtype)
-    kept, product = v.clone(), A @ v
-    assert torch.equal(v, kept)
-    assert not product.requires_grad
-    bound = tolerance * size * A.shape[0]
-    torch.testing.assert_close(u @ product, v @ (A @ u), rtol=0, atol=bound)
-    torch.testing.assert_close(A @ (u + 2 * v), A @ u + 2 * product, rtol=0, atol=bound)
-    assert torch.equal(A @ v, product)
 
 
 @each_loss
@@ -149,7 +136,7 @@ def test_cross_entropy_of_one_sample_is_a_closed_form():
     G = GGNOperator(nnf.cross_entropy(y, LABELS[0]), y, [y])
     assert G.output_hessian == CLOSED
     p = torch.softmax(y.detach(), 0)
-    check(G, torch.diag(p) - p.outer(p))
+    check_operator(G, torch.diag(p) - p.outer(p))
 
 
 def test_several_outputs():
@@ -164,7 +151,7 @@ def test_several_outputs():
 
     ys = two(params)
     G = GGNOperator(loss(ys), list(ys), params)
-    check(G, oracles.gauss_newton(two, loss, params))
+    check_operator(G, oracles.gauss_newton(two, loss, params))
 
 
 def test_an_output_that_the_loss_leaves_out_and_one_without_a_graph():
@@ -172,7 +159,7 @@ def test_an_output_that_the_loss_leaves_out_and_one_without_a_graph():
     y = model(params)
     ys = (y * 1.0, y * 2.0, TARGETS)
     G = GGNOperator(nnf.mse_loss(ys[0], ys[2]), ys, params)
-    check(G, oracles.gauss_newton(model, LOSSES["mse mean"][0], params))
+    check_operator(G, oracles.gauss_newton(model, LOSSES["mse mean"][0], params))
 
 
 def test_a_linear_loss_has_no_curvature():
@@ -186,14 +173,14 @@ def test_ggn_of_cross_entropy_is_the_fisher():
     y = model(params)
     G = GGNOperator(nnf.cross_entropy(y, LABELS), y, ParameterVector(params))
     F = FisherOperator(td.Categorical(logits=model(params)), params)
-    check(G, to_dense(F))
+    check_operator(G, to_dense(F))
 
 
 def test_ggn_of_a_linear_model_is_the_hessian():
     W = torch.randn(3, C, dtype=F64, requires_grad=True)
     y = X @ W
     G = GGNOperator(ce(y), y, [W])
-    check(G, oracles.loss_hessian(lambda p: ce(X @ p[0]), [W]))
+    check_operator(G, oracles.loss_hessian(lambda p: ce(X @ p[0]), [W]))
 
 
 @given(st.floats(-200, 200), st.sampled_from(["mse mean", "bce sum", "ce mean", "user's own"]))
@@ -244,7 +231,7 @@ def test_modules(name):
 
     y = module(x)
     G = GGNOperator(ce(y), y, module.parameters())
-    check(G, oracles.gauss_newton(predict, ce, params))
+    check_operator(G, oracles.gauss_newton(predict, ce, params))
 
 
 def test_tied_and_frozen_parameters():
@@ -258,7 +245,7 @@ def test_tied_and_frozen_parameters():
     y = tied([W])
     G = GGNOperator(nnf.cross_entropy(y, labels), y, [unused, W, frozen])
     dense = oracles.gauss_newton(tied, lambda y: nnf.cross_entropy(y, labels), [W])
-    check(G, torch.block_diag(torch.zeros(2, 2), dense, torch.zeros(3, 3)).to(F64))
+    check_operator(G, torch.block_diag(torch.zeros(2, 2), dense, torch.zeros(3, 3)).to(F64))
     assert G.used == (1,)
 
 
@@ -319,7 +306,7 @@ def test_a_penalty_past_the_outputs_is_named_with_the_way_out():
         GGNOperator(ce(y) + penalty, y, named)
     G = GGNOperator(ce(y), y, params) + 0.1 * Identity(44, F64)
     exact = oracles.gauss_newton(model, ce, params) + 0.1 * torch.eye(44, dtype=F64)
-    check(G, exact)
+    check_operator(G, exact)
 
 
 def test_another_output_of_the_same_node_is_not_taken_for_the_one_given():
@@ -338,7 +325,7 @@ def test_a_parameter_may_be_an_output_itself():
 
     y = model(params)
     G = GGNOperator(loss((y, extra)), (y, extra), [*params, extra])
-    check(G, oracles.gauss_newton(lambda p: (model(p), p[4]), loss, [*params, extra]))
+    check_operator(G, oracles.gauss_newton(lambda p: (model(p), p[4]), loss, [*params, extra]))
 
 
 def test_outputs_that_depend_on_each_other_are_refused_and_a_copy_mends_it():
@@ -352,7 +339,7 @@ def test_outputs_that_depend_on_each_other_are_refused_and_a_copy_mends_it():
         GGNOperator(loss((y, bias)), (y, bias), params)
     copy = bias.clone()
     G = GGNOperator(loss((y, copy)), (y, copy), params)
-    check(G, oracles.gauss_newton(lambda p: (model(p), p[3]), loss, params))
+    check_operator(G, oracles.gauss_newton(lambda p: (model(p), p[3]), loss, params))
 
 
 def test_wrong_arguments_are_named():
@@ -415,7 +402,7 @@ def test_a_product_runs_the_output_hessian_once_and_no_forward_pass():
     G @ torch.ones(44, dtype=F64)
     assert calls == []  # the derivative of ``backward`` is torch's own
     dense = oracles.gauss_newton(model, lambda y: (y * y).mean(), params)
-    check(G, dense)
+    check_operator(G, dense)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of what the peer calls in torch
@@ -435,4 +422,4 @@ def test_a_peer_agrees(loss, targets):
     theirs = curvlinops.GGNLinearOperator(module, loss, params, [(X, targets)])
     y = module(X)
     G = GGNOperator(loss(y, targets), y, module.parameters())
-    check(G, theirs @ torch.eye(44, dtype=F64))
+    check_operator(G, theirs @ torch.eye(44, dtype=F64))

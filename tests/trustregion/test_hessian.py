@@ -8,6 +8,7 @@ from torch.nn import functional as nnf
 
 import oracles
 from cases import cases
+from laws import check_operator
 from trustregion import FisherOperator, KLHessianOperator, ParameterVector, minres, to_dense
 from trustregion.operators.hessian import HessianOperator
 
@@ -35,24 +36,11 @@ LOSSES = {
 each_loss = pytest.mark.parametrize("name", list(LOSSES))
 
 
-def check(A, dense, tolerance=1e-9):
-    size = dense.abs().max().item()
-    torch.testing.assert_close(to_dense(A), dense, rtol=0, atol=tolerance * size)
-    u, v = torch.randn(2, A.shape[0], dtype=A.dtype)
-    kept, product = v.clone(), A @ v
-    assert torch.equal(v, kept)
-    assert not product.requires_grad
-    bound = tolerance * size * A.shape[0]
-    torch.testing.assert_close(u @ product, v @ (A @ u), rtol=0, atol=bound)
-    torch.testing.assert_close(A @ (u + 2 * v), A @ u + 2 * product, rtol=0, atol=bound)
-    assert torch.equal(A @ v, product)
-
-
 @each_loss
 def test_hessian_and_gradient_equal_torchs(name):
     loss, params = LOSSES[name], layers()
     H = HessianOperator(loss(params), params)
-    check(H, oracles.loss_hessian(loss, params))
+    check_operator(H, oracles.loss_hessian(loss, params))
     grads = torch.autograd.grad(loss(params), params, allow_unused=True)
     exact = ParameterVector(params).ravel(grads)
     torch.testing.assert_close(H.gradient, exact, rtol=1e-14, atol=0)
@@ -104,7 +92,7 @@ def test_unused_and_frozen_parameters_have_rows_of_exact_zeros():
     H = HessianOperator((w**4 * frozen).sum(), [unused, w, frozen])
     exact = torch.zeros(9, 9, dtype=F64)
     exact[3:6, 3:6] = torch.diag(12 * w.detach() ** 2 * frozen)
-    check(H, exact)
+    check_operator(H, exact)
     assert not to_dense(H)[:3].any()
     assert not to_dense(H)[6:].any()
     assert not H.gradient[:3].any()
@@ -123,7 +111,7 @@ def test_modules():
         return nnf.cross_entropy(y, LABELS)
 
     H = HessianOperator(loss(params), ParameterVector(module.parameters()))
-    check(H, oracles.loss_hessian(loss, params))
+    check_operator(H, oracles.loss_hessian(loss, params))
 
 
 def test_a_newton_step_solves_an_indefinite_quadratic():
@@ -198,7 +186,7 @@ def test_values_that_are_not_finite_do_not_raise():
 def test_kl_hessian_takes_a_parameter_vector_and_has_no_gradient(case):
     H = KLHessianOperator(case.predict(case.params), ParameterVector(case.params))
     dense = to_dense(FisherOperator(case.predict(case.params), case.params))
-    check(H, dense)
+    check_operator(H, dense)
     # a KL is stationary where the two distributions are equal
     assert H.gradient.abs().max() <= 1e-12 * dense.abs().max()
 
@@ -215,7 +203,7 @@ def test_a_peer_agrees():
     params = [p for _, p in module.named_parameters()]
     theirs = curvlinops.HessianLinearOperator(module, nn.CrossEntropyLoss(), params, [(X, LABELS)])
     H = HessianOperator(nnf.cross_entropy(module(X), LABELS), module.parameters())
-    check(H, theirs @ torch.eye(44, dtype=F64))
+    check_operator(H, theirs @ torch.eye(44, dtype=F64))
 
 
 @pytest.mark.parametrize("backend", ["graph", "functional"])

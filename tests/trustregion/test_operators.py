@@ -5,6 +5,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import oracles
 from cases import N, cases
+from laws import check_operator
 from trustregion import (
     DenseOperator,
     FisherOperator,
@@ -17,18 +18,6 @@ from trustregion.operators.map import DenseMap, FunctionMap, as_map, wide_mv, wi
 
 CASES = {case.name: case for case in cases()}
 each_case = pytest.mark.parametrize("case", CASES.values(), ids=list(CASES))
-
-
-def check_operator(A, dense, *, rtol=1e-9, atol=1e-12):
-    """An operator equals a dense matrix, is symmetric, linear, and takes no part of its input."""
-    torch.testing.assert_close(to_dense(A), dense, rtol=rtol, atol=atol)
-    u, v = torch.randn(2, A.shape[0], dtype=A.dtype)
-    kept = v.clone()
-    product = A @ v
-    assert torch.equal(v, kept)
-    torch.testing.assert_close(u @ product, v @ (A @ u), rtol=rtol, atol=atol)
-    torch.testing.assert_close(A @ (u + 2 * v), A @ u + 2 * product, rtol=rtol, atol=atol)
-    assert torch.equal(A @ v, product)  # and again: products do not wear the graph
 
 
 @each_case
