@@ -70,7 +70,7 @@ class FisherOperator(GaussNewtonOperator):
 
     def _finish(self, linearisation: Linearisation, joint: Joint) -> None:
         super().__init__(linearisation, joint.fisher(), joint.total)
-        self._joint, self.batch_size = joint, joint.total
+        self.joint, self.batch_size = joint, joint.total
 
     @classmethod
     def from_function(
@@ -163,4 +163,4 @@ class FisherOperator(GaussNewtonOperator):
             ((6, 6), True)
 
         """
-        return FisherRoot(self.jacobian, self._joint)
+        return FisherRoot(self.jacobian, self.joint)

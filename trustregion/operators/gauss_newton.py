@@ -29,6 +29,9 @@ class GaussNewtonOperator(LinearOperator):
             memory with ``d``; it must not write to it.
         total: ``N``, the number of samples or the sum of their weights.
 
+    Attributes:
+        apply_metric: ``d -> M d`` on tuples of tensors, as given.
+
     """
 
     def __init__(
@@ -36,7 +39,8 @@ class GaussNewtonOperator(LinearOperator):
     ) -> None:
         vector = linearisation.vector
         super().__init__(vector.numel, vector.dtype, vector.device)
-        self._linearisation, self._metric, self._total = linearisation, metric, total
+        self._linearisation, self._total = linearisation, total
+        self.apply_metric = metric
 
     @property
     def backend(self) -> str:
@@ -74,7 +78,7 @@ class GaussNewtonOperator(LinearOperator):
     @torch.no_grad()
     def mv(self, v: Tensor) -> Tensor:
         """Return the product of shape ``(n,)``. Cost: one product, no forward pass."""
-        return self.vjp(self._metric(self._linearisation.jvp(v))).div_(self._total)
+        return self.vjp(self.apply_metric(self._linearisation.jvp(v))).div_(self._total)
 
     @property
     def jacobian(self) -> LinearMap:
@@ -107,7 +111,7 @@ class GaussNewtonOperator(LinearOperator):
 
         With it, the product is ``jacobian.rmv(metric(jacobian.mv(v))) / N``.
         """
-        return self._flatten(self._metric(self._unflatten(u)))
+        return self._flatten(self.apply_metric(self._unflatten(u)))
 
     def _flatten(self, tensors: Sequence[Tensor]) -> Tensor:
         return torch.cat([t.reshape(-1) for t in tensors]).to(self.dtype)

@@ -44,7 +44,7 @@ class FisherRoot(LinearMap):
         super().__init__(*J.shape, J.dtype, J.device)
         self._J = J
         self._samples, self._widths = joint.batch_size, _widths(joint)
-        V, D, values = _factor(_blocks(joint, self._widths))
+        V, D, values = factor_blocks(_blocks(joint, self._widths))
         sizes = values.div_(joint.total).sqrt_()
         self._V, self._D, self._sizes = V.to(J.dtype), D.to(J.dtype), sizes.to(J.dtype)
 
@@ -156,7 +156,7 @@ def _blocks(joint: Joint, widths: list[int]) -> Tensor:
     return blocks
 
 
-def _factor(blocks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def factor_blocks(blocks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return ``V``, ``D`` and the eigenvalues with ``M = D V' diag(values) V D`` for each block."""
     finite = blocks.isfinite().all(2).all(1)
     diagonal = blocks.diagonal(dim1=1, dim2=2)

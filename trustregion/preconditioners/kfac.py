@@ -212,7 +212,7 @@ def _rest_diagonal(
         return total
     # a linearisation of its own goes no further down the graph than to these
     part = linearise(A.outputs, ParameterVector([vector.params[i] for i in rest]))
-    F = GaussNewtonOperator(part, A._metric, A.total)
+    F = GaussNewtonOperator(part, A.apply_metric, A.total)
     estimate = torch.zeros(F.shape[0], dtype=torch.float64)
     for _ in range(probes):
         v = torch.randint(2, (F.shape[0],), generator=generator).double().mul_(2).sub_(1)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..operators.fisher import FisherOperator
 from ..operators.gauss_newton import GaussNewtonOperator, Tensors
-from ..operators.root import _factor as factor_blocks
+from ..operators.root import factor_blocks
 from ..operators.sampled import MonteCarloFisherOperator
 from ..solvers.arguments import finite
 
@@ -34,7 +34,7 @@ def sample_weights(A: GaussNewtonOperator) -> Tensor | None:
     For an operator that does not know them, 0 where the metric shows no curvature and 1 elsewhere.
     """
     if isinstance(A, FisherOperator):
-        weights = A._joint.weights
+        weights = A.joint.weights
     elif isinstance(A, MonteCarloFisherOperator):
         weights = A.sample_weights
     else:
@@ -49,7 +49,7 @@ def _curved(A: GaussNewtonOperator) -> Tensor | None:
     if len({y.shape[:1] for y in A.outputs}) > 1 or not A.outputs[0].ndim:
         return None
     generator = torch.Generator().manual_seed(0)
-    Mr = A._metric(tuple(torch.randn(y.shape, generator=generator).to(y) for y in A.outputs))
+    Mr = A.apply_metric(tuple(torch.randn(y.shape, generator=generator).to(y) for y in A.outputs))
     curved = torch.stack([(_rows(x) != 0).any(1) for x in Mr]).any(0)
     return curved.double() if bool(curved.any()) else None
 
@@ -98,8 +98,8 @@ def _root(A: GaussNewtonOperator) -> Root:
     outputs = tuple(y.detach() for y in A.outputs)
     generator = torch.Generator().manual_seed(0)
     r = tuple(torch.randn(y.shape, generator=generator).to(y) for y in outputs)
-    diagonals = A._metric(tuple(torch.ones_like(y) for y in outputs))
-    Mr = A._metric(r)
+    diagonals = A.apply_metric(tuple(torch.ones_like(y) for y in outputs))
+    Mr = A.apply_metric(r)
     if not all(finite(x) for x in Mr):
         return lambda _: Mr  # and so are the factors, which their user sees
     parts = zip(outputs, r, diagonals, Mr, strict=True)
@@ -159,7 +159,7 @@ def _check_apart(A: GaussNewtonOperator, outputs: Tensors, rest: list[int]) -> N
     for k in rest:
         e[k] = torch.randn(e[k].shape, generator=generator).to(e[k])
         _rows(e[k])[1::2] = 0.0
-    Me = A._metric(tuple(e))
+    Me = A.apply_metric(tuple(e))
     # zero times anything finite is an exact zero, so that no tolerance is needed
     if any(bool((_rows(Me[k])[1::2] != 0).any()) for k in rest):
         raise ValueError(
@@ -182,7 +182,7 @@ def _blocks(A: GaussNewtonOperator, outputs: Tensors, rest: list[int]) -> Blocks
     widths = [_rows(outputs[k]).shape[1] for k in rest]
     columns = []
     for e in _units(outputs, rest):
-        Me = A._metric(e)
+        Me = A.apply_metric(e)
         columns.append(torch.cat([_rows(Me[k]).double() for k in rest], dim=1))
     V, D, values = factor_blocks(torch.stack(columns, dim=2))
     root = D.unsqueeze(2) * V.mT * values.sqrt().unsqueeze(1)
