@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from types import SimpleNamespace
-from typing import TypeAlias, cast
+from typing import Any, TypeAlias, cast
 
 import torch
 from backpack.hessianfree.ggnvp import ggn_vector_product
@@ -113,30 +113,27 @@ def _loss(model: Model) -> nn.CrossEntropyLoss | nn.MSELoss:
     return nn.CrossEntropyLoss() if model.log_std is None else nn.MSELoss()
 
 
-def curvlinops(model: Model) -> Product:
-    """The generalised Gauss-Newton matrix: forward mode and reverse mode anew each time."""
-    A = GGNLinearOperator(
+def _curvlinops(kind: Callable[..., Any], model: Model, **options: int) -> Any:
+    return kind(
         model.net,
         _loss(model),
         list(model.net.parameters()),
         [(model.inputs, model.targets)],
         check_deterministic=False,
         num_data=len(model.inputs),
+        **options,
     )
+
+
+def curvlinops(model: Model) -> Product:
+    """The generalised Gauss-Newton matrix: forward mode and reverse mode anew each time."""
+    A = _curvlinops(GGNLinearOperator, model)
     return Product(lambda v: cast("Tensor", A @ v), scales=False, factor=mean_scale(model))
 
 
 def curvlinops_sampled(model: Model) -> Product:
     """The Fisher matrix of one drawn target a sample."""
-    A = FisherMCLinearOperator(
-        model.net,
-        _loss(model),
-        list(model.net.parameters()),
-        [(model.inputs, model.targets)],
-        check_deterministic=False,
-        num_data=len(model.inputs),
-        mc_samples=1,
-    )
+    A = _curvlinops(FisherMCLinearOperator, model, mc_samples=1)
     return Product(
         lambda v: cast("Tensor", A @ v), scales=False, factor=mean_scale(model), sampled=True
     )

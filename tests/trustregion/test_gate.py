@@ -362,13 +362,15 @@ def problem(dtype=torch.float64, seed=0):
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4)).to(dtype)
     x = torch.randn(300, 6, dtype=dtype) * torch.logspace(-1, 1, 6, dtype=dtype)
-    y = x.sum(1).sign().long() + 1
+    return model, closure_of(model, x, x.sum(1).sign().long() + 1)
 
+
+def closure_of(model, x, y):
     def closure():
         distribution = td.Categorical(logits=model(x))
         return -distribution.log_prob(y).mean(), distribution
 
-    return model, closure
+    return closure
 
 
 OURS = {
@@ -451,17 +453,9 @@ def test_copies_of_model_and_optimizer_take_the_same_step(name, duplicate):
     twin, other = duplicate((model, optimizer))
     x = torch.randn(50, 6, dtype=torch.float64)
     y = x.argmax(1) % 4
-
-    def on(net):
-        def closure():
-            distribution = td.Categorical(logits=net(x))
-            return -distribution.log_prob(y).mean(), distribution
-
-        return closure
-
     for _ in range(2):
-        optimizer.step(on(model))
-        other.step(on(twin))
+        optimizer.step(closure_of(model, x, y))
+        other.step(closure_of(twin, x, y))
         assert other.info == optimizer.info
     for p, q in zip(model.parameters(), twin.parameters(), strict=True):
         assert p is not q
@@ -480,12 +474,7 @@ def test_a_copy_of_the_optimizer_alone_has_a_module_of_its_own(duplicate):
     twin.step(closure)  # of the old model: no parameter of the copy has a gradient
     assert twin.info.status is Status.STATIONARY
     x = torch.randn(50, 6, dtype=torch.float64)
-
-    def own():
-        distribution = td.Categorical(logits=module(x))
-        return -distribution.log_prob(torch.zeros(50)).mean(), distribution
-
-    twin.step(own)
+    twin.step(closure_of(module, x, torch.zeros(50)))
     assert twin.info.accepted
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), kept, strict=True))
 

@@ -60,6 +60,7 @@ def linearise(
 
 
 _AGREED: set[int] = set()  # structures of graphs whose products were those of autograd
+_MANY = 10_000  # of them, after which the set is emptied
 
 
 def _is_right(J: TapeLinearisation | GraphLinearisation, tolerance: float) -> bool:
@@ -74,9 +75,6 @@ def _is_right(J: TapeLinearisation | GraphLinearisation, tolerance: float) -> bo
             _AGREED.clear()
         _AGREED.add(structure)
     return right or (math.isnan(found.size) and isinstance(J, GraphLinearisation))
-
-
-_MANY = 10_000
 
 
 @dataclass(frozen=True)
