@@ -83,9 +83,15 @@ LEVELS = {
     "line_search": 3,
     "optim.info": 3,
     "optim.closure": 3,
+    "optim.replicas": 3,
+    "optim.start": 3,
+    "optim.problem": 4,
+    "optim.direction": 5,
+    "optim.base": 5,
     "optim.options": 3,
+    "optim.slopes": 3,
     "optim.search": 4,
-    "optim.natural": 5,
+    "optim.natural": 6,
 }
 
 

@@ -1,12 +1,14 @@
-"""Backtracking along a step."""
+"""Searching along a step: by fixed factors, or for the edge of a ball."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 Trial = TypeVar("Trial")
+BallTrialT = TypeVar("BallTrialT", bound="BallTrial")
 
 
 @dataclass(frozen=True)
@@ -56,3 +58,156 @@ def backtracking(
         if accepted or j >= max_backtracks:
             return LineSearch(accepted, scale, trial, j)
         j += 1
+
+
+@dataclass(frozen=True)
+class BallTrial:
+    """One evaluation of a search within a ball.
+
+    Attributes:
+        value: what is minimised.
+        size: the measured KL over its bound: at most 1 within the ball.
+
+    """
+
+    value: float
+    size: float
+
+    @property
+    def finite(self) -> bool:
+        """Whether both are numbers; a KL may be infinite, which is outside the ball."""
+        return math.isfinite(self.value) and not math.isnan(self.size)
+
+
+@dataclass(frozen=True)
+class BallSearch(Generic[BallTrialT]):
+    """The result of a search within a ball.
+
+    Attributes:
+        accepted: whether some trial was within the ball and lowered the value.
+        scale: that of the best such trial; of the last trial where there is none.
+        trial: that trial.
+        evaluations: how many trials there were.
+        backtracks: how many of them came before the first good one.
+
+    """
+
+    accepted: bool
+    scale: float
+    trial: BallTrialT
+    evaluations: int
+    backtracks: int
+
+
+AIM, ENOUGH, LOOKS = 0.95, 0.9, 3  # where trials are aimed, what will do, trials to come near it
+LONGEST, SHORTEST = 4.0, 0.1  # limits on the factor between a trial and the next
+
+
+def ball_search(
+    evaluate: Callable[[float], BallTrialT],
+    start: float,
+    slope: float,
+    *,
+    factor: float,
+    max_backtracks: int,
+    goal: float = 1.0,
+    first: float = 1.0,
+) -> BallSearch[BallTrialT]:
+    r"""Look for a scale that lowers the value, near the edge of the ball.
+
+    A KL grows nearly with the square of the scale. A trial outside the ball is therefore followed
+    by one at
+
+    .. math:: a_+ = a \left( \frac{0.95\, t}{q(a)} \right)^{1/p}, \quad p = 2,
+
+    where ``q`` is the measured size and ``t`` the goal; so is a good one that uses less than 0.9 of
+    the goal, within three evaluations and unless the parabola through the values says that the
+    value would not be lower there. From two trials on, ``p`` fits both. A trial inside that does
+    not lower the value is followed by the minimiser of the parabola, within 0.1 and ``factor``
+    times its scale, one that is not finite by ``factor`` times its scale.
+
+    Args:
+        evaluate: scale -> trial.
+        start: the value at scale 0.
+        slope: minus the derivative of the value there, positive.
+        factor: between 0 and 1.
+        max_backtracks: evaluations beyond the first.
+        goal: the size to come near to, at most 1; 0 to end at the first good trial.
+        first: the first scale.
+
+    Example:
+        >>> def evaluate(scale):
+        ...     return BallTrial(value=-scale, size=1.5 * scale**2)
+        >>> search = ball_search(evaluate, 0.0, 1.0, factor=0.5, max_backtracks=9)
+        >>> round(search.trial.size, 3), search.evaluations
+        (0.95, 2)
+
+    References:
+        Dennis and Schnabel, Numerical Methods for Unconstrained Optimization, 1983, section 6.3.2,
+        for the parabola and its limits.
+
+    """
+    scale, best, outside, backtracks = first, None, None, 0
+    count = 0
+    while True:
+        count += 1
+        here = _Point(scale, evaluate(scale))
+        trial, left = here.trial, here.outside
+        lower = trial.value < (best.trial.value if best else start)
+        if trial.finite and trial.size <= 1 and lower:
+            best = here
+        elif best is None:
+            backtracks += 1
+        elif not left:
+            break  # longer, and no lower
+        if count > max_backtracks:
+            break
+        if best is None:
+            aim = AIM * (goal or 1.0)
+            scale = here.towards(aim, outside) if left else here.shorter(start, slope, factor)
+        elif count >= LOOKS or best.trial.size >= ENOUGH * goal:
+            break
+        else:
+            between = here if left else outside
+            scale = best.towards(AIM * goal, between)
+            if between is None and not best.lower_at(scale, start, slope):
+                break
+        outside = here if left else outside
+    end = best or here
+    return BallSearch(best is not None, end.scale, end.trial, count, backtracks)
+
+
+@dataclass(frozen=True)
+class _Point(Generic[BallTrialT]):
+    scale: float
+    trial: BallTrialT
+
+    @property
+    def outside(self) -> bool:
+        return self.trial.finite and 1 < self.trial.size < math.inf
+
+    def towards(self, aim: float, other: _Point[BallTrialT] | None) -> float:
+        """Return the scale where the size is ``aim``, by the power law through the points."""
+        ratio, power = self.trial.size / aim, 2.0
+        if other is not None and other.scale != self.scale and min(ratio, other.trial.size) > 0:
+            steps = math.log(other.scale / self.scale)
+            power = math.log(other.trial.size / self.trial.size) / steps
+        change = ratio ** (-1 / power) if ratio > 0 and power > 0 else LONGEST
+        return self.scale * min(max(change, SHORTEST), LONGEST)
+
+    def shorter(self, start: float, slope: float, factor: float) -> float:
+        """Return the scale after one at which the value is not lower."""
+        lowest = self._lowest(start, slope)
+        return self.scale * min(max(lowest, SHORTEST), factor)
+
+    def lower_at(self, scale: float, start: float, slope: float) -> bool:
+        """Say whether the parabola is lower at another scale."""
+        return scale / self.scale < 2 * self._lowest(start, slope) - 1
+
+    def _lowest(self, start: float, slope: float) -> float:
+        """Return where the parabola through the values is lowest, as a factor on the scale."""
+        predicted = slope * self.scale
+        excess = self.trial.value - start + predicted
+        if not (math.isfinite(excess) and excess > 0 and predicted > 0):
+            return math.inf
+        return 0.5 * predicted / excess

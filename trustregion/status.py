@@ -75,6 +75,11 @@ class Status(enum.Enum):
 
     # Optimizer steps
     ACCEPTED = "accepted", "The step was taken: the loss fell and the KL is within delta."
+    RECOVERING = (
+        "recovering",
+        "The step was taken to reduce the violation of a constraint: the KL is within delta, the"
+        " loss may have risen.",
+    )
     STATIONARY = (
         "stationary",
         "The gradient is exactly zero: nothing to do, the parameters are unchanged.",
@@ -96,6 +101,15 @@ class Status(enum.Enum):
     REJECTED_KL = (
         "rejected_kl",
         "The line search ended outside the KL ball: the parameters were restored.",
+    )
+    REJECTED_CONSTRAINT = (
+        "rejected_constraint",
+        "No trial of the line search kept the constraints: the parameters were restored.",
+    )
+    REJECTED_RATIO = (
+        "rejected_ratio",
+        "No radius that was tried reduced the loss as its quadratic model said: the parameters were"
+        " restored.",
     )
     NONFINITE_LOSS = (
         "nonfinite_loss",

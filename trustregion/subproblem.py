@@ -82,6 +82,56 @@ def kl_ball_step(
     return Step(s, Status.CONVERGED, predicted)
 
 
+@torch.no_grad()
+def kl_penalty_step(
+    x: Tensor,
+    g: Tensor,
+    penalty: float,
+    delta: float = math.inf,
+    *,
+    damped_curvature: float,
+    damping: float,
+) -> Step:
+    r"""Scale a direction to the minimiser of :math:`g's + \frac{C}{2} s'(F + \lambda I)s`.
+
+    With :math:`x = -(F + \lambda I)^{-1} g` that is :math:`s = x / C`, cut back to the edge of the
+    ball :math:`\frac12 s'Fs \le \delta` where it is outside.
+
+    Args:
+        x: the direction, shape ``(n,)``.
+        g: the gradient of the loss, shape ``(n,)``.
+        penalty: C, the price of a nat, positive.
+        delta: radius of the ball in nats, positive or infinite.
+        damped_curvature: ``x'(F + damping I)x``, as :func:`cg` returns it.
+        damping: lambda.
+
+    Returns:
+        The step, or a zero step with a status as of :func:`kl_ball_step`.
+
+    Example:
+        >>> x, g = torch.tensor([-1.0, 0.0]), torch.tensor([2.0, 0.0])
+        >>> kl_penalty_step(x, g, 5.0, damped_curvature=2.0, damping=0.0).s
+        tensor([-0.2000,  0.0000])
+
+    References:
+        Schulman et al., Trust Region Policy Optimization, 2015, section 4.
+
+    """
+    if delta < math.inf:
+        edge = kl_ball_step(x, g, delta, damped_curvature=damped_curvature, damping=damping)
+        if edge.status is not Status.CONVERGED or norm(edge.s) * penalty <= norm(x):
+            return edge
+    if not (finite(x) and finite(g)):
+        return Step(torch.zeros_like(x), Status.NONFINITE_INPUT, 0.0)
+    s = (x.double() / penalty).to(x.dtype)
+    if not finite(s):
+        return Step(torch.zeros_like(x), Status.ZERO_CURVATURE, 0.0)
+    predicted = -dot(g, x) / penalty
+    if not predicted > 0:
+        return Step(torch.zeros_like(x), Status.NOT_A_DESCENT, predicted)
+    return Step(s, Status.CONVERGED, predicted)
+
+
 @dataclass(frozen=True)
 class ConstrainedStep:
     r"""A step ``s`` for the parameters under linear constraints.

@@ -813,7 +813,7 @@ def test_groups_that_disagree_are_refused_and_not_added():
     with pytest.raises(ValueError, match=r"delta is 0.1 in group 0 and 0.2 in group 1"):
         NaturalTrustRegion([{"params": [p], "delta": 0.1}, {"params": [q], "delta": 0.2}])
     optimizer = NaturalTrustRegion([p], 0.1)
-    with pytest.raises(ValueError, match="share one KL ball"):
+    with pytest.raises(ValueError, match="share one trust region"):
         optimizer.add_param_group({"params": [q], "damping": 3.0})
     assert len(optimizer.param_groups) == 1
 
@@ -996,7 +996,8 @@ def normal():
     [
         (lambda: p.sum(), TypeError, r"the tuple \(loss, distribution\), got a Tensor"),
         (lambda: None, TypeError, "got a NoneType"),
-        (lambda: (p.sum(), normal(), 3), TypeError, "got a tuple of length 3"),
+        (lambda: (p.sum(), normal(), 3), TypeError, "constraints must be a real tensor"),
+        (lambda: (p.sum(), normal(), p, p), TypeError, "got a tuple of length 4"),
         (lambda: [p.sum(), normal()], TypeError, "got a list of length 2"),
         (lambda: (normal(), p.sum()), TypeError, "the loss comes first"),
         (lambda: (p.sum().item(), normal()), TypeError, r"do not call .item\(\)"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -45,15 +45,25 @@ class Joint:
 
     def mean_kl(self, new: Joint) -> Tensor:
         """KL(self || new), joint over factors and dimensions, mean over the batch, in float64."""
-        self._check_alike(new)
         total = torch.zeros((), dtype=torch.float64, device=self.parameters[0][0].device)
+        for kl in self._kls(new):
+            total = total + self._summed(kl)
+        return total / self.total
+
+    def largest_kl(self, new: Joint) -> Tensor:
+        """KL(self || new) of the sample where it is largest, of those with a positive weight."""
+        rows = self.batch_size if self.weights is None else int((self.weights > 0).sum())
+        return torch.stack([kl.reshape(rows, -1).sum(1) for kl in self._kls(new)]).sum(0).max()
+
+    def _kls(self, new: Joint) -> Iterator[Tensor]:
+        """Yield the KL of each factor in float64, samples first."""
+        self._check_alike(new)
         for family, old_params, new_params in zip(
             self.families, self.parameters, new.parameters, strict=True
         ):
             old64 = tuple(self._counted(t).to(torch.float64) for t in old_params)
             new64 = tuple(self._counted(t).to(torch.float64) for t in new_params)
-            total = total + self._summed(family.kl(old64, new64))
-        return total / self.total
+            yield family.kl(old64, new64)
 
     def flat_parameters(self) -> Tensors:
         """All parameter tensors, factor by factor."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TypeAlias
+from dataclasses import dataclass
+from typing import TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,7 +16,24 @@ from ..autodiff import differentiate
 from ..distributions import Joint, Prediction, joint_of
 from ..vector import ParameterVector
 
-Closure: TypeAlias = Callable[[], tuple[Tensor, Prediction]]
+Closure: TypeAlias = "Callable[[], tuple[Tensor, Prediction] | tuple[Tensor, Prediction, Tensor]]"
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What one call of a closure says.
+
+    Attributes:
+        loss: the loss, a scalar.
+        joint: the prediction.
+        constraints: values that should not be positive, shape ``(m,)``; empty without any.
+
+    """
+
+    loss: Tensor
+    joint: Joint
+    constraints: Tensor
 
 
 @contextmanager
@@ -45,21 +63,67 @@ def _without_validation() -> Iterator[None]:
         Distribution.set_default_validate_args(default)
 
 
-def evaluate(closure: Closure, *, graph: bool) -> tuple[Tensor, Joint]:
+def read_prediction(returned: object) -> Evaluation:
+    """Return what a closure of ``(loss, distribution)`` or with constraints returned, checked."""
+    if not (isinstance(returned, tuple) and len(returned) in (2, 3)):
+        raise TypeError(
+            f"the closure must return the tuple (loss, distribution), got {_shown(returned)}. The"
+            " distribution is the model's prediction, whose KL is bounded: for example"
+            " `return loss, Categorical(logits=logits)`"
+        )
+    loss, prediction, *rest = returned
+    if isinstance(loss, Distribution) and isinstance(prediction, Tensor):
+        raise TypeError("the closure returned (distribution, loss): the loss comes first")
+    loss = read_loss(loss)
+    return Evaluation(loss, joint_of(prediction), _constraints(rest, loss))
+
+
+def read_loss(returned: object) -> Tensor:
+    """Return the loss that a closure returned, checked."""
+    if not isinstance(returned, Tensor):
+        raise TypeError(f"the loss must be a tensor, got {_shown(returned)}: do not call .item()")
+    if returned.numel() != 1 or not returned.is_floating_point():
+        raise ValueError(
+            f"the loss must be one real number, got shape {tuple(returned.shape)}, dtype"
+            f" {returned.dtype}: reduce it, for example with .mean()"
+        )
+    return returned
+
+
+def _constraints(rest: list[object], loss: Tensor) -> Tensor:
+    if not rest:
+        return loss.new_zeros(0)
+    (given,) = rest
+    if not isinstance(given, Tensor) or given.ndim != 1 or not given.is_floating_point():
+        shown = tuple(given.shape) if isinstance(given, Tensor) else type(given).__name__
+        raise TypeError(
+            "constraints must be a real tensor of shape (m,), one value for each, which should not"
+            f" be positive, got {shown}: for example torch.stack([cost - limit])"
+        )
+    return given
+
+
+def _shown(returned: object) -> str:
+    sized = isinstance(returned, (tuple, list))
+    return f"a {type(returned).__name__}" + (f" of length {len(returned)}" if sized else "")
+
+
+def evaluate(closure: Callable[[], object], read: Callable[[object], T], *, graph: bool) -> T:
     """Call the closure and check its return value.
 
     Args:
         closure: the user's closure.
+        read: checks what it returned.
         graph: record the graph, in the first call of a step. Without it the call is a trial: a
             forward pass only, in which torch does not validate the arguments of distributions.
 
     """
     if graph:
         with torch.enable_grad():
-            return _checked(closure())
+            return read(closure())
     try:
         with torch.no_grad(), _without_validation():
-            return _checked(closure())
+            return read(closure())
     except RuntimeError as error:
         if "does not require grad" not in str(error):
             raise
@@ -70,28 +134,52 @@ def evaluate(closure: Closure, *, graph: bool) -> tuple[Tensor, Joint]:
         ) from error
 
 
-def _checked(returned: object) -> tuple[Tensor, Joint]:
-    if not (isinstance(returned, tuple) and len(returned) == 2):
-        sized = isinstance(returned, (tuple, list))
-        length = f" of length {len(returned)}" if sized else ""
-        raise TypeError(
-            f"the closure must return the tuple (loss, distribution), got a"
-            f" {type(returned).__name__}{length}. The distribution is the model's prediction, whose"
-            " KL is bounded: for example `return loss, Categorical(logits=logits)`"
-        )
-    loss, prediction = returned
-    if isinstance(loss, Distribution) and isinstance(prediction, Tensor):
-        raise TypeError("the closure returned (distribution, loss): the loss comes first")
-    if not isinstance(loss, Tensor):
-        raise TypeError(
-            f"the loss must be a tensor, got {type(loss).__name__}: do not call .item()"
-        )
-    if loss.numel() != 1 or not loss.is_floating_point():
-        raise ValueError(
-            f"the loss must be one real number, got shape {tuple(loss.shape)}, dtype {loss.dtype}:"
-            " reduce it, for example with .mean()"
-        )
-    return loss, joint_of(prediction)
+class Calls:
+    """The calls of the closure in one step: all of them see the same random numbers.
+
+    Dropout then draws the same mask in each, so that the line search compares like with like.
+    After the step the generators stand where one call would have left them. Torch's own generators
+    are meant, that of the CPU and that of the parameters' device; not numpy's, nor the closure's.
+    """
+
+    def __init__(self, closure: Callable[[], object], device: torch.device) -> None:
+        self.closure, self.count = closure, 0
+        self._device = device if device.type == "cuda" else None
+        self._start, self._end = self._states(), None
+
+    def first(self, read: Callable[[object], T]) -> T:
+        """Call with a graph."""
+        self.count += 1
+        try:
+            return evaluate(self.closure, read, graph=True)
+        finally:
+            end = self._states()
+            same = all(map(torch.equal, end, self._start))
+            self._end = None if same else end
+
+    def trial(self, read: Callable[[object], T]) -> T:
+        """Call without a graph."""
+        return self.again(lambda: evaluate(self.closure, read, graph=False))
+
+    def again(self, call: Callable[[], T]) -> T:
+        """Run something with the random numbers that the first call saw."""
+        self.count += 1
+        if self._end is None:
+            return call()
+        self._restore(self._start)
+        try:
+            return call()
+        finally:
+            self._restore(self._end)
+
+    def _states(self) -> list[Tensor]:
+        cuda = [torch.cuda.get_rng_state(self._device)] if self._device else []
+        return [torch.get_rng_state(), *cuda]
+
+    def _restore(self, states: list[Tensor]) -> None:
+        torch.set_rng_state(states[0])
+        if self._device:
+            torch.cuda.set_rng_state(states[1], self._device)
 
 
 def gradient(loss: Tensor, vector: ParameterVector) -> Tensor:

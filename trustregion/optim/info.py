@@ -15,12 +15,19 @@ class StepInfo:
     positive is better also under ``maximize``.
 
     Attributes:
-        status: how the step ended; ``Status.ACCEPTED`` if the parameters moved.
+        status: how the step ended; ``ACCEPTED`` if the parameters moved, or ``RECOVERING`` if they
+            did to reduce the violation of a constraint.
         loss: loss before the step.
         new_loss: loss after it; equal to ``loss`` if nothing moved.
         kl: KL(old || new) after it in nats, from float64; 0 if nothing moved.
+        largest_kl: that of the sample where it is largest, if ``max_kl`` caps it.
         predicted_reduction: reduction the linear model promised for the last trial.
         actual_reduction: reduction achieved; 0 if nothing moved.
+        delta: the KL radius of this step.
+        damping: the damping of the direction taken.
+        penalty: the price of the KL in the penalised form.
+        constraints: values of the constraints after the step.
+        multipliers: what a unit of each constraint costs of the linear model of the loss.
         cg_status: how the linear solve ended; None if it was not reached.
         cg_iterations: iterations of the linear solve.
         cg_residual: residual of the linear solve relative to the gradient's norm.
@@ -28,7 +35,7 @@ class StepInfo:
         backend: which way of differentiating made them, as of :class:`FisherOperator`.
         preconditioner: which one, whether it was used, and the gain that its last test found.
         scale: the line search's factor on the full step, of the last trial.
-        backtracks: how often the line search shortened the step.
+        backtracks: how many trials of the line search were made before one would do.
         evaluations: calls of the closure, the first included.
         detail: what to look at when the step failed, for example a parameter's name.
 
@@ -38,8 +45,14 @@ class StepInfo:
     loss: float
     new_loss: float
     kl: float = 0.0
+    largest_kl: float | None = None
     predicted_reduction: float = 0.0
     actual_reduction: float = 0.0
+    delta: float = 0.0
+    damping: float = 0.0
+    penalty: float | None = None
+    constraints: tuple[float, ...] = ()
+    multipliers: tuple[float, ...] = ()
     cg_status: Status | None = None
     cg_iterations: int = 0
     cg_residual: float = 0.0
@@ -54,7 +67,7 @@ class StepInfo:
     @property
     def accepted(self) -> bool:
         """Whether the parameters moved."""
-        return self.status is Status.ACCEPTED
+        return self.status in (Status.ACCEPTED, Status.RECOVERING)
 
     @property
     def rho(self) -> float:

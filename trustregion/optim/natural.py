@@ -2,31 +2,29 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Iterable
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..distributions import Joint
-from ..operators.base import Identity, OperatorLike, congruent
-from ..operators.fisher import FisherOperator
+from ..operators.base import OperatorLike
 from ..preconditioners import Gated, Preconditioner
-from ..solvers.cg import cg
-from ..solvers.solution import LinearSolution
+from ..radius import classic_radius, levenberg_marquardt_damping
 from ..status import Status
-from ..subproblem import kl_ball_step
-from ..vector import ParameterVector, exponent, ldexp, norm, scalar_ldexp
-from .closure import Closure, comparable_kernels, evaluate, gradient
+from .base import TrustRegionOptimizer
+from .closure import Calls, Closure, Evaluation, comparable_kernels, read_prediction
+from .direction import directions
 from .info import StepInfo
-from .options import SHARED, Options, shared_options
-from .search import search_along
+from .options import NaturalOptions, shared_options
+from .problem import CurvatureClosure, Problem
+from .replicas import ProcessGroup
+from .search import Search
+from .start import enter
 
 
-class NaturalTrustRegion(torch.optim.Optimizer):
+class NaturalTrustRegion(TrustRegionOptimizer):
     r"""Minimise a loss by natural-gradient steps that stay within a KL ball.
 
     Each step solves, matrix-free,
@@ -40,8 +38,18 @@ class NaturalTrustRegion(torch.optim.Optimizer):
 
     The closure returns ``(loss, distribution)`` without calling ``backward()``. It is called once
     with grad enabled and then once a trial under ``no_grad``; a closure that differentiates inside
-    wraps that part in ``torch.enable_grad()``. It must be reproducible: the same batch and the
-    same noise in every call of one step.
+    wraps that part in ``torch.enable_grad()``. It must be reproducible: the same batch in every
+    call of one step. Random numbers of torch's generators are the same in every call, so that
+    Dropout draws one mask a step; :func:`check_closure` finds what is not reproducible.
+
+    A closure of ``(loss, distribution, constraints)`` has values ``c``, shape ``(m,)``, that should
+    not be positive. The step then solves the problem above with :math:`c + \nabla c' s \le 0` and
+    is accepted where the measured constraints hold; where one does not hold at the start, the
+    step is to reduce the violation first, ``Status.RECOVERING``, and the loss may rise.
+
+    The search ends near the edge: the next trial is interpolated from the measured KL, longer or
+    shorter, so that an accepted step uses 0.9 of ``delta`` within three trials where the loss
+    allows it (:func:`ball_search`).
 
     Several parameter groups share one KL ball. ``lr`` multiplies the step's length, so
     learning-rate schedulers work (with ``cycle_momentum=False`` where they would cycle a momentum,
@@ -58,6 +66,8 @@ class NaturalTrustRegion(torch.optim.Optimizer):
         delta: KL radius in nats: joint over output dimensions, mean over the batch.
         lr: factor on the length of the step to the ball's edge; 1 goes to the edge.
         damping: lambda in ``(F + lambda I) x = -g``; it shapes the direction, not the length.
+            Several, as a tuple, are solved from one Krylov space and measured: the one of least
+            loss within the ball is taken, for a forward pass each and no product more.
         cg_max_iter: limit on conjugate-gradient iterations, one Fisher product each.
         cg_rtol: relative residual at which conjugate gradients stop early.
         preconditioner: ``KFAC(module)``, ``Jacobi()``, ``Nystrom(rank)`` or ``Recycled()``, built
@@ -65,9 +75,28 @@ class NaturalTrustRegion(torch.optim.Optimizer):
             ``info.preconditioner`` says so). Or a fixed approximation of the inverse of
             ``F + lambda I``, positive definite, that is always used: a :class:`LinearOperator`, a
             square tensor or a callable.
-        backtrack_factor: factor between successive trials of the line search.
-        max_backtracks: limit on reductions; one more trial than this at most.
+        backtrack_factor: largest factor from a trial that did not lower the loss to the next.
+        max_backtracks: one more trial of the line search than this at most.
         maximize: maximise the objective instead.
+        scales: lengths to measure, as fractions of that to the edge; of several, for each damping,
+            the one of least loss is taken.
+        max_kl: bound on the KL of every sample, beside the one on their mean.
+        penalty: C, to minimise the loss plus C times the KL: the step is then
+            :math:`s = -(F + \lambda I)^{-1} g / C`, which ``delta`` still bounds, unless it is
+            infinite, and the penalised loss must fall.
+        kl_target: double C after a step with more than 1.5 times this KL or a rejected one, and
+            halve it after one with less than the 1.5th part.
+        max_delta: let ``delta`` follow rho, the actual over the predicted reduction of the loss:
+            a quarter of it after a step with rho below 1/4, twice as much, up to this, after one
+            with rho above 3/4 that used 0.8 of it.
+        adapt_damping: let ``damping`` follow rho (:func:`levenberg_marquardt_damping`).
+        warm_start: start conjugate gradients from this factor times the last solution, whose
+            memory then fades over the steps; costs one product.
+        process_group: the processes that take the step together, each with samples of its own and
+            the same parameters: losses, products and KLs are means over the samples of all. None
+            takes the default group of ``torch.distributed`` where it is initialised; False none.
+
+    Options that follow the steps are written to the parameter groups, as a scheduler would.
 
     Raises:
         ValueError: an option out of range, or groups that disagree on a shared option.
@@ -87,12 +116,13 @@ class NaturalTrustRegion(torch.optim.Optimizer):
 
     References:
         Amari, Natural Gradient Works Efficiently in Learning, 1998; Schulman et al., Trust Region
-        Policy Optimization, 2015, section 6 and appendix C.
+        Policy Optimization, 2015, section 6 and appendix C; Achiam et al., Constrained Policy
+        Optimization, 2017; Schulman et al., Proximal Policy Optimization Algorithms, 2017, section
+        4, for the penalty.
 
     """
 
-    info: StepInfo | None = None
-    """The account of the last step; None before the first."""
+    options_class = NaturalOptions
 
     def __init__(
         self,
@@ -100,13 +130,21 @@ class NaturalTrustRegion(torch.optim.Optimizer):
         delta: float = 0.01,
         *,
         lr: float | Tensor = 1.0,
-        damping: float = 1e-3,
+        damping: float | tuple[float, ...] = 1e-3,
         cg_max_iter: int = 10,
         cg_rtol: float = 1e-3,
         preconditioner: Preconditioner | Gated | OperatorLike | None = None,
         backtrack_factor: float = 0.7,
         max_backtracks: int = 30,
         maximize: bool = False,
+        scales: tuple[float, ...] = (1.0,),
+        max_kl: float | None = None,
+        penalty: float | None = None,
+        kl_target: float | None = None,
+        max_delta: float | None = None,
+        adapt_damping: bool = False,
+        warm_start: float = 0.0,
+        process_group: ProcessGroup | bool | None = None,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -117,212 +155,95 @@ class NaturalTrustRegion(torch.optim.Optimizer):
             "backtrack_factor": backtrack_factor,
             "max_backtracks": max_backtracks,
             "maximize": maximize,
+            "scales": scales,
+            "max_kl": max_kl,
+            "penalty": penalty,
+            "kl_target": kl_target,
+            "max_delta": max_delta,
+            "adapt_damping": adapt_damping,
+            "warm_start": warm_start,
         }
-        self.preconditioner = preconditioner
-        super().__init__(params, defaults)
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group; its options must agree with the others', ``lr`` excepted."""
-        super().add_param_group(param_group)
-        try:
-            shared_options(self.param_groups)
-        except ValueError:
-            self.param_groups.pop()
-            raise
+        super().__init__(params, defaults, preconditioner, process_group)
 
     @torch.no_grad()
     def step(  # pyright: ignore[reportIncompatibleMethodOverride] # the closure returns a pair
-        self, closure: Closure | None = None
+        self, closure: Closure | None = None, *, curvature: CurvatureClosure | None = None
     ) -> Tensor | None:
         """Take one step; :attr:`info` then says how it went.
 
         Args:
-            closure: returns ``(loss, distribution)``. None is allowed only where there is nothing
-                to do: every ``.grad`` is None or zero (checkpointing libraries call it so).
+            closure: returns ``(loss, distribution)``, and constraints if there are any. None is
+                allowed only where there is nothing to do: every ``.grad`` is None or zero
+                (checkpointing libraries call it so).
+            curvature: returns the prediction for other samples, usually fewer, whose Fisher matrix
+                is used: products then cost as much less (:func:`subsample`). Called once.
 
         Returns:
-            The loss before the step, detached; None without a closure.
+            The loss before the step, detached; None without a closure. The mean over the samples of
+            all processes where there are several.
 
         Raises:
-            RuntimeError: no closure although there are gradients, inference mode, or a model whose
-                graph cannot be differentiated twice.
+            RuntimeError: no closure although there are gradients, inference mode, a GradScaler, a
+                model whose graph cannot be differentiated twice, or another process that failed.
             TypeError: the closure returned something else, or a distribution that is refused.
-            ValueError: parameters that are not finite, a loss or distribution without a graph.
+            ValueError: parameters that are not finite, a loss or distribution without a graph, or
+                another number of constraints in a trial.
 
         """
-        options = shared_options(self.param_groups)
+        self._refuse_scaler()
+        options = shared_options(self.param_groups, NaturalOptions)
         if closure is None:
-            self._require_no_gradient()
+            self._require_closure("(loss, distribution)")
             self._count_step()
             return None
-        vector = self._vector()
-        theta = _entry_values(vector)
+        vector, replicas = self._vector(), self._replicas()
+        last = self._last_direction(vector) if options.warm_start else None
         with comparable_kernels():
-            loss, joint = evaluate(closure, graph=True)
-            start = loss.detach().clone()  # a closure may return a parameter itself
-            s, info = self._direction(loss, joint, vector, options)
-            if s is not None:
-                old = joint.frozen()
-                del loss, joint  # and their graph
-                info = search_along(closure, old, vector, theta, s, options, info)
+            calls = Calls(closure, vector.device)
+            start = enter(calls, read_prediction, _parts, vector, replicas)
+            returned = start.evaluation.loss.detach().clone()  # it may be a parameter itself
+            problem = Problem(vector, replicas, calls, start, options, *self._rates(vector))
+            found = directions(problem, self._gated(), curvature, last)
+            info = found.info
+            if found.candidates:
+                old, theta, share = start.evaluation.joint.frozen(), start.theta, start.share
+                goal = problem.goal
+                del start, problem  # and their graph
+                search = Search(
+                    calls, old, vector, theta, replicas, share, options, goal, found.fall
+                )
+                info = search.run(found.candidates, info)
+                self._adapt(options, info)
+        if options.warm_start and found.solution is not None:
+            self._keep_direction(vector, found.solution)
         self.info = info
         self._count_step()
-        return start
+        return returned if replicas.size == 1 else returned.new_tensor(info.loss)
 
-    def _direction(
-        self, loss: Tensor, joint: Joint, vector: ParameterVector, options: Options
-    ) -> tuple[Tensor | None, StepInfo]:
-        """Return the step to the edge of the ball, or None and the reason why there is none."""
-        info = StepInfo(Status.NONFINITE_LOSS, loss=loss.item(), new_loss=loss.item())
-        if not math.isfinite(info.loss):
-            return None, info
-        with torch.autocast(vector.device.type, enabled=False):
-            g = options.sign * gradient(loss, vector)
-            nonfinite = vector.name_nonfinite(g)
-            if nonfinite is not None:
-                detail = f"parameter {nonfinite}"
-                return None, replace(info, status=Status.NONFINITE_GRADIENT, detail=detail)
-            lr, rates = self._rates(vector)
-            if lr == 0:
-                return None, replace(info, status=Status.ZERO_LENGTH)
-            h = g if rates is None else rates * g  # s = D y, D = diag(rates): solve for y
-            e = exponent(h)
-            if e is None:
-                return None, replace(info, status=Status.STATIONARY)
-            h = ldexp(h, -e)  # of unit size: the step does not depend on it
-
-            fisher = FisherOperator(joint, vector)
-            _require_seen(fisher, vector, g)
-            solve = self._solve(fisher, -h, rates, options)
-        gate = self.preconditioner
-        info = replace(
-            info,
-            status=solve.status,
-            backend=fisher.backend,
-            preconditioner=str(gate) if isinstance(gate, Gated) else "",
-            cg_status=solve.status,
-            cg_iterations=solve.iterations,
-            cg_residual=solve.residual_norm / norm(h),
-            products=solve.products,
-        )
-        if solve.iterations == 0:
-            return None, info
-        step = kl_ball_step(
-            solve.x, h, options.delta, damped_curvature=solve.curvature, damping=options.damping
-        )
-        if step.status is not Status.CONVERGED:
-            return None, replace(info, status=step.status)
-        predicted = scalar_ldexp(lr * step.predicted_reduction, e)
-        s = lr * step.s if rates is None else lr * rates * step.s
-        return s, replace(info, predicted_reduction=predicted)
-
-    def _solve(
-        self, F: FisherOperator, b: Tensor, rates: Tensor | None, options: Options
-    ) -> LinearSolution:
-        """Solve (D F D + damping I) y = b, D = diag(rates), by conjugate gradients."""
-        rtol, max_iter, damping = options.cg_rtol, options.cg_max_iter, options.damping
-        M = self._gated()
-        if isinstance(M, Gated):
-            return M.solve(F, b, damping, rtol=rtol, max_iter=max_iter, scale=rates)
-        A = F if rates is None else congruent(F, rates)
-        A = A + damping * Identity(b.numel(), b.dtype, b.device)
-        return cg(A, b, M=M, rtol=rtol, max_iter=max_iter)
-
-    def _gated(self) -> Gated | OperatorLike | None:
-        """Return the preconditioner, on trial if it is built anew for each step."""
-        if isinstance(self.preconditioner, Preconditioner):
-            self.preconditioner = Gated(self.preconditioner)
-        return self.preconditioner
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the state as torch's optimizers do, and that of the preconditioner with it."""
-        state, gate = super().state_dict(), self._gated()
-        return {**state, "preconditioner": gate.state_dict()} if isinstance(gate, Gated) else state
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore; without a state for it, the preconditioner starts anew."""
-        super().load_state_dict(state_dict)
-        gate = self._gated()
-        if isinstance(gate, Gated) and "preconditioner" in state_dict:
-            gate.load_state_dict(copy.deepcopy(state_dict["preconditioner"]))
-
-    def _vector(self) -> ParameterVector:
-        """Return the trainable parameters of all groups, with their names if they have any."""
-        params: list[Tensor] = []
-        names: list[str] = []
-        for i, group in enumerate(self.param_groups):
-            default = [f"{i}.{j}" for j in range(len(group["params"]))]
-            for name, p in zip(group.get("param_names", default), group["params"], strict=True):
-                if p.requires_grad:
-                    params.append(p)
-                    names.append(name)
-        if not params:
-            raise ValueError("no parameter requires a gradient: all of them are frozen")
-        return ParameterVector(params, names)
-
-    def _rates(self, vector: ParameterVector) -> tuple[float, Tensor | None]:
-        """Return the largest learning rate and, where the groups differ, the ratios to it."""
-        lrs = [float(group["lr"]) for group in self.param_groups]
-        largest = max(lrs)
-        if min(lrs) == largest:
-            return largest, None
-        pairs = zip(lrs, self.param_groups, strict=True)
-        trainable = ((lr, p) for lr, group in pairs for p in group["params"] if p.requires_grad)
-        return largest, vector.ravel([torch.full_like(p, lr / largest) for lr, p in trainable])
-
-    def _require_no_gradient(self) -> None:
-        grads = (p.grad for group in self.param_groups for p in group["params"])
-        if any(grad is not None and bool(grad.any()) for grad in grads):
-            raise RuntimeError(
-                "NaturalTrustRegion.step() needs a closure that returns (loss, distribution): the"
-                " gradients in .grad do not define a KL"
+    def _adapt(self, options: NaturalOptions, info: StepInfo) -> None:
+        """Let radius, damping and penalty follow what was measured."""
+        rho = info.rho if info.accepted else -math.inf
+        if info.status is Status.RECOVERING:
+            return  # no statement on the loss
+        if options.max_delta is not None:
+            edge = info.accepted and info.kl >= 0.8 * options.delta
+            radius = classic_radius(
+                math.sqrt(options.delta),
+                rho,
+                on_boundary=edge,
+                shrink=0.5,
+                grow=math.sqrt(2),
+                largest=math.sqrt(options.max_delta),
             )
-
-    def _count_step(self) -> None:
-        for group in self.param_groups:
-            for p in group["params"]:
-                state = self.state[p]
-                state["step"] = state.get("step", torch.zeros(())) + 1
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Return what deepcopy and pickle keep: the base class's, and the attributes here."""
-        kept = {"info": self.info, "preconditioner": self.preconditioner}
-        return {**super().__getstate__(), **kept}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Restore; options that an older state does not know take their defaults."""
-        super().__setstate__(state)
-        for group in self.param_groups:
-            for key in ("lr", *SHARED):
-                group.setdefault(key, self.defaults[key])
+            self._write("delta", min(radius**2, options.max_delta))
+        if options.adapt_damping:
+            self._write("damping", levenberg_marquardt_damping(options.dampings[0], rho))
+        if options.kl_target is not None and options.penalty is not None:
+            if not info.accepted or info.kl > 1.5 * options.kl_target:
+                self._write("penalty", 2 * options.penalty)
+            elif info.kl < options.kl_target / 1.5:
+                self._write("penalty", options.penalty / 2)
 
 
-def _entry_values(vector: ParameterVector) -> Tensor:
-    if torch.is_inference_mode_enabled():
-        raise RuntimeError(
-            "step() cannot run under torch.inference_mode(), where no graph is recorded: leave it,"
-            " or use torch.no_grad() around the code that needs it"
-        )
-    theta = vector.values()
-    nonfinite = vector.name_nonfinite(theta)
-    if nonfinite is not None:
-        raise ValueError(
-            f"parameter {nonfinite} holds a NaN or an infinity before the step. This optimizer"
-            " never writes one: look at the initialisation, a loaded checkpoint or other code that"
-            " writes the parameters"
-        )
-    return theta
-
-
-def _require_seen(F: FisherOperator, vector: ParameterVector, g: Tensor) -> None:
-    """Refuse parameters that move the loss but not the distribution: no KL bounds them."""
-    parts = vector.unravel(g)
-    unused = set(range(len(parts))).difference(F.used)
-    unseen = [i for i in sorted(unused) if bool(parts[i].any())]
-    if unseen:
-        names = ", ".join(vector.names[i] for i in unseen)
-        raise ValueError(
-            f"the loss depends on parameter(s) {names}, the distribution does not, so the KL radius"
-            " says nothing about them. Give them to another optimizer, or return a joint"
-            " distribution that covers them, for example {'action': ..., 'value': Normal(v, 1)}"
-        )
+def _parts(evaluation: Evaluation) -> tuple[Tensor, Tensor, float]:
+    return evaluation.loss, evaluation.constraints, evaluation.joint.total

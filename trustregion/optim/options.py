@@ -1,77 +1,157 @@
-"""The options of NaturalTrustRegion that its parameter groups share."""
+"""The options that the parameter groups of an optimizer share."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, TypeVar
 
 
 @dataclass(frozen=True)
-class Options:
-    """The options that all parameter groups share."""
+class SharedOptions:
+    """What both optimizers have."""
 
-    delta: float
-    damping: float
-    cg_max_iter: int
-    cg_rtol: float
-    backtrack_factor: float
-    max_backtracks: int
     maximize: bool
+    warm_start: float
 
     def __post_init__(self) -> None:
-        """Check the ranges."""
-        for name in ("delta", "damping", "cg_rtol", "backtrack_factor"):  # a schedule may
-            object.__setattr__(self, name, float(getattr(self, name)))  # write tensors
-        if not (self.delta > 0 and math.isfinite(self.delta)):
-            raise ValueError(
-                f"delta must be a positive KL radius in nats, got {self.delta}; 0.01 is usual in"
-                " reinforcement learning, 0.1 to 1 in supervised learning"
-            )
-        if not (self.damping >= 0 and math.isfinite(self.damping)):
-            raise ValueError(f"damping must be finite and not negative, got {self.damping}")
-        if not (isinstance(self.cg_max_iter, int) and self.cg_max_iter >= 1):
-            raise ValueError(
-                f"cg_max_iter must be an integer of at least 1, got {self.cg_max_iter}"
-            )
-        if not 0 <= self.cg_rtol < 1:
-            raise ValueError(f"cg_rtol must lie in [0, 1), got {self.cg_rtol}")
-        if not 0 < self.backtrack_factor < 1:
-            raise ValueError(
-                f"backtrack_factor must lie between 0 and 1, got {self.backtrack_factor}"
-            )
-        if not (isinstance(self.max_backtracks, int) and self.max_backtracks >= 0):
-            raise ValueError(
-                f"max_backtracks must be an integer and not negative, got {self.max_backtracks}"
-            )
+        """Check the ranges; a schedule may write tensors."""
+        self._in_range("warm_start", 0 <= self._number("warm_start") <= 1, "lie in [0, 1]")
 
     @property
     def sign(self) -> float:
         """Factor that turns the user's objective into one to minimise."""
         return -1.0 if self.maximize else 1.0
 
+    def _number(self, name: str) -> float:
+        value = getattr(self, name)
+        if isinstance(value, (bool, str)):
+            raise ValueError(f"{name} must be a number, got {value!r}")
+        try:
+            object.__setattr__(self, name, float(value))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{name} must be a number, got {value!r}") from error
+        return getattr(self, name)
 
-SHARED = tuple(field.name for field in fields(Options))
+    def _positive(self, name: str, *, infinite: bool = False, zero: bool = False) -> None:
+        value = self._number(name)
+        fits = (value > 0 or (zero and value == 0)) and (infinite or value < math.inf)
+        finite = "" if infinite else " and finite"
+        self._in_range(name, fits, f"be {'not negative' if zero else 'positive'}{finite}")
+
+    def _count(self, name: str, least: int) -> None:
+        value = getattr(self, name)
+        whole = isinstance(value, int) and not isinstance(value, bool) and value >= least
+        least_words = f"of at least {least}" if least else "and not negative"
+        self._in_range(name, whole, f"be an integer {least_words}")
+
+    def _in_range(self, name: str, fits: bool, expected: str) -> None:
+        if not fits:
+            raise ValueError(f"{name} must {expected}, got {getattr(self, name)}")
 
 
-def shared_options(groups: Sequence[dict[str, Any]]) -> Options:
+@dataclass(frozen=True)
+class NaturalOptions(SharedOptions):
+    """Those of NaturalTrustRegion."""
+
+    delta: float
+    damping: float | tuple[float, ...]
+    cg_max_iter: int
+    cg_rtol: float
+    backtrack_factor: float
+    max_backtracks: int
+    scales: tuple[float, ...]
+    max_kl: float | None
+    penalty: float | None
+    kl_target: float | None
+    max_delta: float | None
+    adapt_damping: bool
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        super().__post_init__()
+        delta = self._number("delta")
+        if not (delta > 0 and (delta < math.inf or self.penalty is not None)):
+            raise ValueError(
+                f"delta must be a positive KL radius in nats, got {self.delta}; 0.01 is usual in"
+                " reinforcement learning, 0.1 to 1 in supervised learning. It may be infinite with"
+                " penalty="
+            )
+        self._dampings()
+        self._count("cg_max_iter", 1)
+        self._in_range("cg_rtol", 0 <= self._number("cg_rtol") < 1, "lie in [0, 1)")
+        factor = self._number("backtrack_factor")
+        self._in_range("backtrack_factor", 0 < factor < 1, "lie between 0 and 1")
+        self._count("max_backtracks", 0)
+        object.__setattr__(self, "scales", _numbers("scales", self.scales))
+        fits = len(self.scales) > 0 and all(0 < a < math.inf for a in self.scales)
+        self._in_range("scales", fits, "hold positive numbers, fractions of the length to the edge")
+        for name in ("max_kl", "penalty", "kl_target", "max_delta"):
+            if getattr(self, name) is not None:
+                self._positive(name)
+        if self.kl_target is not None and self.penalty is None:
+            raise ValueError("kl_target adapts the penalty of the KL: pass penalty= to start from")
+        if self.max_delta is not None and not self.delta <= self.max_delta:
+            raise ValueError(
+                f"max_delta is the largest radius that delta may grow to, got {self.max_delta} for"
+                f" a delta of {self.delta}"
+            )
+
+    def _dampings(self) -> None:
+        if isinstance(self.damping, (tuple, list)):
+            object.__setattr__(self, "damping", _numbers("damping", self.damping))
+        else:
+            self._number("damping")
+        fits = len(self.dampings) > 0 and all(0 <= d < math.inf for d in self.dampings)
+        self._in_range("damping", fits, "be finite and not negative")
+        if self.adapt_damping and len(self.dampings) > 1:
+            raise ValueError(
+                "adapt_damping moves one damping between steps, and several are chosen from within"
+                f" each: give one of the two, got damping={self.damping}"
+            )
+
+    @property
+    def dampings(self) -> list[float]:
+        """The dampings to choose from."""
+        return list(self.damping) if isinstance(self.damping, tuple) else [self.damping]
+
+
+def _numbers(name: str, given: object) -> tuple[float, ...]:
+    try:
+        if not isinstance(given, Iterable):
+            raise TypeError
+        return tuple(float(value) for value in given)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name} must be a tuple of numbers, got {given!r}") from error
+
+
+def option_names(kind: type[SharedOptions]) -> list[str]:
+    """Return the names of the options that the groups share."""
+    return [field.name for field in fields(kind)]
+
+
+OptionsT = TypeVar("OptionsT", bound=SharedOptions)
+
+
+def shared_options(groups: Sequence[dict[str, Any]], kind: type[OptionsT]) -> OptionsT:
     """Return the options of the parameter groups, checked: schedulers write them between steps.
 
     Raises:
         ValueError: an option out of range, or groups that disagree on one other than ``lr``.
 
     """
-    each = [Options(**{key: group[key] for key in SHARED}) for group in groups]
+    shared = option_names(kind)
+    each = [kind(**{key: group[key] for key in shared}) for group in groups]
     for i, (group, options) in enumerate(zip(groups, each, strict=True)):
         lr = float(group["lr"])
         if not (lr >= 0 and math.isfinite(lr)):
             raise ValueError(f"lr must be finite and not negative, got {lr}")
-        for key in SHARED:
+        for key in shared:
             first, other = getattr(each[0], key), getattr(options, key)
             if first != other:
                 raise ValueError(
-                    f"all parameter groups share one KL ball: {key} is {first} in group 0"
+                    f"all parameter groups share one trust region: {key} is {first} in group 0"
                     f" and {other} in group {i}. Only lr may differ"
                 )
     return each[0]

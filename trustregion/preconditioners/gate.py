@@ -103,6 +103,7 @@ class Gated:
         rtol: float = 1e-5,
         max_iter: int,
         scale: Tensor | None = None,
+        x0: Tensor | None = None,
     ) -> LinearSolution:
         r"""Solve :math:`(D A D + \lambda I) x = b` with ``D = diag(scale)``, the identity if None.
 
@@ -114,6 +115,7 @@ class Gated:
             max_iter: limit on the iterations.
             scale: the diagonal of ``D``, shape ``(n,)``, not negative. The preconditioner is that
                 of ``A``, between two inverses of ``D``.
+            x0: where to start.
 
         Returns:
             The solution; its ``products`` count those of the build and of a test too.
@@ -121,7 +123,7 @@ class Gated:
         """
         rule, testing = self.preconditioner, self._left == 0
         self._left = max(self._left - 1, 0)
-        plain = _System(A, b, damping, scale, None)
+        plain = _System(A, b, damping, scale, None, x0)
         if not testing and not self.enabled:
             due = self._left == 0  # a test comes next
             return self._watched(plain, rtol, max_iter) if due else plain.solve(rtol, max_iter)
@@ -177,6 +179,7 @@ class _System:
     damping: float
     scale: Tensor | None
     M: LinearOperator | None
+    x0: Tensor | None
 
     def solve(self, rtol: float, max_iter: int) -> LinearSolution:
         """Return the answer of ``cg``."""
@@ -185,7 +188,7 @@ class _System:
             A = congruent(A, d)
             M = None if M is None else _between(M, d)
         A = A + self.damping * Identity(A.shape[0], A.dtype, A.device)
-        return cg(A, self.b, M=M, rtol=rtol, max_iter=max_iter)
+        return cg(A, self.b, self.x0, M=M, rtol=rtol, max_iter=max_iter)
 
 
 def _between(M: LinearOperator, d: Tensor) -> LinearOperator:

@@ -1,0 +1,86 @@
+"""The derivatives of one step, as means over the samples of all processes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..distributions import Prediction, joint_of
+from ..operators.base import LinearOperator, congruent
+from ..operators.fisher import FisherOperator
+from ..vector import ParameterVector
+from .closure import Calls, Evaluation, gradient
+from .options import NaturalOptions
+from .replicas import Replicas
+from .start import Start, require_seen
+
+CurvatureClosure = Callable[[], Prediction]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What the step is made from; it is ``lr D y`` with ``D = diag(rates)``, solved for ``y``."""
+
+    vector: ParameterVector
+    replicas: Replicas
+    calls: Calls
+    start: Start[Evaluation]
+    options: NaturalOptions
+    lr: float
+    rates: Tensor | None
+
+    @property
+    def goal(self) -> float:
+        """What part of the ball a step should use, where its length is set by the ball alone."""
+        free = self.options.penalty is not None or len(self.start.constraints) > 0
+        return 0.0 if free else min(1.0, self.lr**2)
+
+    def gradient(self) -> Tensor:
+        """Return that of the objective to minimise, shape ``(n,)``."""
+        return self._mean(self.start.evaluation.loss, self.options.sign)
+
+    def constraint_gradients(self) -> Tensor:
+        """Return those of the constraints, shape ``(m, n)``."""
+        rows = [self._mean(c, 1.0) for c in self.start.evaluation.constraints]
+        return torch.stack(rows) if rows else self.start.theta.new_zeros(0, self.vector.numel)
+
+    def _mean(self, value: Tensor, sign: float) -> Tensor:
+        def compute() -> Tensor:
+            return sign * gradient(value, self.vector)
+
+        return self.replicas.mean(compute, self.start.theta, self.start.share)
+
+    def fisher(
+        self, curvature: CurvatureClosure | None, slopes: Iterable[Tensor]
+    ) -> tuple[FisherOperator, LinearOperator]:
+        """Return the Fisher matrix here, and that of the samples of all processes."""
+        held: list[FisherOperator] = []
+
+        def build() -> Tensor:
+            if curvature is None:
+                joint = self.start.evaluation.joint
+            else:
+                with torch.enable_grad():
+                    joint = joint_of(self.calls.again(curvature))
+            held.append(FisherOperator(joint, self.vector))
+            require_seen(held[0], self.vector, list(slopes))
+            return self.start.theta.new_tensor([joint.total], dtype=torch.float64)
+
+        like = self.start.theta.new_zeros(1, dtype=torch.float64)
+        total = self.replicas.total(build, like).item()
+        return held[0], self.replicas.operator(held[0], held[0].batch_size / total)
+
+    def scaled(self, g: Tensor) -> Tensor:
+        """Return one or several gradients in ``y``, but for the factor ``lr``."""
+        return g if self.rates is None else self.rates * g
+
+    def metric(self, F: LinearOperator) -> LinearOperator:
+        """Return ``D F D``."""
+        return F if self.rates is None else congruent(F, self.rates)
+
+    def unscaled(self, y: Tensor) -> Tensor:
+        """Return the step of ``y``."""
+        return self.lr * y if self.rates is None else self.lr * self.rates * y

@@ -1,0 +1,118 @@
+"""The processes that take one step together, each with samples of its own."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..operators.base import LinearOperator
+
+ProcessGroup = Any  # torch.distributed may be absent from a build, and its class with it
+
+
+class Replicas:
+    """Means over the samples of all processes, by which all of them take the same decisions.
+
+    Every process computes its part and adds it to one reduction. What one of them raises, the
+    others are told in the same reduction: none waits for one that has left the step.
+
+    Args:
+        group: the process group; None for one process.
+
+    """
+
+    def __init__(self, group: ProcessGroup | None) -> None:
+        self._group = group
+        self.size = 1 if group is None else dist.get_world_size(group)
+
+    @classmethod
+    def of(cls, given: ProcessGroup | bool | None) -> Replicas:
+        """Return those of a group, of torch's default group for None, or of none for False."""
+        if given is False or not (dist.is_available() and dist.is_initialized()):
+            return cls(None)
+        group: ProcessGroup = dist.group.WORLD if given is None else given
+        return cls(group if dist.get_world_size(group) > 1 else None)
+
+    def mean(self, compute: Callable[[], Tensor], like: Tensor, share: float) -> Tensor:
+        """Return the sum over the processes of ``share`` times what each computes.
+
+        Args:
+            compute: the part of this process, a tensor like ``like``.
+            like: a vector of the shape, dtype and device of the result.
+            share: the samples here over the samples of all.
+
+        """
+        if self.size == 1:
+            return compute()
+        return self._joined(lambda: share * compute(), like, dist.ReduceOp.SUM)
+
+    def total(self, compute: Callable[[], Tensor], like: Tensor) -> Tensor:
+        """Return the sum over the processes."""
+        return self.mean(compute, like, 1.0)
+
+    def largest(self, compute: Callable[[], Tensor], like: Tensor) -> Tensor:
+        """Return the maximum over the processes; NaN where one of them has a NaN."""
+        if self.size == 1:
+            return compute()
+        return self._joined(lambda: compute().nan_to_num(nan=torch.inf), like, dist.ReduceOp.MAX)
+
+    def require_same(self, theta: Tensor) -> None:
+        """Raise where the parameters are not the same bits in all processes."""
+        if self.size == 1:
+            return
+        digest = hashlib.sha256(theta.cpu().numpy().tobytes()).digest()
+        parts = [float(int.from_bytes(digest[i : i + 6], "little")) for i in (0, 6)]  # exact
+        here = theta.new_tensor(parts, dtype=torch.float64)
+        both = torch.cat([here, -here])
+        top, bottom = self.largest(lambda: both, both).chunk(2)
+        if not torch.equal(top, -bottom):
+            raise ValueError(
+                "the parameters differ between the processes of the group: load the same ones in"
+                " each, or broadcast them from one, before the first step"
+            )
+
+    def operator(self, A: LinearOperator, share: float) -> LinearOperator:
+        """Return the mean of the operators of all processes. Cost: one reduction a product."""
+        return A if self.size == 1 else _Mean(self, A, share)
+
+    def _joined(self, compute: Callable[[], Tensor], like: Tensor, op: Any) -> Tensor:
+        failure: BaseException | None = None
+        packed = like.new_zeros(like.numel() + 1)  # the last one says that a process failed
+        try:
+            packed[:-1] = compute().reshape(-1)
+        except BaseException as error:  # raised again below
+            failure = error
+            packed[-1] = 1.0
+        self._reduce(packed, op)
+        if failure is not None:
+            raise failure
+        if packed[-1].item() > 0:
+            raise RuntimeError(
+                "another process of the group raised an error in this step, which is printed there;"
+                " the parameters of this one are as they were before it"
+            )
+        return packed[:-1].view(like.shape)
+
+    def _reduce(self, packed: Tensor, op: Any) -> None:
+        try:
+            dist.all_reduce(packed, op, group=self._group)
+        except RuntimeError as error:
+            raise RuntimeError(
+                "a process of the group has ended or cannot be reached, so this step cannot go on;"
+                " the parameters are as they were before it. Restart the group from a checkpoint"
+                f" (torch said: {error})"
+            ) from error
+
+
+class _Mean(LinearOperator):
+    def __init__(self, replicas: Replicas, A: LinearOperator, share: float) -> None:
+        super().__init__(A.shape[0], A.dtype, A.device)
+        self._replicas, self._A, self._share = replicas, A, share
+
+    def mv(self, v: Tensor) -> Tensor:
+        return self._replicas.mean(lambda: self._A.mv(v), v, self._share)
