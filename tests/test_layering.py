@@ -80,6 +80,7 @@ LEVELS = {
     "preconditioners.kfac_noise": 4,
     "preconditioners.kronecker": 4,
     "subproblem": 3,
+    "kl_ball": 3,
     "line_search": 3,
     "optim.info": 3,
     "optim.closure": 3,
@@ -88,10 +89,19 @@ LEVELS = {
     "optim.problem": 4,
     "optim.direction": 5,
     "optim.base": 5,
+    "optim.quadratic": 3,
+    "optim.curvature": 5,
+    "optim.trials": 4,
+    "optim.newton": 6,
     "optim.options": 3,
     "optim.slopes": 3,
     "optim.search": 4,
     "optim.natural": 6,
+    "optim.report": 0,
+    "optim.restore": 1,
+    "optim.subject": 4,
+    "optim.derivatives": 5,
+    "optim.check": 6,
 }
 
 

@@ -18,8 +18,14 @@ from .distributions import Family as Family
 from .distributions import Weighted as Weighted
 from .distributions import mean_kl as mean_kl
 from .distributions import register_distribution as register_distribution
+from .kl_ball import Step as Step
+from .kl_ball import kl_ball_step as kl_ball_step
+from .kl_ball import kl_penalty_step as kl_penalty_step
+from .line_search import BallSearch as BallSearch
+from .line_search import BallTrial as BallTrial
 from .line_search import LineSearch as LineSearch
 from .line_search import backtracking as backtracking
+from .line_search import ball_search as ball_search
 from .operators import BatchedOperator as BatchedOperator
 from .operators import DenseMap as DenseMap
 from .operators import DenseOperator as DenseOperator
@@ -39,6 +45,7 @@ from .operators import MonteCarloFisherOperator as MonteCarloFisherOperator
 from .operators import check_symmetric as check_symmetric
 from .operators import to_dense as to_dense
 from .optim import NaturalTrustRegion as NaturalTrustRegion
+from .optim import NewtonTrustRegion as NewtonTrustRegion
 from .optim import StepInfo as StepInfo
 from .preconditioners import KFAC as KFAC
 from .preconditioners import Gated as Gated
@@ -77,9 +84,7 @@ from .spectrum import to_scipy as to_scipy
 from .spectrum import trace as trace
 from .status import Status as Status
 from .subproblem import ConstrainedStep as ConstrainedStep
-from .subproblem import Step as Step
 from .subproblem import constrained_kl_ball_step as constrained_kl_ball_step
-from .subproblem import kl_ball_step as kl_ball_step
 from .subsample import subsample as subsample
 from .vector import ParameterVector as ParameterVector
 
@@ -88,6 +93,7 @@ __version__ = "0.1.0"
 __all__ = [
     # optimizers
     "NaturalTrustRegion",
+    "NewtonTrustRegion",
     "StepInfo",
     "Status",
     # operators
@@ -150,11 +156,15 @@ __all__ = [
     "initial_radius",
     "InitialRadius",
     "kl_ball_step",
+    "kl_penalty_step",
     "Step",
     "constrained_kl_ball_step",
     "ConstrainedStep",
     "backtracking",
     "LineSearch",
+    "ball_search",
+    "BallSearch",
+    "BallTrial",
     # models
     "ParameterVector",
     "Family",

@@ -1,4 +1,5 @@
 """Optimizers with the contract of ``torch.optim``."""
 
 from .info import StepInfo as StepInfo
+from .newton import NewtonTrustRegion as NewtonTrustRegion
 from .natural import NaturalTrustRegion as NaturalTrustRegion

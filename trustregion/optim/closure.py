@@ -78,10 +78,46 @@ def read_prediction(returned: object) -> Evaluation:
     return Evaluation(loss, joint_of(prediction), _constraints(rest, loss))
 
 
+@dataclass(frozen=True)
+class Judgement:
+    """What one call of a closure of NewtonTrustRegion says.
+
+    Attributes:
+        loss: the loss, a scalar.
+        outputs: the outputs of the model that it was computed from; empty without.
+        joint: the prediction; None without.
+
+    """
+
+    loss: Tensor
+    outputs: tuple[Tensor, ...] = ()
+    joint: Joint | None = None
+
+    @property
+    def weight(self) -> float:
+        """How many samples the loss is the mean over, as far as is known."""
+        if self.joint is not None:
+            return self.joint.total
+        return float(self.outputs[0].shape[0] if self.outputs and self.outputs[0].ndim else 1)
+
+
+def read_judgement(returned: object) -> Judgement:
+    """Return what a closure of a loss, or of ``(loss, outputs or distribution)``, returned."""
+    if not (isinstance(returned, tuple) and len(returned) == 2):
+        return Judgement(read_loss(returned))
+    loss, second = read_loss(returned[0]), returned[1]
+    if isinstance(second, Tensor):
+        return Judgement(loss, outputs=(second,))
+    if isinstance(second, (tuple, list)) and all(isinstance(t, Tensor) for t in second):
+        return Judgement(loss, outputs=tuple(second))
+    return Judgement(loss, joint=joint_of(second))
+
+
 def read_loss(returned: object) -> Tensor:
     """Return the loss that a closure returned, checked."""
     if not isinstance(returned, Tensor):
-        raise TypeError(f"the loss must be a tensor, got {_shown(returned)}: do not call .item()")
+        hint = ": do not call .item()" if isinstance(returned, float) else ""
+        raise TypeError(f"the loss must be a tensor, got {_shown(returned)}{hint}")
     if returned.numel() != 1 or not returned.is_floating_point():
         raise ValueError(
             f"the loss must be one real number, got shape {tuple(returned.shape)}, dtype"

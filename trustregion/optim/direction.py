@@ -9,13 +9,14 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from ..kl_ball import Step, kl_ball_step, kl_penalty_step
 from ..operators.base import Identity, LinearOperator, OperatorLike
 from ..preconditioners import Gated
 from ..solvers.cg import cg
 from ..solvers.lanczos import lanczos
 from ..solvers.solution import LinearSolution
 from ..status import Status
-from ..subproblem import Step, constrained_kl_ball_step, kl_ball_step, kl_penalty_step
+from ..subproblem import constrained_kl_ball_step
 from ..vector import exponent, ldexp, norm, scalar_ldexp
 from .info import StepInfo
 from .problem import CurvatureClosure, Problem

@@ -24,6 +24,7 @@ class StepInfo:
         predicted_reduction: reduction the linear model promised for the last trial.
         actual_reduction: reduction achieved; 0 if nothing moved.
         delta: the KL radius of this step.
+        radius: the radius of the last trial of :class:`NewtonTrustRegion`.
         damping: the damping of the direction taken.
         penalty: the price of the KL in the penalised form.
         constraints: values of the constraints after the step.
@@ -49,6 +50,7 @@ class StepInfo:
     predicted_reduction: float = 0.0
     actual_reduction: float = 0.0
     delta: float = 0.0
+    radius: float = 0.0
     damping: float = 0.0
     penalty: float | None = None
     constraints: tuple[float, ...] = ()

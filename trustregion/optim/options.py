@@ -126,6 +126,37 @@ def _numbers(name: str, given: object) -> tuple[float, ...]:
         raise ValueError(f"{name} must be a tuple of numbers, got {given!r}") from error
 
 
+@dataclass(frozen=True)
+class NewtonOptions(SharedOptions):
+    """Those of NewtonTrustRegion."""
+
+    radius: float
+    damping: float
+    adapt_damping: bool
+    damping_factor: float
+    max_iter: int
+    rtol: float | None
+    max_rejections: int
+    metric_damping: float
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        super().__post_init__()
+        self._positive("radius", infinite=True)
+        self._positive("damping", zero=True)
+        self._in_range("damping_factor", 1 < self._number("damping_factor") < math.inf, "exceed 1")
+        self._count("max_iter", 1)
+        if self.rtol is not None:
+            self._in_range("rtol", 0 <= self._number("rtol") < 1, "lie in [0, 1), or be None")
+        self._count("max_rejections", 0)
+        self._positive("metric_damping")
+        if self.radius == math.inf and self.damping == 0:
+            raise ValueError(
+                "an infinite radius leaves the length of a step to the damping, which must be"
+                " positive then: give a finite radius, or a damping such as 1.0"
+            )
+
+
 def option_names(kind: type[SharedOptions]) -> list[str]:
     """Return the names of the options that the groups share."""
     return [field.name for field in fields(kind)]

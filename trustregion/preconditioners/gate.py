@@ -186,12 +186,12 @@ class _System:
         A, M, d = self.A, self.M, self.scale
         if d is not None:
             A = congruent(A, d)
-            M = None if M is None else _between(M, d)
+            M = None if M is None else between(M, d)
         A = A + self.damping * Identity(A.shape[0], A.dtype, A.device)
         return cg(A, self.b, self.x0, M=M, rtol=rtol, max_iter=max_iter)
 
 
-def _between(M: LinearOperator, d: Tensor) -> LinearOperator:
+def between(M: LinearOperator, d: Tensor) -> LinearOperator:
     """Return ``M`` between two inverses of ``diag(d)``, the identity where ``d`` is zero.
 
     There ``D A D`` is zero, and apart from all else.
