@@ -1,4 +1,4 @@
-"""The length of a natural-gradient step: to the edge of the KL ball, or as a price of the KL has it."""
+"""The length of a natural-gradient step: to the edge of the KL ball, or by the price of a KL."""
 
 from __future__ import annotations
 

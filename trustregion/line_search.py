@@ -147,32 +147,31 @@ def ball_search(
         for the parabola and its limits.
 
     """
-    scale, best, outside, backtracks = first, None, None, 0
-    count = 0
+    scale, best, former, outside = first, None, None, None
+    count = backtracks = 0
     while True:
         count += 1
         here = _Point(scale, evaluate(scale))
         trial, left = here.trial, here.outside
         lower = trial.value < (best.trial.value if best else start)
         if trial.finite and trial.size <= 1 and lower:
-            best = here
+            former, best = best, here
         elif best is None:
             backtracks += 1
         elif not left:
             break  # longer, and no lower
         if count > max_backtracks:
             break
+        farther, outside = outside, here if left else outside
         if best is None:
             aim = AIM * (goal or 1.0)
-            scale = here.towards(aim, outside) if left else here.shorter(start, slope, factor)
+            scale = here.towards(aim, farther) if left else here.shorter(start, slope, factor)
         elif count >= LOOKS or best.trial.size >= ENOUGH * goal:
             break
         else:
-            between = here if left else outside
-            scale = best.towards(AIM * goal, between)
-            if between is None and not best.lower_at(scale, start, slope):
+            scale = best.towards(AIM * goal, outside or former)
+            if outside is None and not best.lower_at(scale, start, slope):
                 break
-        outside = here if left else outside
     end = best or here
     return BallSearch(best is not None, end.scale, end.trial, count, backtracks)
 

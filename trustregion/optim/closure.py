@@ -218,15 +218,15 @@ class Calls:
             torch.cuda.set_rng_state(states[1], self._device)
 
 
-def gradient(loss: Tensor, vector: ParameterVector) -> Tensor:
+def gradient(loss: Tensor, vector: ParameterVector, what: str = "loss") -> Tensor:
     """Return the gradient of the loss, shape ``(n,)``; ``.grad`` is untouched.
 
     The graph is kept, since the distribution shares it.
     """
     if not loss.requires_grad:
         raise ValueError(
-            "the loss carries no graph, so it has no gradient: compute it from the model's outputs"
-            " with grad enabled, without detach() or torch.no_grad()"
+            f"the {what} carries no graph, so it has no gradient: compute it from the model's"
+            " outputs with grad enabled, without detach() or torch.no_grad()"
         )
     grads = differentiate([loss], vector.params)
     for name, grad in zip(vector.names, grads, strict=True):

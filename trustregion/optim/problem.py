@@ -40,16 +40,18 @@ class Problem:
 
     def gradient(self) -> Tensor:
         """Return that of the objective to minimise, shape ``(n,)``."""
-        return self._mean(self.start.evaluation.loss, self.options.sign)
+        return self._mean(self.start.evaluation.loss, self.options.sign, "loss")
 
     def constraint_gradients(self) -> Tensor:
         """Return those of the constraints, shape ``(m, n)``."""
-        rows = [self._mean(c, 1.0) for c in self.start.evaluation.constraints]
+        with torch.enable_grad():
+            values = self.start.evaluation.constraints.unbind()
+        rows = [self._mean(c, 1.0, f"constraint {i}") for i, c in enumerate(values)]
         return torch.stack(rows) if rows else self.start.theta.new_zeros(0, self.vector.numel)
 
-    def _mean(self, value: Tensor, sign: float) -> Tensor:
+    def _mean(self, value: Tensor, sign: float, what: str) -> Tensor:
         def compute() -> Tensor:
-            return sign * gradient(value, self.vector)
+            return sign * gradient(value, self.vector, what)
 
         return self.replicas.mean(compute, self.start.theta, self.start.share)
 
