@@ -16,11 +16,15 @@ from .info import StepInfo
 from .options import SharedOptions, option_names, shared_options
 from .replicas import ProcessGroup, Replicas
 
+# As torch's own optimizers have it: a compiled loop calls the step as it is. The public
+# torch.compiler.disable does the same and costs a second of importing.
+uncompiled = torch._disable_dynamo  # pyright: ignore[reportPrivateImportUsage] # see above
+
 
 class TrustRegionOptimizer(torch.optim.Optimizer):
     """A torch optimizer whose groups share one trust region."""
 
-    info: StepInfo | None = None
+    info: StepInfo | None  # set in __init__: wrappers that subclass would find a class attribute
     """The account of the last step; None before the first."""
 
     options_class: ClassVar[type[SharedOptions]]
@@ -33,6 +37,7 @@ class TrustRegionOptimizer(torch.optim.Optimizer):
         preconditioner: Preconditioner | Gated | OperatorLike | None,
         process_group: ProcessGroup | bool | None,
     ) -> None:
+        self.info = None
         self.preconditioner, self.process_group = preconditioner, process_group
         super().__init__(params, defaults)
 

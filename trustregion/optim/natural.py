@@ -13,7 +13,7 @@ from ..operators.base import OperatorLike
 from ..preconditioners import Gated, Preconditioner
 from ..radius import classic_radius, levenberg_marquardt_damping
 from ..status import Status
-from .base import TrustRegionOptimizer
+from .base import TrustRegionOptimizer, uncompiled
 from .closure import Calls, Closure, Evaluation, comparable_kernels, read_prediction
 from .direction import directions
 from .info import StepInfo
@@ -165,6 +165,7 @@ class NaturalTrustRegion(TrustRegionOptimizer):
         }
         super().__init__(params, defaults, preconditioner, process_group)
 
+    @uncompiled
     @torch.no_grad()
     def step(  # pyright: ignore[reportIncompatibleMethodOverride] # the closure returns a pair
         self, closure: Closure | None = None, *, curvature: CurvatureClosure | None = None

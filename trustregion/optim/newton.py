@@ -14,7 +14,7 @@ from ..distributions import Prediction
 from ..operators.base import OperatorLike
 from ..preconditioners import Gated, Preconditioner
 from ..radius import classic_radius, gould_radius, levenberg_marquardt_damping
-from .base import TrustRegionOptimizer
+from .base import TrustRegionOptimizer, uncompiled
 from .closure import Calls, Judgement, comparable_kernels, read_judgement
 from .curvature import CURVATURES, METRICS, SOLVERS, Curvature, quadratic_model, solver
 from .info import StepInfo
@@ -172,6 +172,7 @@ class NewtonTrustRegion(TrustRegionOptimizer):
         }
         super().__init__(params, defaults, preconditioner, process_group)
 
+    @uncompiled
     @torch.no_grad()
     def step(  # pyright: ignore[reportIncompatibleMethodOverride] # the closure may return a pair
         self, closure: NewtonClosure | None = None

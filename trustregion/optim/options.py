@@ -7,6 +7,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, TypeVar
 
+from torch import Tensor
+
 
 @dataclass(frozen=True)
 class SharedOptions:
@@ -162,6 +164,12 @@ def option_names(kind: type[SharedOptions]) -> list[str]:
     return [field.name for field in fields(kind)]
 
 
+def _rate(lr: float | Tensor) -> float:
+    if isinstance(lr, Tensor) and lr.numel() != 1:
+        raise ValueError(f"Tensor lr must be 1-element, got shape {tuple(lr.shape)}")
+    return float(lr)
+
+
 OptionsT = TypeVar("OptionsT", bound=SharedOptions)
 
 
@@ -175,7 +183,7 @@ def shared_options(groups: Sequence[dict[str, Any]], kind: type[OptionsT]) -> Op
     shared = option_names(kind)
     each = [kind(**{key: group[key] for key in shared}) for group in groups]
     for i, (group, options) in enumerate(zip(groups, each, strict=True)):
-        lr = float(group["lr"])
+        lr = _rate(group["lr"])
         if not (lr >= 0 and math.isfinite(lr)):
             raise ValueError(f"lr must be finite and not negative, got {lr}")
         for key in shared:
