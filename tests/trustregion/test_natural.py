@@ -220,19 +220,27 @@ def test_closures_of_all_kinds_work(wrap):
         assert optimizer.info.accepted
 
 
-def test_compiled_models_are_refused_in_words_and_restored():
+def test_compiled_models_run_as_they_were_written():
     torch.compiler.reset()  # what other tests compiled counts towards a limit, then nothing is
-    model, _ = problem()
-    x, compiled = torch.randn(6, 5), torch.compile(model, backend="aot_eager")
-    kept = bits(model)
+    (model, _), (other, _) = problem(), problem()
+    x = torch.randn(6, 5)
+    compiled = torch.compile(model, backend="aot_eager")
+    compiled(x).sum().backward()  # compiled before, and again in use after each step
 
-    def closure():
-        distribution = td.Categorical(logits=compiled(x))
-        return -distribution.log_prob(torch.zeros(6)).mean(), distribution
+    def closure_of(network):
+        def closure():
+            distribution = td.Categorical(logits=network(x))
+            return -distribution.log_prob(torch.zeros(6)).mean(), distribution
 
-    with pytest.raises(RuntimeError, match=r"without torch\.compile"):
-        NaturalTrustRegion(model.parameters()).step(closure)
-    assert unchanged(model, kept)
+        return closure
+
+    for network, of in ((compiled, model), (other, other)):
+        optimizer = NaturalTrustRegion(of.parameters())
+        for _ in range(3):
+            optimizer.step(closure_of(network))
+            assert optimizer.info.accepted
+    assert unchanged(model, bits(other))
+    assert "CompiledFunctionBackward" in type(compiled(x).grad_fn).__name__
 
 
 def test_distributions_made_of_the_parameters_themselves():

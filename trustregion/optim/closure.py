@@ -38,7 +38,8 @@ class Evaluation:
 
 @contextmanager
 def comparable_kernels() -> Iterator[None]:
-    """Run attention on its math kernel, the one that can be differentiated twice.
+    """Run the model on kernels that can be differentiated twice: attention by its math, compiled
+    models as they were written.
 
     For the whole step: the line search then compares values of one kernel, and activation
     checkpointing recomputes in the backward pass what it saw in the forward pass.
@@ -46,7 +47,7 @@ def comparable_kernels() -> Iterator[None]:
     fast_path = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with sdpa_kernel(SDPBackend.MATH):
+        with sdpa_kernel(SDPBackend.MATH), torch.compiler.set_stance("force_eager"):
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
