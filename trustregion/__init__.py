@@ -44,9 +44,11 @@ from .operators import LinearOperator as LinearOperator
 from .operators import MonteCarloFisherOperator as MonteCarloFisherOperator
 from .operators import check_symmetric as check_symmetric
 from .operators import to_dense as to_dense
+from .optim import ClosureReport as ClosureReport
 from .optim import NaturalTrustRegion as NaturalTrustRegion
 from .optim import NewtonTrustRegion as NewtonTrustRegion
 from .optim import StepInfo as StepInfo
+from .optim import check_closure as check_closure
 from .preconditioners import KFAC as KFAC
 from .preconditioners import Gated as Gated
 from .preconditioners import Jacobi as Jacobi
@@ -96,6 +98,8 @@ __all__ = [
     "NewtonTrustRegion",
     "StepInfo",
     "Status",
+    "check_closure",
+    "ClosureReport",
     # operators
     "LinearOperator",
     "DenseOperator",

@@ -1,0 +1,238 @@
+"""A self-test of a closure: whether it is what the promises of a step rest on."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..operators.fisher import FisherOperator
+from .closure import Closure, comparable_kernels
+from .derivatives import Derivatives
+from .natural import NaturalTrustRegion
+from .report import ClosureCheck, ClosureReport
+from .restore import REWOUND, restored
+from .start import entry_values
+from .subject import Subject, values_of
+
+
+@torch.no_grad()
+def check_closure(closure: Closure, params: Iterable[Any], *, seed: int = 0) -> ClosureReport:
+    r"""Test the closure of :class:`NaturalTrustRegion` at the current parameters.
+
+    A step rests on values that repeat, and on two models of them along a direction ``d``,
+
+    .. math:: f(\theta + td) = f(\theta) + t\, g'd + O(t^2), \qquad
+        \mathrm{KL}(\theta \,\|\, \theta + td) = \tfrac12 t^2 d'Fd + O(t^3).
+
+    Measured are:
+
+    - whether the loss and the distribution repeat bit for bit, with torch's random numbers rewound
+      as a step does, and whether the closure draws such numbers;
+    - whether the loss is finite and KL(old || old) zero;
+    - whether both depend on the parameters, the distribution on each that moves the loss, and
+      whether a parameter is idle;
+    - whether products with ``F`` are symmetric, ``u'Fv = v'Fu``, and positive semidefinite;
+    - the orders of the two errors: slopes 2 and 3 of their logarithms in that of ``t``, for a ``d``
+      with a random part and one along ``g``, and for up to seven more where it fails, since a kink
+      of a ReLU near by can look like a wrong derivative in float32. A slope is read at the smallest
+      steps whose error is clear of rounding, which is measured too. Where that leaves too few, as
+      it can in float32 and mostly does under autocast, the check is ``unknown``. On a GPU, switch
+      TF32 off for it.
+
+    Constraints are tested as the loss is. Cost: 37 forward passes, 34 more a further direction, two
+    backward passes for each value and nine Fisher products. Parameters, their ``.grad`` and the
+    random number generators of torch, Python and numpy are restored bit for bit, also after an
+    exception. As in a step the closure is called under grad once and under ``no_grad`` then;
+    buffers that it writes are its own matter.
+
+    Args:
+        closure: as for :meth:`NaturalTrustRegion.step`.
+        params: as for :class:`NaturalTrustRegion`; of ``model.named_parameters()`` the report knows
+            the names.
+        seed: of the directions, which come from a generator of their own.
+
+    Raises:
+        RuntimeError, TypeError, ValueError: what a step raises for this closure, unless it is a
+            matter of the report.
+
+    Example:
+        >>> from torch.distributions import Categorical
+        >>> _ = torch.manual_seed(0)
+        >>> model = torch.nn.Linear(4, 3).double()
+        >>> x, y = torch.randn(64, 4).double(), torch.randint(3, (64,))
+        >>> def closure():
+        ...     distribution = Categorical(logits=model(x))
+        ...     return -distribution.log_prob(y).mean(), distribution
+        >>> report = check_closure(closure, model.named_parameters())
+        >>> report.ok, len(report.checks)
+        (True, 13)
+
+    References:
+        Boumal, An Introduction to Optimization on Smooth Manifolds, 2023, sections 4.8 and 6.8:
+        slope tests of first and second derivatives, as in Manopt's ``checkgradient``.
+
+    """
+    vector = NaturalTrustRegion(params)._vector()
+    theta = entry_values(vector)
+    with restored(vector, theta), comparable_kernels():
+        subject = Subject(closure, vector, theta)
+        return ClosureReport(tuple(_checks(subject, seed)))
+
+
+def _checks(subject: Subject, seed: int) -> Iterator[ClosureCheck]:
+    """Yield the checks in order; what rests on one that failed is not measured."""
+    values = [*_repeat(subject), *_finite(subject)]
+    yield from values
+    yield _no_random_numbers(subject)
+    if not all(check.passed for check in values):
+        yield _NOT_MEASURED
+        return
+    with torch.autocast(subject.vector.device.type, enabled=False):
+        F = _fisher(subject)
+        grads = subject.gradients()
+    depends = [*_depend(F, grads[0])]
+    yield from depends
+    if F is None or not all(check.passed for check in depends):
+        yield _NOT_MEASURED
+        return
+    yield from _reach(F, grads)
+    yield from Derivatives(subject, F, seed).checks()
+
+
+_NOT_MEASURED = ClosureCheck(
+    "the derivatives",
+    None,
+    math.nan,
+    "not measured",
+    "They are compared with the values, which needs what failed above: mend that first.",
+)
+
+
+def _repeat(subject: Subject) -> Iterator[ClosureCheck]:
+    first, *pair = (values_of(e) for e in (subject.first, *subject.pair))
+    tolerance = math.sqrt(subject.unit)  # without a graph, kernels may round in another way
+    same = _identical(pair[:1], pair[1:]) and _near([first], pair[:1], tolerance)
+    gap = max((v - first).abs().nan_to_num().max().item() for v in pair)
+    yield ClosureCheck(
+        "the loss repeats", same, gap, f"difference {gap:.2g}",
+        f"Calls at the same parameters return different losses: {_why_not(subject)}",
+    )  # fmt: skip
+    try:
+        kl = max(abs(subject.old.mean_kl(e.joint).item()) for e in subject.pair)
+    except ValueError as error:
+        name, words = "the distribution repeats", "another structure"
+        yield ClosureCheck(name, False, math.nan, words, f"{error}. {_why_not(subject)}")
+        return
+    start, *tensors = (e.joint.flat_parameters() for e in (subject.first, *subject.pair))
+    same = _identical(*tensors) and _near(start, tensors[0], tolerance)
+    yield ClosureCheck(
+        "the distribution repeats", same, kl, f"KL {kl:.2g}",
+        f"Calls at the same parameters return different distributions: {_why_not(subject)}",
+    )  # fmt: skip
+
+
+def _why_not(subject: Subject) -> str:
+    others = [name for name in subject.drawn if name not in REWOUND]
+    if others:
+        return (
+            f"they draw from {' and '.join(others)}, which a step does not rewind. Draw the"
+            " batch and the noise before the step, outside the closure."
+        )
+    return (
+        "likely a fresh batch or noise from a generator of its own in each, or state that a"
+        " call changes (a loader, a counter, running statistics). Take the batch before the"
+        " step, outside the closure; for kernels on a GPU see"
+        " torch.use_deterministic_algorithms."
+    )
+
+
+def _finite(subject: Subject) -> Iterator[ClosureCheck]:
+    values = torch.cat([values_of(e) for e in (subject.first, *subject.pair)])
+    loss = values[0].item()
+    yield ClosureCheck(
+        "the loss is finite", bool(values.isfinite().all()), loss, f"{loss:.6g}",
+        "The loss, or a constraint, is NaN or infinite at these parameters: look for a log or a"
+        " division of zero, an overflow of exp, or NaN in the data.",
+    )  # fmt: skip
+    kl = subject.old.mean_kl(subject.old).item()
+    yield ClosureCheck(
+        # other families than this package's may subtract numbers of size one
+        "KL(old || old) is zero", abs(kl) <= 1e-12, kl, f"{kl:.2g}",
+        "The KL of the distribution from itself should be zero: look for NaN or impossible"
+        " parameters of the distribution, such as a scale of 0, and for a mistake in the kl of"
+        " a registered Family.",
+    )  # fmt: skip
+
+
+def _no_random_numbers(subject: Subject) -> ClosureCheck:
+    drawn = [name for name in subject.drawn if name in REWOUND]
+    return ClosureCheck(
+        "no random numbers", not drawn, len(drawn), f"of {', '.join(drawn) or 'torch'}",
+        "The closure draws random numbers: Dropout in train mode, or sampling. All calls of a"
+        " step see the same ones, so it follows the loss and the KL under one draw of the"
+        " noise. Use model.eval(), or draw outside the closure.",
+    )  # fmt: skip
+
+
+def _fisher(subject: Subject) -> FisherOperator | None:
+    try:
+        return FisherOperator(subject.first.joint, subject.vector)
+    except ValueError:  # the distribution uses none of the parameters
+        return None
+
+
+def _depend(F: FisherOperator | None, grads: Sequence[Tensor | None]) -> Iterator[ClosureCheck]:
+    total = len(grads)
+    used = {"loss": len(_used(grads)), "distribution": 0 if F is None else len(F.used)}
+    for what, count in used.items():
+        yield ClosureCheck(
+            f"the {what} depends on the parameters",
+            count > 0, count, f"on {count} of {total}",
+            f"The graph of the {what} leads to none of the parameters given: look for detach(),"
+            " .item(), torch.no_grad() or numpy on the way from the model, or for parameters of"
+            " another model.",
+        )  # fmt: skip
+
+
+def _reach(F: FisherOperator, grads: Sequence[Sequence[Tensor | None]]) -> Iterator[ClosureCheck]:
+    names = F.vector.names
+    moved = {i for g in grads for i, p in enumerate(g) if p is not None and bool(p.any())}
+    unseen = sorted(moved.difference(F.used))
+    yield ClosureCheck(
+        "the KL bounds what moves the loss", not unseen, len(unseen),
+        f"all but {len(unseen)}" if unseen else "all",
+        f"The loss depends on {_listed(names, unseen)}, the distribution does not: a step"
+        " refuses that. Give them to another optimizer, or return a joint distribution that"
+        " covers them, for example {'action': ..., 'value': Normal(v, 1)}.",
+    )  # fmt: skip
+    used = {i for g in grads for i in _used(g)}.union(F.used)
+    idle = [i for i in range(len(names)) if i not in used]
+    yield ClosureCheck(
+        "no parameter is idle", not idle, len(idle), f"{len(idle)} idle",
+        f"Neither the loss nor the distribution uses {_listed(names, idle)}, which will never"
+        " move: look for a forgotten layer or a detach(), or leave them out.",
+    )  # fmt: skip
+
+
+def _used(grads: Sequence[Tensor | None]) -> set[int]:
+    return {i for i, grad in enumerate(grads) if grad is not None}
+
+
+def _listed(names: Sequence[str], positions: Sequence[int]) -> str:
+    return ("parameters " if len(positions) > 1 else "parameter ") + ", ".join(
+        names[i] for i in positions
+    )
+
+
+def _identical(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> bool:
+    """Return whether the tensors are equal; NaN, which another check is for, is itself."""
+    return _near(ours, theirs, 0.0)
+
+
+def _near(ours: Sequence[Tensor], theirs: Sequence[Tensor], tolerance: float) -> bool:
+    pairs = zip(ours, theirs, strict=True)
+    return all(torch.allclose(a, b.to(a), tolerance, tolerance, True) for a, b in pairs)

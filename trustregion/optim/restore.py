@@ -1,0 +1,63 @@
+"""Leaving the world as it was: parameters, their gradients, and random number generators."""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from ..vector import ParameterVector
+
+Generators: TypeAlias = dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]]
+
+REWOUND = ("torch", "torch on cuda")  # of them, those that a step rewinds for each call
+
+
+def _generators(device: torch.device) -> Generators:
+    """Return how to read and to write the state of each global generator."""
+    found: Generators = {
+        "torch": (torch.get_rng_state, torch.set_rng_state),
+        "random": (random.getstate, random.setstate),
+    }
+    numpy = sys.modules.get("numpy")
+    if device.type == "cuda":
+        found["torch on cuda"] = (
+            lambda: torch.cuda.get_rng_state(device),
+            lambda state: torch.cuda.set_rng_state(state, device),
+        )
+    if numpy is not None:  # not imported here, where nobody else did
+        found["numpy.random"] = (numpy.random.get_state, numpy.random.set_state)
+    return found
+
+
+def random_states(device: torch.device) -> dict[str, object]:
+    """Return the state of each global generator, in numbers that can be compared."""
+    return {name: _numbers(get()) for name, (get, _) in _generators(device).items()}
+
+
+def _numbers(state: Any) -> object:
+    if hasattr(state, "tolist"):  # of torch and of numpy
+        return state.tolist()
+    return [_numbers(part) for part in state] if isinstance(state, tuple) else state
+
+
+@contextmanager
+def restored(vector: ParameterVector, theta: Tensor) -> Iterator[None]:
+    """Put back parameters, gradients and random numbers, whatever happens."""
+    states = [(put, get()) for get, put in _generators(vector.device).values()]
+    grads = [(p, p.grad, None if p.grad is None else p.grad.clone()) for p in vector.params]
+    try:
+        yield
+    finally:
+        vector.assign(theta)
+        for p, grad, copy in grads:
+            p.grad = grad
+            if grad is not None and copy is not None:
+                grad.copy_(copy)
+        for put, state in states:
+            put(state)
