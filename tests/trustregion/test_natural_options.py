@@ -16,6 +16,8 @@ from trustregion import (
     NaturalTrustRegion,
     Status,
     classic_radius,
+    kl_ball_step,
+    kl_penalty_step,
     levenberg_marquardt_damping,
     mean_kl,
     subsample,
@@ -444,3 +446,150 @@ def test_wrong_options_are_refused_at_construction(options, words):
     p = torch.zeros(2, requires_grad=True)
     with pytest.raises(ValueError, match=words):
         NaturalTrustRegion([p], **options)
+
+
+# -- the corners of the options
+
+
+def rising(constraint=None):
+    """A closure whose loss, or constraint, is worse in every trial."""
+    p = torch.zeros(2, dtype=torch.float64, requires_grad=True)
+    calls = []
+
+    def closure():
+        calls.append(0)
+        worse = float(len(calls) > 1)
+        loss, prediction = (p - 1).square().sum(), td.Normal(p, 1.0)
+        if constraint is None:
+            return loss + 100 * worse, prediction
+        return loss, prediction, p[:1] - 100 + 200 * worse
+
+    return p, closure
+
+
+def test_a_rejected_step_raises_the_penalty():
+    p, closure = rising()
+    optimizer = NaturalTrustRegion([p], math.inf, penalty=1.0, kl_target=0.1)
+    optimizer.step(closure)
+    assert optimizer.info.status is Status.REJECTED_LOSS
+    assert optimizer.param_groups[0]["penalty"] == 2.0
+
+
+def test_constraints_that_no_trial_keeps_are_named():
+    p, closure = rising(constraint=True)
+    optimizer = NaturalTrustRegion([p])
+    optimizer.step(closure)
+    assert optimizer.info.status is Status.REJECTED_CONSTRAINT
+    assert "the constraints 1" in optimizer.info.detail
+    assert torch.equal(p, torch.zeros(2, dtype=torch.float64))
+
+
+def test_a_penalised_step_is_judged_with_its_penalty_and_not_stretched():
+    model, closure, _ = problem()
+    options = {"penalty": 30.0, "damping": 0.1}
+    one = NaturalTrustRegion(model.parameters(), 1.0, **options)
+    one.step(closure)
+    assert (one.info.accepted, one.info.scale, one.info.evaluations) == (True, 1.0, 2)
+    assert one.info.kl < 0.01  # of 1.0
+    # at three times the length the loss is lower still, and the KL costs more than that
+    several = NaturalTrustRegion(model.parameters(), 1.0, scales=(1.0, 3.0), **options)
+    start, loss = theta(model), closure()[0].item()
+    several.step(closure)
+    step = theta(model) - start
+    nn.utils.vector_to_parameters(start + 3 * step, model.parameters())
+    assert several.info.scale == 1.0
+    assert closure()[0].item() < several.info.new_loss < loss
+
+
+@pytest.mark.parametrize("penalty", [1e-3, 1e3])
+def test_the_penalised_step_is_the_shorter_of_two(penalty):
+    x, g = torch.tensor([-3.0, 1.0]).double(), torch.tensor([3.0, -1.0]).double()
+    edge = kl_ball_step(x, g, 0.01, damped_curvature=10.0, damping=0.0)
+    step = kl_penalty_step(x, g, penalty, 0.01, damped_curvature=10.0, damping=0.0)
+    free = kl_penalty_step(x, g, penalty, damped_curvature=10.0, damping=0.0)
+    torch.testing.assert_close(free.s, x / penalty)
+    assert free.predicted_reduction == pytest.approx(10 / penalty)
+    shorter = min(edge, free, key=lambda step: step.s.norm())
+    assert torch.equal(step.s, shorter.s)
+
+
+def test_a_failed_grid_is_searched_below_its_shortest_and_most_damped_candidate():
+    model, closure, _ = problem()
+    far = NaturalTrustRegion(model.parameters(), 1e-4, damping=(1e-3, 1e-2), scales=(40.0, 50.0))
+    tried = []
+
+    def watched():
+        tried.append(theta(model))
+        return closure()
+
+    far.step(watched)
+    start, candidates, first = tried[0], tried[1:5], tried[5]
+    assert far.info.damping == 1e-2
+    assert far.info.products == 10
+    torch.testing.assert_close(first - start, 0.7 * (candidates[2] - start), rtol=1e-9, atol=1e-12)
+
+
+def test_random_numbers_stand_as_after_one_call_also_if_a_trial_raises():
+    p, _ = rising()
+    calls = []
+
+    def closure():
+        calls.append(torch.get_rng_state())
+        if len(calls) > 1:
+            raise KeyboardInterrupt
+        torch.rand(3)
+        return (p - 1).square().sum(), td.Normal(p, 1.0)
+
+    with pytest.raises(KeyboardInterrupt):
+        NaturalTrustRegion([p]).step(closure)
+    after = torch.get_rng_state()
+    torch.set_rng_state(calls[0])
+    torch.rand(3)
+    assert torch.equal(after, torch.get_rng_state())
+
+
+def test_the_largest_radius_is_reached_exactly():
+    largest = next(d for d in (1e-6 + k * 1e-9 for k in range(99)) if math.sqrt(d) ** 2 > d)
+    model, closure, _ = problem()
+    optimizer = NaturalTrustRegion(model.parameters(), largest / 2, max_delta=largest)
+    for _ in range(3):
+        optimizer.step(closure)
+    assert optimizer.param_groups[0]["delta"] == largest
+
+
+def linear(power, rates=(1.0, 1.0), start=(0.0, 0.0)):
+    """A loss and a constraint that are linear, but for the scale of the loss."""
+    a, b = (torch.tensor([v], dtype=torch.float64, requires_grad=True) for v in start)
+
+    def closure():
+        return -(2.0**power) * (a + b).sum(), td.Normal(torch.cat([a, b]), 1.0), a - 0.01
+
+    groups = [{"params": [p], "lr": lr} for p, lr in zip((a, b), rates, strict=True)]
+    return a, b, closure, groups
+
+
+@pytest.mark.parametrize("power", [-20, 0, 20])
+@pytest.mark.parametrize("rates", [(1.0, 1.0), (1.0, 0.5)])
+def test_the_constrained_step_satisfies_its_conditions(power, rates):
+    a, b, closure, groups = linear(power, rates)
+    optimizer = NaturalTrustRegion(groups, 0.02, damping=0.0)
+    optimizer.step(closure)
+    info = optimizer.info
+    # the batch holds two samples, so that F = I / 2, and the ball is |s| <= sqrt(0.08)
+    assert info.scale > 0.97  # the KL is a quadratic: a step at the edge is outside by rounding
+    s, t = a.item() / info.scale, b.item() / info.scale
+    assert s == pytest.approx(0.01, rel=1e-9)
+    assert s**2 + t**2 == pytest.approx(0.08, rel=1e-9)
+    assert info.predicted_reduction == pytest.approx(2.0**power * (a + b).item(), rel=1e-9)
+    # stationarity: -2^k + nu s / 2 + mu = 0 and -2^k + nu t / 2 = 0
+    assert info.multipliers == (pytest.approx(2.0**power * (1 - s / t), rel=1e-6),)
+
+
+def test_a_violation_is_repaired_without_a_gradient_and_moves_no_adaptive_option():
+    p = torch.zeros(2, dtype=torch.float64, requires_grad=True)
+    optimizer = NaturalTrustRegion([p], 0.01, max_delta=1.0, adapt_damping=True)
+    group = dict(optimizer.param_groups[0])
+    optimizer.step(lambda: (p.square().sum(), td.Normal(p, 1.0), 1 - p[:1]))
+    assert optimizer.info.status is Status.RECOVERING
+    assert p[0].item() > 0.1
+    assert optimizer.param_groups[0] == group
