@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..operators.base import OperatorLike
-from ..preconditioners import Gated, Preconditioner
+from ..preconditioners import KFAC, Gated, Preconditioner
 from ..vector import ParameterVector
 from .info import StepInfo
 from .options import SharedOptions, option_names, shared_options
@@ -91,7 +91,18 @@ class TrustRegionOptimizer(torch.optim.Optimizer):
         return ParameterVector(params, names)
 
     def _replicas(self) -> Replicas:
-        return Replicas.of(self.process_group)
+        replicas, rule = Replicas.of(self.process_group), self.preconditioner
+        rule = rule.preconditioner if isinstance(rule, Gated) else rule
+        if replicas.size > 1 and isinstance(rule, KFAC):
+            raise TypeError(
+                "KFAC reads the graph of one process, and the matrix of this step is the mean over"
+                " several: use Jacobi(), Nystrom(rank) or Recycled(), which need its products only"
+            )
+        return replicas
+
+    def _agreed(self, options: SharedOptions) -> str:
+        """Return what all processes must agree on beside the parameters."""
+        return f"{options}, lr {[float(group['lr']) for group in self.param_groups]}"
 
     def _rates(self, vector: ParameterVector) -> tuple[float, Tensor | None]:
         """Return the largest learning rate and, where the groups differ, the ratios to it."""

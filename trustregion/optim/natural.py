@@ -201,7 +201,8 @@ class NaturalTrustRegion(TrustRegionOptimizer):
         last = self._last_direction(vector) if options.warm_start else None
         with comparable_kernels():
             calls = Calls(closure, vector.device)
-            start = enter(calls, read_prediction, _parts, vector, replicas)
+            agreed = self._agreed(options)
+            start = enter(calls, read_prediction, _parts, vector, replicas, agreed)
             returned = start.evaluation.loss.detach().clone()  # it may be a parameter itself
             problem = Problem(vector, replicas, calls, start, options, *self._rates(vector))
             found = directions(problem, self._gated(), curvature, last)

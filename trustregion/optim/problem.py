@@ -68,11 +68,15 @@ class Problem:
                 with torch.enable_grad():
                     joint = joint_of(self.calls.again(curvature))
             held.append(FisherOperator(joint, self.vector))
-            require_seen(held[0], self.vector, list(slopes))
-            return self.start.theta.new_tensor([joint.total], dtype=torch.float64)
+            sums = like.clone()
+            sums[0] = joint.total
+            sums[1:][list(held[0].used)] = 1.0
+            return sums
 
-        like = self.start.theta.new_zeros(1, dtype=torch.float64)
-        total = self.replicas.total(build, like).item()
+        like = self.start.theta.new_zeros(1 + len(self.vector.params), dtype=torch.float64)
+        total, *counts = self.replicas.total(build, like).tolist()
+        seen = {i for i, count in enumerate(counts) if count > 0}  # by the samples of any process
+        require_seen(seen, self.vector, list(slopes))
         return held[0], self.replicas.operator(held[0], held[0].batch_size / total)
 
     def scaled(self, g: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
+import zlib
 from collections.abc import Callable
 from typing import Any
 
@@ -33,9 +33,20 @@ class Replicas:
     @classmethod
     def of(cls, given: ProcessGroup | bool | None) -> Replicas:
         """Return those of a group, of torch's default group for None, or of none for False."""
-        if given is False or not (dist.is_available() and dist.is_initialized()):
+        known = dist.is_available()
+        if given is False or (given is None and not (known and dist.is_initialized())):
             return cls(None)
         group: ProcessGroup = dist.group.WORLD if given is None else given
+        if known and group == dist.GroupMember.NON_GROUP_MEMBER:
+            raise ValueError(
+                "this process is not a member of the process_group it was given: pass False to take"
+                " steps of its own"
+            )
+        if not (known and isinstance(group, dist.ProcessGroup)):
+            raise TypeError(
+                "process_group must be a process group of torch.distributed, None for the default"
+                f" one or False for none, got {given!r}"
+            )
         return cls(group if dist.get_world_size(group) > 1 else None)
 
     def mean(self, compute: Callable[[], Tensor], like: Tensor, share: float) -> Tensor:
@@ -61,19 +72,28 @@ class Replicas:
             return compute()
         return self._joined(lambda: compute().nan_to_num(nan=torch.inf), like, dist.ReduceOp.MAX)
 
-    def require_same(self, theta: Tensor) -> None:
-        """Raise where the parameters are not the same bits in all processes."""
+    def require_same(self, theta: Tensor, settings: str) -> None:
+        """Raise unless parameters and settings are the same in all processes, bit for bit.
+
+        Cost: one reduction. Steps from different places would end in different ones, and different
+        settings in processes that wait for each other.
+        """
         if self.size == 1:
             return
-        digest = hashlib.sha256(theta.cpu().numpy().tobytes()).digest()
-        parts = [float(int.from_bytes(digest[i : i + 6], "little")) for i in (0, 6)]  # exact
-        here = theta.new_tensor(parts, dtype=torch.float64)
+        crc = theta.new_tensor([zlib.crc32(settings.encode())], dtype=torch.int64)
+        here = torch.cat([_checksum(theta), crc])
         both = torch.cat([here, -here])
         top, bottom = self.largest(lambda: both, both).chunk(2)
-        if not torch.equal(top, -bottom):
+        same_theta, same_settings = (top == -bottom).tolist()
+        if not same_theta:
             raise ValueError(
                 "the parameters differ between the processes of the group: load the same ones in"
                 " each, or broadcast them from one, before the first step"
+            )
+        if not same_settings:
+            raise ValueError(
+                "the options differ between the processes of the group, and they must take the same"
+                f" step: a schedule has to write the same values in each. Here they are {settings}"
             )
 
     def operator(self, A: LinearOperator, share: float) -> LinearOperator:
@@ -116,3 +136,13 @@ class _Mean(LinearOperator):
 
     def mv(self, v: Tensor) -> Tensor:
         return self._replicas.mean(lambda: self._A.mv(v), v, self._share)
+
+
+def _checksum(values: Tensor) -> Tensor:
+    """Return a sum over all bits that knows their places, shape ``(1,)``, int64.
+
+    It wraps around. A change of one number always changes it: the weights are odd.
+    """
+    bits = values.view(torch.int64 if values.dtype == torch.float64 else torch.int32).long()
+    weights = torch.arange(1, 2 * len(bits), 2, device=bits.device)
+    return (bits * weights).sum().reshape(1)

@@ -9,7 +9,6 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor
 
-from ..operators.fisher import FisherOperator
 from ..vector import ParameterVector
 from .closure import Calls
 from .replicas import Replicas
@@ -43,6 +42,7 @@ def enter(
     parts: Callable[[T], tuple[Tensor, Tensor, float]],
     vector: ParameterVector,
     replicas: Replicas,
+    settings: str,
 ) -> Start[T]:
     """Look at the parameters and call the closure for the first time.
 
@@ -52,6 +52,7 @@ def enter(
         parts: of that the loss, the constraints, and how many samples they are the mean over.
         vector: the parameters.
         replicas: the processes of the step.
+        settings: all that decides about the step, to compare between them.
 
     """
     held: list[tuple[Tensor, T, Tensor]] = []
@@ -67,7 +68,7 @@ def enter(
     like = vector.params[0].new_zeros(4, dtype=torch.float64)
     weight, m, squares, loss = replicas.total(look, like).tolist()
     ((theta, evaluation, constraints),) = held
-    replicas.require_same(theta)
+    replicas.require_same(theta, settings)
     if replicas.size * squares != m * m:
         raise ValueError("the processes of the group disagree on the number of constraints")
     here = parts(evaluation)[2]
@@ -102,10 +103,10 @@ def entry_values(vector: ParameterVector) -> Tensor:
     return theta
 
 
-def require_seen(F: FisherOperator, vector: ParameterVector, slopes: Sequence[Tensor]) -> None:
+def require_seen(seen: set[int], vector: ParameterVector, slopes: Sequence[Tensor]) -> None:
     """Refuse parameters that move the loss but not the distribution: no KL bounds them."""
     parts = [vector.unravel(g) for g in slopes]
-    unused = set(range(len(vector.params))).difference(F.used)
+    unused = set(range(len(vector.params))).difference(seen)
     unseen = [i for i in sorted(unused) if any(bool(part[i].any()) for part in parts)]
     if unseen:
         names = ", ".join(vector.names[i] for i in unseen)
