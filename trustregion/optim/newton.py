@@ -18,7 +18,7 @@ from .base import TrustRegionOptimizer, uncompiled
 from .closure import Calls, Judgement, comparable_kernels, read_judgement
 from .curvature import CURVATURES, METRICS, SOLVERS, Curvature, quadratic_model, solver
 from .info import StepInfo
-from .options import NewtonOptions, SharedOptions, shared_options
+from .options import NewtonOptions, shared_options
 from .quadratic import Model, ModelStep
 from .replicas import ProcessGroup
 from .start import enter
@@ -79,7 +79,8 @@ class NewtonTrustRegion(TrustRegionOptimizer):
             :math:`\sqrt{s'M^{-1}s}`. ``"fisher"``: :math:`\sqrt{s'(F + \mu I)s}`, in which a radius
             of :math:`\sqrt{2\delta}` is a KL of :math:`\delta`; each iteration then solves with
             ``F``, by conjugate gradients of at most ``max_iter`` products.
-        damping: lambda, added to ``A``.
+        damping: lambda, added to ``A``; with an infinite radius in units of the metric, as
+            :math:`A + \lambda M^{-1}`, but for ``"cg"``.
         adapt_damping: let lambda follow :math:`\rho` (:func:`levenberg_marquardt_damping`).
         damping_factor: by which it moves.
         max_iter: limit on the iterations of a solve.
@@ -206,8 +207,7 @@ class NewtonTrustRegion(TrustRegionOptimizer):
         last = self._last_direction(vector) if options.warm_start else None
         with comparable_kernels():
             calls = Calls(closure, vector.device)
-            agreed = self._agreed(options)
-            start = enter(calls, read_judgement, _parts, vector, replicas, agreed)
+            start = enter(calls, read_judgement, _parts, vector, replicas)
             returned = start.evaluation.loss.detach().clone()  # it may be a parameter itself
             curvature = Curvature(
                 self.curvature, self.metric, vector, replicas, start, options, *self._rates(vector)
@@ -251,23 +251,21 @@ class NewtonTrustRegion(TrustRegionOptimizer):
                 self._adapt_damping(options, rho)
             elif options.radius == math.inf:
                 limit, first = options.max_rejections, options.damping
-                info, damping = shrink(trials, solve, first, self._raised(options), limit, info)
+                follow = self._raised(options)
+                info, damping, _ = shrink(trials, solve, "damping", first, follow, limit, info)
                 if options.adapt_damping:
                     self._write("damping", damping)
             else:
                 limit, first = options.max_rejections, options.radius
-                info, radius = shrink(trials, solve, first, self._next_radius, limit, info)
+                follow = self._next_radius
+                info, radius, rho = shrink(trials, solve, "radius", first, follow, limit, info)
                 self._write("radius", radius)
-                self._adapt_damping(options, info.rho if info.accepted else -math.inf)
+                self._adapt_damping(options, rho)
             accepted = info.accepted
         finally:  # also on KeyboardInterrupt
             if not accepted:
                 trials.vector.assign(trials.theta)
         return info
-
-    def _agreed(self, options: SharedOptions) -> str:
-        settings = ", ".join(f"{name}={getattr(self, name)}" for name in self._settings)
-        return f"{super()._agreed(options)}, {settings}"
 
     def _next_radius(self, radius: float, rho: float, step: ModelStep) -> float:
         if self.radius_rule == "gould":

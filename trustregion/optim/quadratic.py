@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 import torch
@@ -17,7 +17,7 @@ from ..solvers.multishift import next_block
 from ..solvers.solution import LinearSolution, SubproblemSolution
 from ..solvers.steihaug import steihaug
 from ..status import Status
-from ..vector import dot
+from ..vector import dot, norm
 
 Tolerance: TypeAlias = "Callable[[float], float] | float"
 PROGRESS = 5e-4  # an iteration of conjugate gradients has to earn this fraction; Martens' value
@@ -29,12 +29,13 @@ class ModelStep:
 
     Attributes:
         s: the step, shape ``(n,)``.
-        status: how the solve ended.
+        status: how the solve ended; ``NEGATIVE_CURVATURE`` also where :math:`s'As` is negative.
         decrease: :math:`-g's`.
         curvature: :math:`s'As`, without the damping.
         norm: the length of the step in the metric of the region.
         on_boundary: the step has the length of the radius.
         iterations: of the solve.
+        residual: of the solve, relative to the gradient's norm.
 
     """
 
@@ -45,6 +46,7 @@ class ModelStep:
     norm: float
     on_boundary: bool
     iterations: int
+    residual: float
 
     def reduction(self, scale: float) -> float:
         """Return how much the model falls along ``scale`` times the step."""
@@ -90,10 +92,10 @@ def within_radius(model: Model, damping: float) -> Solve:
 
     def solve(radius: float) -> ModelStep:
         if space.size:
-            return _region_step(space.minimize(radius, rtol=model.rtol), damping)
+            return _region_step(model, space.minimize(radius, rtol=model.rtol), damping)
         max_iter = model.max_iter
         found = gltr(A, model.g, radius, rtol=model.rtol, max_iter=max_iter, space=space)
-        return _region_step(found, damping)
+        return _region_step(model, found, damping)
 
     return solve
 
@@ -105,15 +107,16 @@ def truncated(model: Model, damping: float) -> Solve:
     def solve(radius: float) -> ModelStep:
         path.rewind()
         found = steihaug(path, model.g, radius, M=model.M, rtol=model.rtol, max_iter=model.max_iter)
-        return _region_step(found, damping)
+        return _region_step(model, found, damping)
 
     return solve
 
 
 def with_damping(model: Model) -> Solve:
-    """Minimise with a damping, in a Krylov space that the first solve makes.
+    """Minimise with ``damping M^-1`` added, in a Krylov space that the first solve makes.
 
-    Later ones are for larger dampings and take no product, as for :func:`within_radius`.
+    Later ones are for larger dampings and take no product, as for :func:`within_radius`. The step
+    is zero where the damping is too small to make the matrix positive definite.
     """
     space = KrylovSpace(model.A, -model.g, model.M)
 
@@ -122,7 +125,10 @@ def with_damping(model: Model) -> Solve:
         while grows and space.size < model.max_iter:
             enough = not space.is_too_small(damping=damping, rtol=model.rtol)
             grows = not enough and space.extend(next_block(space.size, model.max_iter)) > 0
-        return _damped_step(model, space.solve(damping, rtol=model.rtol), damping)
+        found = space.solve(damping, rtol=model.rtol)
+        if found.status is Status.NEGATIVE_CURVATURE:
+            found = replace(found, x=torch.zeros_like(found.x), curvature=0.0, norm=0.0)
+        return _damped_step(model, found, damping * found.norm**2)
 
     return solve
 
@@ -140,29 +146,38 @@ def hessian_free(model: Model, x0: Tensor | None) -> Solve:
             max_iter=model.max_iter,
             progress_tol=PROGRESS,
         )
-        return _damped_step(model, found, damping)
+        return _damped_step(model, found, damping * dot(found.x, found.x))
 
     return solve
 
 
-def _region_step(found: SubproblemSolution, damping: float) -> ModelStep:
-    excess = damping * dot(found.s, found.s) if damping else 0.0
+def _region_step(model: Model, found: SubproblemSolution, damping: float) -> ModelStep:
+    curvature = found.curvature - (damping * dot(found.s, found.s) if damping else 0.0)
+    bends = found.status is Status.CONVERGED and curvature < 0
     return ModelStep(
         found.s,
-        found.status,
+        Status.NEGATIVE_CURVATURE if bends else found.status,
         found.predicted_reduction + 0.5 * found.curvature,
-        found.curvature - excess,
+        curvature,
         found.norm,
         found.on_boundary,
         found.iterations,
+        found.residual_norm / norm(model.g),
     )
 
 
-def _damped_step(model: Model, found: LinearSolution, damping: float) -> ModelStep:
-    excess = damping * dot(found.x, found.x) if damping else 0.0
-    curvature = found.curvature - excess
-    x, decrease = found.x, -dot(model.g, found.x)
-    return ModelStep(x, found.status, decrease, curvature, found.norm, False, found.iterations)
+def _damped_step(model: Model, found: LinearSolution, excess: float) -> ModelStep:
+    """Return the step, of whose curvature the damping has ``excess``."""
+    return ModelStep(
+        found.x,
+        found.status,
+        -dot(model.g, found.x),
+        found.curvature - excess,
+        found.norm,
+        False,
+        found.iterations,
+        found.residual_norm / norm(model.g),
+    )
 
 
 class _Remembered(LinearOperator):

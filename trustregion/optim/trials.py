@@ -42,6 +42,11 @@ class Trial:
     rho: float
     lower: bool
 
+    @property
+    def fits(self) -> bool:
+        """Whether the step may be taken."""
+        return self.lower and self.rho > ACCEPT
+
 
 @dataclass(frozen=True)
 class Trials:
@@ -96,42 +101,48 @@ class Trials:
 def shrink(
     trials: Trials,
     solve: Solve,
+    name: str,
     size: float,
     follow: Callable[[float, float, ModelStep], float],
     limit: int,
     info: StepInfo,
-) -> tuple[StepInfo, float]:
+) -> tuple[StepInfo, float, float]:
     """Solve and measure for one size of the region after another, until a step will do.
 
     Args:
         trials: the measurements.
         solve: size -> step.
-        size: the first one: a radius, or a damping.
+        name: what the size is called: the radius, or the damping.
+        size: the first one.
         follow: (size, rho, step) -> the next size.
         limit: how many trials may fail.
         info: the account so far.
 
     Returns:
-        The account, and the size for the next step.
+        The account, the size for the next step, and rho of a step that will do, else ``-inf``.
 
     """
+    rho = -math.inf
     for rejections in range(limit + 1):
         step = solve(size)
-        info = replace(info, cg_status=step.status, cg_iterations=step.iterations)
-        if not bool(step.s.any()):
-            return replace(info, status=step.status, backtracks=rejections), size
-        trial = trials.measure(step)
-        taken = trial.lower and trial.rho > ACCEPT
-        size = follow(size, trial.rho if taken else -math.inf, step)
-        info = _noted(info, trial, trials.sign, rejections)
-        if taken:
+        info = replace(_solved(info, step), backtracks=rejections, **{name: size})
+        if bool(step.s.any()):
+            trial = trials.measure(step)
+            rho = trial.rho if trial.fits else -math.inf
+            info = _noted(info, trial, trials.sign, rejections)
+        else:
+            info = replace(info, status=step.status)
+            if step.status is not Status.NEGATIVE_CURVATURE:  # which a larger damping mends
+                break
+        size = follow(size, rho, step)
+        if info.accepted:
             break
-    return info, size
+    return info, size, rho
 
 
 def shorten(trials: Trials, step: ModelStep, limit: int, info: StepInfo) -> tuple[StepInfo, float]:
     """Shorten one step until the loss falls; return the account, and rho of the whole step."""
-    info = replace(info, cg_status=step.status, cg_iterations=step.iterations)
+    info = _solved(info, step)
     if not (bool(step.s.any()) and step.decrease > 0):
         status = step.status if not bool(step.s.any()) else Status.NOT_A_DESCENT
         return replace(info, status=status), -math.inf
@@ -144,7 +155,7 @@ def shorten(trials: Trials, step: ModelStep, limit: int, info: StepInfo) -> tupl
     start = trials.sign * trials.loss.item()
     search = backtracking(
         evaluate,
-        lambda trial: trial.lower and trials.sign * trial.loss < start,
+        lambda trial: trial.fits and trials.sign * trial.loss < start,
         factor=SHORTER,
         max_backtracks=limit,
     )
@@ -154,12 +165,18 @@ def shorten(trials: Trials, step: ModelStep, limit: int, info: StepInfo) -> tupl
     return info, measured[0].rho
 
 
+def _solved(info: StepInfo, step: ModelStep) -> StepInfo:
+    return replace(
+        info, cg_status=step.status, cg_iterations=step.iterations, cg_residual=step.residual
+    )
+
+
 def _noted(info: StepInfo, trial: Trial, sign: float, rejections: int) -> StepInfo:
     """Return the account with a trial: taken if it may be."""
     info = replace(info, predicted_reduction=trial.predicted, backtracks=rejections, scale=1.0)
     if not math.isfinite(trial.loss):
         return _rejected(info, Status.NONFINITE_TRIAL, trial)
-    if not (trial.lower and trial.rho > ACCEPT):
+    if not trial.fits:
         return _rejected(info, Status.REJECTED_RATIO, trial)
     return replace(
         info,
