@@ -18,7 +18,7 @@ from .base import TrustRegionOptimizer, uncompiled
 from .closure import Calls, Judgement, comparable_kernels, read_judgement
 from .curvature import CURVATURES, METRICS, SOLVERS, Curvature, quadratic_model, solver
 from .info import StepInfo
-from .options import NewtonOptions, shared_options
+from .options import NewtonOptions, SharedOptions, shared_options
 from .quadratic import Model, ModelStep
 from .replicas import ProcessGroup
 from .start import enter
@@ -207,7 +207,8 @@ class NewtonTrustRegion(TrustRegionOptimizer):
         last = self._last_direction(vector) if options.warm_start else None
         with comparable_kernels():
             calls = Calls(closure, vector.device)
-            start = enter(calls, read_judgement, _parts, vector, replicas)
+            agreed = self._agreed(options)
+            start = enter(calls, read_judgement, _parts, vector, replicas, agreed)
             returned = start.evaluation.loss.detach().clone()  # it may be a parameter itself
             curvature = Curvature(
                 self.curvature, self.metric, vector, replicas, start, options, *self._rates(vector)
@@ -266,6 +267,10 @@ class NewtonTrustRegion(TrustRegionOptimizer):
             if not accepted:
                 trials.vector.assign(trials.theta)
         return info
+
+    def _agreed(self, options: SharedOptions) -> str:
+        settings = ", ".join(f"{name}={getattr(self, name)}" for name in self._settings)
+        return f"{super()._agreed(options)}, {settings}"
 
     def _next_radius(self, radius: float, rho: float, step: ModelStep) -> float:
         if self.radius_rule == "gould":
