@@ -1,0 +1,37 @@
+"""The forty checks of the contract of torch.optim, for every optimizer of the package."""
+
+import pytest
+import torch
+from contract import CHECKS, OURS, SCHEDULERS
+from torch import distributions as td
+from torch.optim import lr_scheduler, swa_utils
+
+
+@pytest.fixture(autouse=True)
+def validation():
+    """Torch's default, which torch.compile turns off for the rest of the process."""
+    before = td.Distribution._validate_args
+    td.Distribution.set_default_validate_args(True)
+    yield
+    td.Distribution.set_default_validate_args(before)
+
+
+def test_there_are_forty_checks():
+    assert list(CHECKS) == list(range(1, 41))
+
+
+def test_every_scheduler_of_torch_is_there():
+    # LRScheduler is the base class, _LRScheduler its older name
+    found = {
+        name
+        for module in (lr_scheduler, swa_utils)
+        for name, kind in vars(module).items()
+        if isinstance(kind, type) and issubclass(kind, lr_scheduler.LRScheduler)
+    }
+    assert set(SCHEDULERS) == found - {"LRScheduler", "_LRScheduler"}
+
+
+@pytest.mark.parametrize("subject", OURS.values(), ids=OURS.keys())
+@pytest.mark.parametrize("number", CHECKS)
+def test_the_contract_is_kept(number, subject):
+    CHECKS[number](subject)  # NotApplicable would be a failure too: ours offer all of it
