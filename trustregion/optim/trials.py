@@ -47,6 +47,11 @@ class Trial:
         """Whether the step may be taken."""
         return self.lower and self.rho > ACCEPT
 
+    @property
+    def within_rounding(self) -> bool:
+        """Whether the model promised too little to show: the loss rose, and yet rho says 1."""
+        return not self.lower and self.rho > 0
+
 
 @dataclass(frozen=True)
 class Trials:
@@ -119,23 +124,24 @@ def shrink(
         info: the account so far.
 
     Returns:
-        The account, the size for the next step, and rho of a step that will do, else ``-inf``.
+        The account, the size for the next step, and rho of the last trial; ``-inf`` if it failed.
 
     """
-    rho = -math.inf
+    rho, done = -math.inf, False
     for rejections in range(limit + 1):
         step = solve(size)
         info = replace(_solved(info, step), backtracks=rejections, **{name: size})
         if bool(step.s.any()):
             trial = trials.measure(step)
-            rho = trial.rho if trial.fits else -math.inf
+            done = trial.fits or trial.within_rounding  # no other size would show more
+            rho = trial.rho if done else -math.inf
             info = _noted(info, trial, trials.sign, rejections)
         else:
             info = replace(info, status=step.status)
             if step.status is not Status.NEGATIVE_CURVATURE:  # which a larger damping mends
                 break
         size = follow(size, rho, step)
-        if info.accepted:
+        if done:
             break
     return info, size, rho
 
@@ -190,4 +196,6 @@ def _noted(info: StepInfo, trial: Trial, sign: float, rejections: int) -> StepIn
 
 def _rejected(info: StepInfo, status: Status, trial: Trial) -> StepInfo:
     detail = f"at the last trial the loss was {trial.loss} and rho {trial.rho:.3g}"
+    if trial.within_rounding:
+        detail = "the model promises no more than the rounding of the loss"
     return replace(info, status=status, new_loss=info.loss, detail=detail)
