@@ -1,10 +1,10 @@
 """The forty checks of the contract of torch.optim, for every optimizer of the package."""
 
 import pytest
-import torch
-from contract import CHECKS, OURS, SCHEDULERS
 from torch import distributions as td
 from torch.optim import lr_scheduler, swa_utils
+
+from contract import CHECKS, OURS, SCHEDULERS
 
 
 @pytest.fixture(autouse=True)
