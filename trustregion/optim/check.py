@@ -31,7 +31,7 @@ def check_closure(closure: Closure, params: Iterable[Any], *, seed: int = 0) -> 
     Measured are:
 
     - whether the loss and the distribution repeat bit for bit, with torch's random numbers rewound
-      as a step does, and whether the closure draws such numbers;
+      as a step does, and whether the closure draws numbers that a step does not rewind;
     - whether the loss is finite and KL(old || old) zero;
     - whether both depend on the parameters, the distribution on each that moves the loss, and
       whether a parameter is idle;
@@ -87,7 +87,7 @@ def _checks(subject: Subject, seed: int) -> Iterator[ClosureCheck]:
     """Yield the checks in order; what rests on one that failed is not measured."""
     values = [*_repeat(subject), *_finite(subject)]
     yield from values
-    yield _no_random_numbers(subject)
+    yield _random_numbers(subject)
     if not all(check.passed for check in values):
         yield _NOT_MEASURED
         return
@@ -168,13 +168,14 @@ def _finite(subject: Subject) -> Iterator[ClosureCheck]:
     )  # fmt: skip
 
 
-def _no_random_numbers(subject: Subject) -> ClosureCheck:
-    drawn = [name for name in subject.drawn if name in REWOUND]
+def _random_numbers(subject: Subject) -> ClosureCheck:
+    others = [name for name in subject.drawn if name not in REWOUND]
+    drawn = f"of {', '.join(subject.drawn)}" if subject.drawn else "none"
     return ClosureCheck(
-        "no random numbers", not drawn, len(drawn), f"of {', '.join(drawn) or 'torch'}",
-        "The closure draws random numbers: Dropout in train mode, or sampling. All calls of a"
-        " step see the same ones, so it follows the loss and the KL under one draw of the"
-        " noise. Use model.eval(), or draw outside the closure.",
+        "random numbers repeat", not others, len(others),
+        drawn if others or not subject.drawn else f"{drawn}, the same in every call",
+        f"The closure draws random numbers of {' and '.join(others)}, which a step does not rewind"
+        " as it does those of torch. Draw them before the step, outside the closure.",
     )  # fmt: skip
 
 
