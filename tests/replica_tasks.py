@@ -39,7 +39,7 @@ class Case:
         options: of the optimizer; of NewtonTrustRegion if ``newton``.
         parts: samples of each process.
         rates: learning rates of two groups; none for one group.
-        curvature: the Fisher matrix is that of every other sample.
+        curvature: the Fisher matrix is that of the first 40 samples.
         steps: how many.
 
     """
