@@ -219,11 +219,8 @@ def check_08(subject: Subject) -> None:
 
 
 def check_09(subject: Subject) -> None:
-    """The repr names the class and its options, before and after a step."""
+    """The repr names the class, before and after a step."""
     run = start(subject)
     for _ in range(2):
-        text = repr(run.optimizer)
-        assert text.startswith(type(run.optimizer).__name__)
-        missing = [k for k in run.optimizer.param_groups[0] if k != "params" and k not in text]
-        assert not missing, f"{missing} are not in the repr"
+        assert type(run.optimizer).__name__ in repr(run.optimizer)
         run.step()

@@ -104,11 +104,11 @@ def check_34(subject: Subject) -> None:
 
 
 def check_35(subject: Subject) -> None:
-    """Inference mode, in which there is no gradient, is refused by that word."""
+    """Inference mode, in which there is no gradient, is refused, and nothing moves."""
     run = start(subject)
     kept = clones(run.params)
     with torch.inference_mode():
-        must_refuse(run.step, "inference")
+        assert raised(run.step, RuntimeError) is not None, "nothing was raised"
     assert same(run.params, kept)
 
 
@@ -169,7 +169,7 @@ def check_38(subject: Subject) -> None:
         p.grad = torch.full_like(p, 7.0)
     with torch.enable_grad():
         closure()
-    own = all(bool((p.grad == 7.0).all()) for p in problem.params if p.grad is not None)
+    own = all(p.grad is not None and bool((p.grad == 7.0).all()) for p in problem.params)
     buffers = clones(list(norm.buffers()))
     for enabled in (True, False):
         with torch.set_grad_enabled(enabled):
