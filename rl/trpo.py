@@ -66,7 +66,6 @@ class TRPO(Agent):
             c.delta,
             damping=c.damping,
             cg_max_iter=c.cg_max_iter,
-            backtrack_factor=0.9,  # fine steps back: more of the ball is used
             maximize=True,
         )
         self.critic_optimizer = torch.optim.Adam(
