@@ -291,6 +291,7 @@ def test_a_damping_below_the_negative_curvature_is_raised_for_no_product(adapt):
 
 SETTINGS = [
     {},
+    {"rtol": 1e-17},  # in doubt: the first solve measures its residual
     {"solver": "steihaug"},
     {"radius_rule": "classic"},
     {"radius": math.inf, "damping": 0.1},
@@ -314,7 +315,7 @@ def test_rejected_trials_cost_a_forward_pass_and_no_product(options, monkeypatch
         # the step's first call and then as many trials as should fail; damping can be low at first
         f = quadratic(6, 3, definite=True, lies=dict.fromkeys(range(2, 2 + failures), 1e6))
         products.clear()
-        optimizer = NewtonTrustRegion([f.x], **({"radius": 0.5} | options), **EXACT)
+        optimizer = NewtonTrustRegion([f.x], **(EXACT | {"radius": 0.5} | options))
         optimizer.step(f)
         info = optimizer.info
         assert info.accepted
@@ -323,7 +324,7 @@ def test_rejected_trials_cost_a_forward_pass_and_no_product(options, monkeypatch
         assert info.products == len(products)
         spent.append(len(products))
     assert len(set(spent)) == 1
-    assert 1 <= spent[0] <= 6
+    assert 1 <= spent[0] <= 6 + 1
 
 
 @pytest.mark.parametrize("options", SETTINGS)
