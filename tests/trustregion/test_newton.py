@@ -91,11 +91,14 @@ def test_a_step_is_the_dense_trust_region_step(seed, n, log_radius, with_metric,
     assert info.products <= n + 1  # one measures a residual that is in doubt
 
 
-@given(st.integers(0, 2**20), st.integers(1, 8), st.floats(-3, 1))
-def test_steihaug_ends_where_the_path_of_conjugate_gradients_leaves_the_ball(seed, n, log_radius):
+@given(st.integers(0, 2**20), st.integers(1, 8), st.floats(-3, 1), st.booleans())
+def test_steihaug_ends_where_the_path_of_conjugate_gradients_leaves_the_ball(
+    seed, n, log_radius, with_metric
+):
     f, radius = quadratic(n, seed, definite=True), 10**log_radius
-    NewtonTrustRegion([f.x], radius, solver="steihaug", **EXACT).step(f)
-    path = [torch.zeros_like(f.g), *oracles.textbook_cg(f.A, -f.g, n)]
+    M, L = metric(n, seed + 1) if with_metric else (None, torch.eye(n, dtype=torch.float64))
+    NewtonTrustRegion([f.x], radius, solver="steihaug", preconditioner=M, **EXACT).step(f)
+    path = [torch.zeros_like(f.g), *oracles.textbook_cg(L.T @ f.A @ L, -L.T @ f.g, n)]
     expected = path[-1]
     for a, b in itertools.pairwise(path):
         if b.norm() > radius:  # |a + t (b - a)| = radius
@@ -104,7 +107,8 @@ def test_steihaug_ends_where_the_path_of_conjugate_gradients_leaves_the_ball(see
             t = (-half + (half**2 + square * (radius**2 - a @ a)).sqrt()) / square
             expected = a + t * d
             break
-    torch.testing.assert_close(f.x.detach(), expected, rtol=1e-6, atol=1e-8 * radius)
+    # the oracle solves with explicit Krylov bases, which lose digits with the condition
+    torch.testing.assert_close(f.x.detach(), L @ expected, rtol=1e-6, atol=1e-8 * radius)
 
 
 @pytest.mark.parametrize("solver", ["gltr", "cg"])
@@ -271,15 +275,16 @@ def test_a_saddle_is_left_along_negative_curvature_and_info_says_so(solver):
 
 
 @pytest.mark.parametrize("adapt", [False, True])
-def test_a_damping_below_the_negative_curvature_is_raised_for_no_product(adapt):
-    x = torch.tensor([0.0, 1e-3], dtype=torch.float64, requires_grad=True)
+@pytest.mark.parametrize("off", [0.0, 0.3])
+def test_a_damping_below_the_negative_curvature_is_raised_for_no_product(adapt, off):
+    x = torch.tensor([off, 1e-3], dtype=torch.float64, requires_grad=True)
     optimizer = NewtonTrustRegion(
-        [x], math.inf, damping=0.5, adapt_damping=adapt, damping_factor=2.0
+        [x], math.inf, damping=0.5, adapt_damping=adapt, damping_factor=2.0, rtol=1e-6
     )
     optimizer.step(lambda: x[0] ** 2 - x[1] ** 2 + x[1] ** 4)
     info = optimizer.info
     assert info.accepted
-    assert info.products == 1
+    assert info.products <= 2
     assert info.damping == 4.0  # 0.5 and 1 are too small for -2, 2 makes it singular
     assert x[1].item() == pytest.approx(1e-3 + 2e-3 / (4 - 2), rel=1e-5)
     after = 2.0 if adapt else 0.5  # the last trial was good

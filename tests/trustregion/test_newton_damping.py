@@ -8,7 +8,7 @@ import torch
 from torch.nn.functional import mse_loss
 
 import oracles
-from trustregion import NewtonTrustRegion
+from trustregion import NewtonTrustRegion, Status
 
 
 def least_squares(dtype=torch.float64):
@@ -110,3 +110,51 @@ def test_a_warm_start_goes_on_from_a_part_of_the_last_solution():
         assert optimizer.info.accepted
         torch.testing.assert_close(x - before, last, rtol=1e-8, atol=1e-10)
         torch.testing.assert_close(optimizer.state[x]["direction"], last, rtol=1e-8, atol=1e-10)
+
+
+def test_hessian_free_solves_end_by_the_rule_of_relative_progress():
+    n, draw = 60, torch.Generator().manual_seed(0)
+    Q, _ = torch.linalg.qr(torch.randn(n, n, generator=draw, dtype=torch.float64))
+    A = (Q * torch.logspace(0, -2, n, dtype=torch.float64)) @ Q.T
+    g = torch.randn(n, generator=draw, dtype=torch.float64)
+    x = torch.zeros(n, dtype=torch.float64, requires_grad=True)
+    optimizer = NewtonTrustRegion([x], math.inf, damping=1e-2, solver="cg", rtol=0.0)
+    optimizer.step(lambda: g @ x + 0.5 * x @ A @ x)
+    D = A + 1e-2 * torch.eye(n).double()
+    path = [torch.zeros(n).double(), *oracles.textbook_cg(D, -g, n)]
+    phi = [(g @ s + 0.5 * s @ D @ s).item() for s in path]
+
+    def ends(i):  # Martens, 2010, section 4.4
+        k = max(10, math.ceil(i / 10))
+        return i > k and phi[i] < 0 and (phi[i] - phi[i - k]) / phi[i] < k * 5e-4
+
+    assert optimizer.info.cg_status is Status.PROGRESS_BELOW_TOLERANCE
+    assert optimizer.info.cg_iterations == next(i for i in range(1, n) if ends(i))
+
+
+def test_within_a_radius_too_the_damping_follows_rho():
+    x = torch.tensor([-1.2, 1.0], dtype=torch.float64, requires_grad=True)
+    optimizer = NewtonTrustRegion([x], 0.5, damping=1.0, adapt_damping=True)
+    moves = set()
+    for _ in range(12):
+        damping = optimizer.param_groups[0]["damping"]
+        optimizer.step(lambda: 100 * (x[1] - x[0] ** 2) ** 2 + (1 - x[0]) ** 2)
+        rho = optimizer.info.rho
+        move = 1.5 if rho < 0.25 else 1 / 1.5 if rho > 0.75 else 1.0
+        assert optimizer.param_groups[0]["damping"] == pytest.approx(move * damping)
+        moves.add(move)
+    assert len(moves) >= 2
+
+
+def test_a_warm_start_that_leads_uphill_is_not_followed():
+    x = torch.zeros(2, dtype=torch.float64, requires_grad=True)
+    optimizer = NewtonTrustRegion(
+        [x], math.inf, damping=0.1, adapt_damping=True, solver="cg", warm_start=1.0, max_iter=1
+    )
+    optimizer.state[x]["direction"] = torch.full((2,), 100.0, dtype=torch.float64)
+    optimizer.step(lambda: x[0] + (x * x) @ torch.tensor([0.5, 500.0], dtype=torch.float64))
+    info = optimizer.info
+    assert info.status is Status.NOT_A_DESCENT
+    assert info.evaluations == 1
+    assert not x.any()
+    assert optimizer.param_groups[0]["damping"] == pytest.approx(0.15)  # a failure raises it
