@@ -16,6 +16,8 @@ if _util.find_spec("gymnasium") is None:
     )
 
 from .advantages import gae as gae
+from .advantages import n_step as n_step
+from .advantages import td_lambda as td_lambda
 from .agent import Agent as Agent
 from .checkpoint import CheckpointError as CheckpointError
 from .config import Config as Config
@@ -44,6 +46,8 @@ __all__ = [
     "CheckpointError",
     # parts
     "gae",
+    "n_step",
+    "td_lambda",
     "surrogate",
     "make_envs",
     "Collector",

@@ -93,6 +93,40 @@ def gae(rewards, values, next_values, terminated, truncated, gamma, gae_lambda):
     return advantages
 
 
+def n_step_returns(rewards, next_values, terminated, truncated, gamma, n):
+    """Rewards of n steps, or up to the end of episode or rollout, and the value after them."""
+    T, N = rewards.shape
+    returns = torch.zeros_like(rewards)
+    for i in range(N):
+        for t in range(T):
+            last = min(t + n, T) - 1
+            for k in range(t, last + 1):
+                returns[t, i] += gamma ** (k - t) * rewards[k, i]
+                if terminated[k, i] or truncated[k, i] or k == last:
+                    future = 0.0 if terminated[k, i] else next_values[k, i]
+                    returns[t, i] += gamma ** (k - t + 1) * future
+                    break
+    return returns
+
+
+def lambda_returns(rewards, next_values, terminated, truncated, gamma, trace):
+    """Returns by Sutton and Barto's mixture (12.3): (1 - trace) trace^(n-1) of the n-step return,
+    and what is left of the weights on the longest one."""
+    T, N = rewards.shape
+    each = [
+        n_step_returns(rewards, next_values, terminated, truncated, gamma, n + 1) for n in range(T)
+    ]
+    returns = torch.zeros_like(rewards)
+    for i in range(N):
+        for t in range(T):
+            done = terminated[t:, i] | truncated[t:, i]
+            steps = int(done.nonzero()[0]) + 1 if done.any() else T - t
+            for n in range(1, steps):
+                returns[t, i] += (1 - trace) * trace ** (n - 1) * each[n - 1][t, i]
+            returns[t, i] += trace ** (steps - 1) * each[steps - 1][t, i]
+    return returns
+
+
 def output_jacobian(predict, params) -> Tensor:
     """Dense Jacobian of the distributions' parameter tensors, flattened one after the other."""
     names = {

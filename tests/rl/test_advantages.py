@@ -4,17 +4,25 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import oracles
-from rl import gae
+from rl import gae, n_step, td_lambda
 from rl.objectives import normalise, surrogate
 
 
 @st.composite
-def batches(draw, dones=True):
-    T, N = draw(st.integers(1, 12)), draw(st.integers(1, 4))
+def batches(draw, dones=True, longest=17):
+    T, N = draw(st.integers(1, longest)), draw(st.integers(1, 4))
     g = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     rewards, values, next_values = torch.randn(3, T, N, generator=g, dtype=torch.float64)
     terminated = torch.rand(T, N, generator=g) < (0.2 if dones else 0)
     truncated = (torch.rand(T, N, generator=g) < (0.2 if dones else 0)) & ~terminated
+    return rewards, values, next_values, terminated, truncated
+
+
+def of_one_critic(batch):
+    """The value a step leads to is that of the next step, unless the episode ended."""
+    rewards, values, next_values, terminated, truncated = batch
+    following = torch.cat([values[1:], next_values[-1:]])
+    next_values = torch.where(terminated | truncated, next_values, following)
     return rewards, values, next_values, terminated, truncated
 
 
@@ -81,6 +89,31 @@ def test_p30_a_critic_that_is_right_leaves_no_advantage(gamma, gae_lambda, c):
     assert advantages.abs().max() <= 1e-14 * (1 + abs(c)) * 10
 
 
+@given(batches().map(of_one_critic), factors, st.integers(1, 20))
+def test_n_steps_are_n_rewards_and_the_value_after_them(batch, gamma, n):
+    rewards, values, *rest = batch
+    advantages, returns = n_step(*batch, gamma=gamma, n=n)
+    expected = oracles.n_step_returns(rewards, *rest, gamma, n)
+    torch.testing.assert_close(returns, expected, rtol=1e-12, atol=1e-12)
+    assert torch.equal(returns, advantages + values)
+
+
+@given(batches(longest=9), factors, factors)
+def test_lambda_returns_are_mixtures_of_n_step_returns(batch, gamma, trace):
+    rewards, _, *rest = batch
+    returns = td_lambda(rewards, *rest, gamma=gamma, trace=trace)
+    expected = oracles.lambda_returns(rewards, *rest, gamma, trace)
+    torch.testing.assert_close(returns, expected, rtol=1e-12, atol=1e-12)
+
+
+@given(batches().map(of_one_critic), factors, factors)
+def test_of_one_critic_they_are_the_returns_of_gae(batch, gamma, trace):
+    rewards, _, *rest = batch
+    _, expected = gae(*batch, gamma=gamma, gae_lambda=trace)
+    returns = td_lambda(rewards, *rest, gamma=gamma, trace=trace)
+    torch.testing.assert_close(returns, expected, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize(
     ("shape", "options", "words"),
     [
@@ -93,6 +126,16 @@ def test_wrong_arguments_are_refused(shape, options, words):
     x, no = torch.zeros(3, 2), torch.zeros(3, 2, dtype=torch.bool)
     with pytest.raises(ValueError, match=words):
         gae(x, torch.zeros(shape), x, no, no, **options)
+
+
+def test_wrong_arguments_of_the_others_are_refused():
+    x, no = torch.zeros(3, 2), torch.zeros(3, 2, dtype=torch.bool)
+    with pytest.raises(ValueError, match="n must be at least 1, got 0"):
+        n_step(x, x, x, no, no, gamma=0.9, n=0)
+    with pytest.raises(ValueError, match="trace must lie"):
+        td_lambda(x, x, no, no, gamma=0.9, trace=2.0)
+    with pytest.raises(ValueError, match="one shape"):
+        td_lambda(x[:0], x[:0], no[:0], no[:0], gamma=0.9, trace=0.5)
 
 
 @given(st.lists(st.floats(-1e3, 1e3), min_size=2, max_size=20))
