@@ -351,3 +351,29 @@ def test_after_the_last_rejection_every_bit_is_as_before(options, limit):
     for length in lengths:  # every trial is nearer than the one before
         assert last is None or length < last
         last = length
+
+
+@pytest.mark.parametrize("options", SETTINGS)
+def test_a_trial_that_gains_less_than_a_hundredth_of_the_promise_is_rejected(options):
+    for part, rejected in ((0.009, 1), (0.011, 0)):
+        f, calls = quadratic(6, 3, definite=True), []
+
+        def closure(f=f, calls=calls, part=part):
+            calls.append(0)
+            return f() * (part if len(calls) == 2 else 1.0)
+
+        optimizer = NewtonTrustRegion([f.x], **(EXACT | {"radius": 0.5} | options))
+        optimizer.step(closure)
+        assert optimizer.info.accepted
+        assert optimizer.info.backtracks == rejected
+
+
+@pytest.mark.parametrize("options", SETTINGS)
+def test_the_residual_of_an_early_end_is_told(options):
+    f = quadratic(6, 3, definite=True)
+    optimizer = NewtonTrustRegion([f.x], **({"radius": 1e3} | options), max_iter=2)
+    optimizer.step(f)
+    D = damped(f.A, options.get("damping", 0.0))
+    residual = (D @ f.x.detach() + f.g).norm() / f.g.norm()
+    assert residual > 0.01
+    assert optimizer.info.cg_residual == pytest.approx(residual.item(), rel=1e-9)

@@ -158,3 +158,12 @@ def test_a_warm_start_that_leads_uphill_is_not_followed():
     assert info.evaluations == 1
     assert not x.any()
     assert optimizer.param_groups[0]["damping"] == pytest.approx(0.15)  # a failure raises it
+
+
+def test_hessian_free_steps_that_change_nothing_visible_are_not_taken():
+    x = torch.ones(2, dtype=torch.float64, requires_grad=True)
+    optimizer = NewtonTrustRegion([x], math.inf, damping=0.1, solver="cg", max_rejections=3)
+    optimizer.step(lambda: 1e12 + 1e-9 * x.square().sum())
+    assert optimizer.info.status is Status.REJECTED_LOSS
+    assert optimizer.info.evaluations == 2 + 3
+    assert torch.equal(x, torch.ones(2, dtype=torch.float64))
