@@ -15,9 +15,8 @@ import torch
 import torch.distributed as dist
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(
-    ["torch.distributed", "torch.testing", "trustregion"]
-)  # once for all
+# imported once, and forked; dynamo is what the first step would import
+CONTEXT.set_forkserver_preload(["torch.distributed", "torch._dynamo", "trustregion.optim"])
 
 HANG = 60.0  # seconds without an answer after which a process counts as hung
 
