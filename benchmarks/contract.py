@@ -141,7 +141,7 @@ def _examine(name: str, number: int, results: Any) -> None:
         results.put(("n/a", str(reason)))
     except BaseException as error:
         kind = "" if type(error) is AssertionError else f"{type(error).__name__}: "
-        results.put(("**fail**", f"{kind}{error or 'the comparison does not hold'}"))
+        results.put(("**fail**", f"{kind}{str(error) or 'the comparison does not hold'}"))
     else:
         results.put(("pass", ""))
 

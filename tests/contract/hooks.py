@@ -119,4 +119,4 @@ def check_22(subject: Subject) -> None:
         lambda o: seen.append(equal(o.state_dict(), state))
     )
     twin.optimizer.load_state_dict(copy.deepcopy(state))
-    assert seen == [True]
+    assert seen == [True], "it ran not once, or before the state was that which was loaded"

@@ -66,7 +66,8 @@ def check_32(subject: Subject) -> None:
     options = StateDictOptions(strict=True)
     set_optimizer_state_dict(fresh.model, twin.optimizer, state, options=options)
     assert same(fresh.params, kept), "restoring the state moved the parameters"
-    assert equal(twin.optimizer.state_dict()["state"], run.optimizer.state_dict()["state"])
+    states = [o.optimizer.state_dict()["state"] for o in (twin, run)]
+    assert equal(*states), "what was restored differs"
     assign(fresh.params, problem.params)
     fresh.x, fresh.y = problem.x, problem.y
     run.step()
@@ -80,7 +81,7 @@ def check_33(subject: Subject) -> None:
     run.step(3)
     state = copy.deepcopy(run.optimizer.state_dict())
     twin = resumed(subject, run, state)
-    assert equal(twin.optimizer.state_dict(), state)
+    assert equal(twin.optimizer.state_dict(), state), "what was loaded differs"
 
 
 def check_34(subject: Subject) -> None:

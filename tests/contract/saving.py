@@ -38,8 +38,8 @@ def continues(
     for _ in range(10):
         run.step()
         twin.step()
-        assert same(twin.params, run.params), options
-    assert equal(twin.optimizer.state_dict(), run.optimizer.state_dict())
+        assert same(twin.params, run.params), f"the steps differ; options {options}"
+    assert equal(twin.optimizer.state_dict(), run.optimizer.state_dict()), "the states differ"
 
 
 def check_11(subject: Subject) -> None:
@@ -75,7 +75,7 @@ def check_13(subject: Subject) -> None:
         assert twin.optimizer.param_groups[0]["param_names"] == problem.names
         run.step()
         twin.step()
-        assert same(twin.params, run.params)
+        assert same(twin.params, run.params), "the steps differ"
 
 
 def check_14(subject: Subject) -> None:
@@ -91,7 +91,7 @@ def check_14(subject: Subject) -> None:
         twin = resumed(subject, run, loaded, **options)
         run.step()
         twin.step()
-        assert same(twin.params, run.params), options
+        assert same(twin.params, run.params), f"the steps differ; options {options}"
 
 
 def check_15(subject: Subject) -> None:
