@@ -1,5 +1,10 @@
 """The forty checks of the contract of torch.optim, for every optimizer of the package."""
 
+import json
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 from torch import distributions as td
 from torch.optim import lr_scheduler, swa_utils
@@ -35,3 +40,15 @@ def test_every_scheduler_of_torch_is_there():
 @pytest.mark.parametrize("number", CHECKS)
 def test_the_contract_is_kept(number, subject):
     CHECKS[number](subject)  # NotApplicable would be a failure too: ours offer all of it
+
+
+def test_the_entries_of_torchs_own_database_hold():
+    pytest.importorskip("expecttest", reason="torch's database of optimizers needs expecttest")
+    program = Path(__file__).parents[1] / "torch_database.py"
+    command = [sys.executable, "-W", "ignore", str(program)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    found = json.loads(done.stdout)
+    assert len(found) == 2
+    for name, entry in found.items():
+        assert entry["failures"] == [], name
+        assert entry["inputs"] >= 5  # the defaults, rates as floats and tensors, maximize
