@@ -12,6 +12,11 @@ from torch import Tensor
 
 from ..operators.base import LinearOperator
 
+if dist.is_available():
+    # The first derivative would import it. Its default arguments hold the default group of that
+    # moment for ever, and with it threads that make the exit of Python abort, at times.
+    import torch.distributed.nn.functional
+
 ProcessGroup = Any  # torch.distributed may be absent from a build, and its class with it
 
 
@@ -28,6 +33,7 @@ class Replicas:
 
     def __init__(self, group: ProcessGroup | None) -> None:
         self._group = group
+        self._work: dist.Work | None = None
         self.size = 1 if group is None else dist.get_world_size(group)
 
     @classmethod
@@ -120,7 +126,12 @@ class Replicas:
 
     def _reduce(self, packed: Tensor, op: Any) -> None:
         try:
-            dist.all_reduce(packed, op, group=self._group)
+            work = dist.all_reduce(packed, op, group=self._group, async_op=True)
+            if work is not None:
+                work.wait()
+            # Held until the next one has ended: who drops the last reference needs the interpreter's
+            # lock, and gloo's thread, with the next reduction behind it, would wait 5 ms for that.
+            self._work = work
         except RuntimeError as error:
             raise RuntimeError(
                 "a process of the group has ended or cannot be reached, so this step cannot go on;"
