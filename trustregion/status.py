@@ -111,6 +111,12 @@ class Status(enum.Enum):
         "No radius that was tried reduced the loss as its quadratic model said: the parameters were"
         " restored.",
     )
+    NOT_REPRODUCIBLE = (
+        "not_reproducible",
+        "The closure returned something else at the parameters before the step than in its first"
+        " call, so no trial can be compared: the parameters were restored. check_closure tests for"
+        " it.",
+    )
     NONFINITE_LOSS = (
         "nonfinite_loss",
         "The loss is NaN or infinite at the current parameters, which are unchanged.",

@@ -4,6 +4,7 @@ import copy
 import io
 import math
 import pickle
+import re
 import signal
 
 import pytest
@@ -375,14 +376,13 @@ class Stop(BaseException):
 
 
 def never_improving(closure):
-    """A closure whose later losses are worse, so that every trial of the search is made."""
-    calls = 0
+    """A closure whose loss is worse elsewhere, so that every trial of the search is made."""
+    start = closure()[1].logits
 
     def wrapped():
-        nonlocal calls
-        calls += 1
         loss, distribution = closure()
-        return loss + (1e3 if calls > 1 else 0.0), distribution
+        moved = not torch.equal(distribution.logits, start)
+        return loss + (1e3 if moved else 0.0), distribution
 
     return wrapped
 
@@ -475,20 +475,71 @@ def test_a_real_interrupt_restores_every_bit(where):
 
 def test_a_kl_that_cannot_be_met_is_named():
     model, closure = problem()
-    calls = 0
+    start = closure()[1].logits
 
-    def jumping():  # a prediction that jumps at every call: not reproducible
-        nonlocal calls
-        calls += 1
+    def jumping():  # a prediction that jumps as soon as a parameter moves
         loss, distribution = closure()
-        return loss - calls, td.Categorical(logits=distribution.logits * 3**calls)
+        moved = not torch.equal(distribution.logits, start)
+        return loss, td.Categorical(logits=distribution.logits * (100 if moved else 1))
 
     kept = bits(model)
-    optimizer = NaturalTrustRegion(model.parameters(), 0.01)
+    optimizer = NaturalTrustRegion(model.parameters(), 0.01, max_backtracks=5)
     optimizer.step(jumping)
     assert optimizer.info.status is Status.REJECTED_KL
     assert "KL" in optimizer.info.detail
     assert unchanged(model, kept)
+
+
+@pytest.mark.parametrize("penalty", [None, 1.0])
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (lambda i, loss, logits: (loss + 10 * i, logits), "the loss was .* in the first call"),
+        (
+            lambda i, loss, logits: (loss * (1 if i == 1 else math.nan), logits),
+            "and nan in another",
+        ),
+        (lambda i, loss, logits: (loss, logits * 2**i), "the KL of the prediction from that of"),
+        (lambda i, loss, logits: (loss, logits * (1 if i == 1 else math.nan)), "is nan, not 0"),
+    ],
+    ids=["loss", "loss NaN", "prediction", "prediction NaN"],
+)
+def test_what_another_call_returns_at_the_same_parameters_is_compared(changes, words, penalty):
+    model, closure = problem()
+    calls = 0
+
+    def changing():
+        nonlocal calls
+        calls += 1
+        loss, distribution = closure()
+        loss, logits = changes(calls, loss, distribution.logits)
+        return loss, td.Categorical(logits=logits, validate_args=False)
+
+    kept = bits(model)
+    delta = 1e-6 if penalty is None else math.inf
+    optimizer = NaturalTrustRegion(model.parameters(), delta, penalty=penalty, max_backtracks=3)
+    optimizer.step(changing)
+    assert optimizer.info.status is Status.NOT_REPRODUCIBLE
+    assert re.search(words, optimizer.info.detail)
+    assert optimizer.info.evaluations == calls <= 6
+    assert "check_closure" in str(optimizer.info.status)
+    assert unchanged(model, kept)
+
+
+def test_a_loss_that_repeats_to_its_rounding_is_reproducible():
+    model, closure = problem()
+    worse, calls = never_improving(closure), 0
+
+    def rounded():
+        nonlocal calls
+        calls += 1
+        loss, distribution = worse()
+        return loss * (1 + 2.0**-30 * calls), distribution
+
+    optimizer = NaturalTrustRegion(model.parameters(), 0.01, max_backtracks=2)
+    optimizer.step(rounded)
+    assert optimizer.info.status is Status.REJECTED_LOSS
+    assert optimizer.info.evaluations == calls == 5  # one more than the search made
 
 
 @pytest.mark.parametrize("at", [1, 2, 5])

@@ -119,7 +119,7 @@ class Stop(BaseException):
 
 def never_better(f, k, event):
     """A closure none of whose trials will do, with an event at the k-th call."""
-    calls = []
+    calls, start = [], f.x.detach().clone()
 
     def closure():
         calls.append(0)
@@ -127,7 +127,7 @@ def never_better(f, k, event):
             raise event
         if len(calls) == k:
             return f() * event
-        return f() + (1e6 if len(calls) > 1 else 0.0)
+        return f() + (0.0 if torch.equal(f.x, start) else 1e6)
 
     return closure
 
@@ -162,7 +162,30 @@ def test_a_nonfinite_loss_at_the_kth_call_never_reaches_a_parameter(kind, bad, k
     assert torch.equal(f.x, before)
     expected = Status.NONFINITE_LOSS if k == 1 else Status.NONFINITE_TRIAL
     assert optimizer.info.status is expected
-    assert optimizer.info.evaluations == k
+    assert optimizer.info.evaluations == (1 if k == 1 else k + 1)  # the last where it started
+
+
+@kinds
+@pytest.mark.parametrize("part", ["loss", "distribution"])
+def test_a_closure_that_does_not_repeat_is_named(kind, part):
+    f, calls = Waves(), []
+    before = f.x.detach().clone()
+
+    def closure():
+        calls.append(0)
+        if part == "loss":
+            return f() + 1e3 * len(calls)
+        moved = 0.0 if torch.equal(f.x, before) else 1e6
+        return f() + moved, td.Normal(f.W @ f.x + len(calls), 1.0)
+
+    options = KINDS[kind] | ({"curvature": "ggn"} if part == "distribution" else {})
+    optimizer = NewtonTrustRegion([f.x], max_rejections=3, **options)
+    optimizer.step(closure)
+    assert optimizer.info.status is Status.NOT_REPRODUCIBLE
+    words = "in the first call" if part == "loss" else "the KL of the prediction from that"
+    assert words in optimizer.info.detail
+    assert optimizer.info.evaluations == len(calls)
+    assert torch.equal(f.x, before)
 
 
 @kinds
@@ -208,15 +231,15 @@ def test_a_zero_gradient_is_an_exact_no_op(kind):
 
 @pytest.mark.parametrize("kind", ["gltr", "steihaug", "both"])
 def test_at_the_rounding_of_the_loss_the_radius_does_not_shrink(kind):
-    x, calls = torch.ones(2, dtype=torch.float64, requires_grad=True), []
+    x = torch.ones(2, dtype=torch.float64, requires_grad=True)
 
     def closure():
-        calls.append(0)
-        return 1e6 + 1e-12 * x.square().sum() + (1e-9 if len(calls) > 1 else 0.0)
+        moved = 0.0 if x[0] == 1 else 1e-9
+        return 1e6 + 1e-12 * x.square().sum() + moved
 
     optimizer = NewtonTrustRegion([x], **KINDS[kind])
     optimizer.step(closure)
-    assert optimizer.info.evaluations == 2  # no search for what cannot be seen
+    assert optimizer.info.evaluations == 3  # no search for what cannot be seen
     assert "rounding" in optimizer.info.detail
     assert optimizer.param_groups[0]["radius"] >= 1.0
     assert torch.equal(x, torch.ones(2, dtype=torch.float64))

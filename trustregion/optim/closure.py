@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -169,6 +170,29 @@ def evaluate(closure: Callable[[], object], read: Callable[[object], T], *, grap
             " It must not call backward(); a derivative that the loss itself needs goes under"
             f" torch.enable_grad() in the closure (torch said: {error})"
         ) from error
+
+
+def why_not_reproducible(
+    first: tuple[float, float], again: tuple[float, float], promised: float, dtype: torch.dtype
+) -> str:
+    """Return what is different in another call at the same parameters; empty if nothing is.
+
+    A loss may differ by its rounding, or by too little to mislead a search.
+
+    Args:
+        first: the loss, and the KL that would be too large.
+        again: the same of the other call, the KL from the first one's prediction.
+        promised: how much the model of the loss falls along the step.
+        dtype: of the parameters.
+
+    """
+    (loss, delta), (other, kl) = first, again
+    rounding = math.sqrt(torch.finfo(dtype).eps) * max(abs(loss), abs(other))
+    if not abs(other - loss) <= max(rounding, 0.01 * abs(promised)):
+        return f"the loss was {loss} in the first call and {other} in another"
+    if not kl <= 0.01 * min(delta, 1.0):
+        return f"the KL of the prediction from that of the first call is {kl}, not 0"
+    return ""
 
 
 class Calls:

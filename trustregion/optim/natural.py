@@ -59,7 +59,9 @@ class NaturalTrustRegion(TrustRegionOptimizer):
     in all groups.
 
     Cost of a step: one forward and backward pass, ``cg_max_iter`` Fisher products at most, and one
-    forward pass a trial. Memory: about ten vectors of the parameters' size and the graph.
+    forward pass a trial; one more after a step that was rejected, to see whether the closure
+    repeats. Memory: at most thirty vectors of the parameters' size, float64 counted twice, and the
+    graph.
 
     Args:
         params: parameters or parameter groups, as for any torch optimizer. float32 or float64.

@@ -77,8 +77,8 @@ class NewtonTrustRegion(TrustRegionOptimizer):
             gradients; ``"cg"``: the damped system, without a radius.
         metric: the norm of the radius. ``"euclidean"``: or, with a preconditioner ``M``,
             :math:`\sqrt{s'M^{-1}s}`. ``"fisher"``: :math:`\sqrt{s'(F + \mu I)s}`, in which a radius
-            of :math:`\sqrt{2\delta}` is a KL of :math:`\delta`; each iteration then solves with
-            ``F``, by conjugate gradients of at most ``max_iter`` products.
+            of :math:`\sqrt{2\delta}` is to second order a KL of :math:`\delta`; each iteration then
+            solves with ``F``, by conjugate gradients of at most ``max_iter`` products.
         damping: lambda, added to ``A``; with an infinite radius in units of the metric, as
             :math:`A + \lambda M^{-1}`, but for ``"cg"``.
         adapt_damping: let lambda follow :math:`\rho` (:func:`levenberg_marquardt_damping`).
@@ -262,6 +262,7 @@ class NewtonTrustRegion(TrustRegionOptimizer):
                 info, radius, rho = shrink(trials, solve, "radius", first, follow, limit, info)
                 self._write("radius", radius)
                 self._adapt_damping(options, rho)
+            info = trials.doubted(info)
             accepted = info.accepted
         finally:  # also on KeyboardInterrupt
             if not accepted:

@@ -129,8 +129,8 @@ class Replicas:
             work = dist.all_reduce(packed, op, group=self._group, async_op=True)
             if work is not None:
                 work.wait()
-            # Held until the next one has ended: who drops the last reference needs the interpreter's
-            # lock, and gloo's thread, with the next reduction behind it, would wait 5 ms for that.
+            # Held until the next one has ended: who drops the last reference needs Python's lock,
+            # and gloo's thread, with the next reduction behind it, would wait 5 ms for that.
             self._work = work
         except RuntimeError as error:
             raise RuntimeError(

@@ -13,7 +13,7 @@ from ..distributions import Joint
 from ..line_search import BallSearch, BallTrial, ball_search
 from ..status import Status
 from ..vector import ParameterVector
-from .closure import Calls, read_prediction
+from .closure import Calls, read_prediction, why_not_reproducible
 from .info import StepInfo
 from .options import NaturalOptions
 from .replicas import Replicas
@@ -78,11 +78,13 @@ class Search:
 
     def run(self, candidates: Sequence[Candidate], info: StepInfo) -> StepInfo:
         """Commit the best trial or restore the parameters bit for bit; say how it went."""
-        accepted = False
+        accepted, different = False, ""
         try:
             chosen, found = self._choose(candidates, info)
             if found.accepted:
                 self.vector.assign(self.theta + found.scale * chosen.s)
+            else:
+                different = self._different(chosen, info)
             accepted = found.accepted
         finally:  # also on KeyboardInterrupt
             if not accepted:
@@ -95,7 +97,16 @@ class Search:
             backtracks=found.backtracks,
             evaluations=self.calls.count,
         )
-        return self._account(found.trial, found.accepted, info)
+        info = self._account(found.trial, found.accepted, info)
+        if different:
+            return replace(info, status=Status.NOT_REPRODUCIBLE, detail=different)
+        return info
+
+    def _different(self, chosen: Candidate, info: StepInfo) -> str:
+        """Return what differs in one more call before the step; empty where it repeats."""
+        again = self._evaluate(chosen, 0.0, info)
+        first, other = (info.loss, self.options.delta), (again.loss, again.kl)
+        return why_not_reproducible(first, other, chosen.predicted_reduction, self.theta.dtype)
 
     def _choose(
         self, candidates: Sequence[Candidate], info: StepInfo

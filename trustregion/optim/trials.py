@@ -14,7 +14,7 @@ from ..line_search import backtracking
 from ..radius import reduction_ratio
 from ..status import Status
 from ..vector import ParameterVector
-from .closure import Calls, read_judgement
+from .closure import Calls, read_judgement, why_not_reproducible
 from .info import StepInfo
 from .quadratic import ModelStep, Solve
 from .replicas import Replicas
@@ -88,12 +88,28 @@ class Trials:
         trial = self.theta + (scale * self.lr) * self.unscaled(step.s)
         if not bool(trial.isfinite().all()):
             return Trial(math.nan, math.nan, predicted, -math.inf, False)
-        self.vector.assign(trial)
-        like = self.theta.new_zeros(2, dtype=torch.float64)
-        loss, kl = self.replicas.mean(self._evaluate, like, self.share).tolist()
+        loss, kl = self._at(trial)
         before, after = self.sign * self.loss, self.sign * self.loss.new_tensor(loss)
         rho = reduction_ratio(before, after, predicted)
         return Trial(loss, kl, predicted, rho, bool(after <= before))
+
+    def doubted(self, info: StepInfo) -> StepInfo:
+        """Return the account of a step that failed, after one more call before the step."""
+        if info.status not in (Status.REJECTED_RATIO, Status.REJECTED_LOSS, Status.NONFINITE_TRIAL):
+            return info
+        first, again = (info.loss, math.inf), self._at(self.theta)
+        dtype, promised = self.theta.dtype, info.predicted_reduction
+        different = why_not_reproducible(first, again, promised, dtype)
+        if not different:
+            return info
+        return replace(info, status=Status.NOT_REPRODUCIBLE, detail=different)
+
+    def _at(self, theta: Tensor) -> tuple[float, float]:
+        """Return the loss and the KL at other parameters."""
+        self.vector.assign(theta)
+        like = self.theta.new_zeros(2, dtype=torch.float64)
+        loss, kl = self.replicas.mean(self._evaluate, like, self.share).tolist()
+        return loss, kl
 
     def _evaluate(self) -> Tensor:
         new = self.calls.trial(read_judgement)
