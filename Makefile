@@ -6,17 +6,22 @@ READY := $(VENV)/.ready
 READY_BENCH := $(VENV)/.ready-bench
 JAX := .venv-jax
 READY_JAX := $(JAX)/.ready
+TRAINERS := .venv-trainers
+READY_TRAINERS := $(TRAINERS)/.ready
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALL := $(PIP) install --quiet --constraint constraints.txt --build-constraint constraints.txt
 
-.PHONY: help demo test check slow bench curvature cartpole clean
+.PHONY: help demo test check slow trainers bench contract mgh curvature cartpole clean
 
 help:
 	@echo "make demo      train TRPO on CartPole-v1 and draw its learning curve"
 	@echo "make test      the fast tests"
 	@echo "make check     format, lint, types, tests and doctests"
 	@echo "make slow      the tests that learn to a target"
+	@echo "make trainers  the examples under Lightning and accelerate, on the real packages"
 	@echo "make bench     timings against peers, in one run"
+	@echo "make contract  the table of docs/contract.md, other optimizers beside ours"
+	@echo "make mgh       the table of docs/newton_benchmarks.md"
 	@echo "make curvature the tables of docs/curvature_benchmarks.md, JAX among the peers"
 	@echo "make cartpole  the ten-seed CartPole table of docs/cartpole.md"
 	@echo "make clean     remove what the targets made"
@@ -39,6 +44,12 @@ $(READY_JAX): pyproject.toml constraints.txt
 	@$(JAX)/bin/python -m pip install --quiet --constraint constraints.txt --group jax
 	@touch $@
 
+$(READY_TRAINERS): pyproject.toml constraints.txt
+	@$(PYTHON) -m venv $(TRAINERS)
+	@$(TRAINERS)/bin/python -m pip install --quiet --constraint constraints.txt --upgrade pip
+	@$(TRAINERS)/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[rl]" --group trainers
+	@touch $@
+
 demo: $(READY)
 	@$(BIN)/python -m rl train CartPole-v1 --total-timesteps 27000
 
@@ -54,12 +65,21 @@ check: $(READY)
 slow: $(READY)
 	@$(BIN)/python -m pytest -q -m slow
 
+trainers: $(READY_TRAINERS)
+	@$(TRAINERS)/bin/python -m pytest -q tests/trustregion/test_trainers.py
+
 bench: $(READY_BENCH)
 	@$(BIN)/python -m pytest benchmarks -q --benchmark-only --benchmark-sort=name
 	@$(BIN)/python -m benchmarks.solvers
 	@$(BIN)/python -m benchmarks.regions
 	@$(BIN)/python -m benchmarks.pairs
 	@$(BIN)/python -m benchmarks.rosenbrock
+
+contract: $(READY_BENCH)
+	@$(BIN)/python -m benchmarks.contract
+
+mgh: $(READY_BENCH)
+	@$(BIN)/python -m benchmarks.mgh
 
 curvature: $(READY_BENCH) $(READY_JAX)
 	@$(INSTALL) --editable ".[mujoco]"
@@ -72,5 +92,5 @@ cartpole: $(READY)
 	@$(BIN)/python benchmarks/cartpole.py
 
 clean:
-	rm -rf $(VENV) $(JAX) .pytest_cache .ruff_cache .hypothesis .benchmarks build dist
+	rm -rf $(VENV) $(JAX) $(TRAINERS) .pytest_cache .ruff_cache .hypothesis .benchmarks build dist
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

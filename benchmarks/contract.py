@@ -1,10 +1,8 @@
 """Run the checks of the contract of torch.optim on ours and on other optimizers with a closure.
 
-    pip install pytorch-minimize torchzero
-    python -m benchmarks.contract
-
-Each check runs in a process of its own with a time limit, so that none sees what another left
-behind. Optimizers whose packages are not installed have a line instead of a column.
+Run ``make contract``. Each check runs in a process of its own with a time limit, so that none sees
+what another left behind. Optimizers whose packages are not installed have a line instead of a
+column.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Newton methods on the problems of More, Garbow and Hillstrom: ours, scipy's and torchmin's.
 
-torchmin is optional: ``pip install pytorch-minimize==0.1.0``. Without it its columns are left out.
+Run ``make mgh``. torchmin is optional: without it its columns are left out.
 """
 
 from __future__ import annotations
