@@ -21,12 +21,12 @@ def only(outcome: Outcome, name: str) -> Any:
     return found
 
 
-def test_all_optimizers_of_the_issue_take_part(outcome: Outcome) -> None:
+def test_ours_race_against_lbfgs_and_adam(outcome: Outcome) -> None:
     families = {name.split(",")[0] for name in outcome.runs}
     assert families == {*OURS, "L-BFGS", "Adam"}
 
 
-@pytest.mark.parametrize("name", [*OURS, "L-BFGS"])
+@pytest.mark.parametrize("name", [*OURS, "L-BFGS, 20 a step"])
 def test_the_training_loss_falls(outcome: Outcome, name: str) -> None:
     rows = only(outcome, name).rows
     assert rows[STEPS][2] < rows[0][2] - 0.5

@@ -64,7 +64,7 @@ def batched_adam(task: Task, lr: float) -> Updates:
 METHODS = {  # in colours that the colour-blind tell apart
     "NaturalTrustRegion": Method(natural, "#0072B2"),
     "NewtonTrustRegion": Method(newton, "#CC79A7"),
-    "L-BFGS": Method(lbfgs, "#000000"),
+    "L-BFGS, 20 a step": Method(lbfgs, "#000000"),
     "Adam, full batch": Method(adam, "#D55E00", LRS),
     "Adam, batches of 64": Method(batched_adam, "#009E73", LRS),
 }

@@ -2,9 +2,9 @@
 
 The first method of a race takes a given number of steps. The others then get as many seconds as it
 took, and at least as many steps, with each of their learning rates: the one that has the lowest
-training loss by then is shown. Seconds are those of the processor, of which one thread is used, so
-that other work on the machine counts little; evaluation is not on the clock. Shared by the
-classifier, the regressor and the autoencoder.
+training loss by then, in the median over seeds, is shown. Rates are constant. Seconds are those of
+the processor, of which one thread is used, so that other work on the machine counts little;
+evaluation is not on the clock. Shared by the classifier, the regressor and the autoencoder.
 """
 
 import argparse
@@ -118,12 +118,13 @@ def train(
     updates = method.updates(task, lr)
     run, step, clock = Run(lr if method.lrs else None, [], [], task.model), 0, 0.0
     while True:
-        if step <= steps or step % 10 == 0:
+        ended = step >= steps and clock >= seconds
+        if ended or step <= steps or step % 10 == 0:
             with torch.no_grad():
                 numbers = (v if math.isfinite(v) else math.inf for v in task.measure())
                 run.rows.append((step, clock, *numbers))
-            if step >= steps and clock >= seconds:
-                return run
+        if ended:
+            return run
         start = time.process_time()
         info = next(updates)
         clock += time.process_time() - start
@@ -176,13 +177,19 @@ def table(runs: Runs, steps: int, columns: dict[str, str]) -> str:
 
 
 def curves(ax: "Axes", runs: Runs, methods: dict[str, Method], x: int, y: int) -> None:
-    """Draw column y against column x, one line a seed."""
+    """Draw column y against column x: the median over seeds, and from the lowest to the highest.
+
+    Between two steps the numbers are those of the last one, as long as the next may take.
+    """
     for name, group in runs.items():
         label = f"{name}, lr {group[0].lr}" if group[0].lr else name
-        for i, run in enumerate(group):
-            columns = list(zip(*run.rows, strict=True))
-            style = {"color": methods[name].colour, "linewidth": 1.1, "alpha": 0.8}
-            ax.plot(columns[x], columns[y], **style, label=None if i else label)
+        rows = list(zip(*(run.rows for run in group), strict=False))  # to the end of the shortest
+        at = [median(row[x] for row in seeds) for seeds in rows]
+        values = [sorted(row[y] for row in seeds) for seeds in rows]
+        low, middle, high = zip(*((v[0], median(v), v[-1]) for v in values), strict=True)
+        colour = methods[name].colour
+        ax.plot(at, middle, color=colour, linewidth=1.4, drawstyle="steps-post", label=label)
+        ax.fill_between(at, low, high, color=colour, alpha=0.2, linewidth=0, step="post")
 
 
 def save(figure: "Figure", path: Path) -> None:

@@ -38,7 +38,7 @@ def natural(task: Task, _: float) -> Updates:
 
 def newton(task: Task, _: float) -> Updates:
     """Take steps of the Fisher matrix's model within a Euclidean radius."""
-    # Its default, coarse solves far from a minimum, takes twice the steps here.
+    # Its default, coarse solves far from a minimum, takes two to three times the steps here.
     optimizer = NewtonTrustRegion(task.model.parameters(), curvature="ggn", rtol=1e-2, max_iter=20)
     while True:
         optimizer.step(task.loss)
@@ -48,7 +48,7 @@ def newton(task: Task, _: float) -> Updates:
 METHODS = {  # in colours that the colour-blind tell apart
     "NaturalTrustRegion": Method(natural, "#0072B2"),
     "NewtonTrustRegion": Method(newton, "#CC79A7"),
-    "L-BFGS": Method(lbfgs, "#000000"),
+    "L-BFGS, 20 a step": Method(lbfgs, "#000000"),
     "Adam": Method(adam, "#D55E00", (0.001, 0.003, 0.01, 0.03)),
 }
 LAYOUT: list[Any] = [  # of the plot: fits above curves
@@ -129,7 +129,7 @@ def draw(runs: Runs, floor: list[float], path: Path) -> None:
             axes[key].set(xscale="log", xlim=(0.01, last[1]))
             axes[key].xaxis.set_minor_formatter("")
     axes["steps"].set(xlim=(0, last[0]))
-    axes["seconds"].legend(frameon=False, fontsize="small", loc="lower left")
+    axes["steps"].legend(frameon=False, fontsize="small", loc="center right")
     save(figure, path)
 
 
