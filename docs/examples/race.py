@@ -181,15 +181,15 @@ def curves(ax: "Axes", runs: Runs, methods: dict[str, Method], x: int, y: int) -
 
     Between two steps the numbers are those of the last one, as long as the next may take.
     """
-    for name, group in runs.items():
+    for i, (name, group) in enumerate(runs.items()):
         label = f"{name}, lr {group[0].lr}" if group[0].lr else name
         rows = list(zip(*(run.rows for run in group), strict=False))  # to the end of the shortest
         at = [median(row[x] for row in seeds) for seeds in rows]
         values = [sorted(row[y] for row in seeds) for seeds in rows]
         low, middle, high = zip(*((v[0], median(v), v[-1]) for v in values), strict=True)
-        colour = methods[name].colour
-        ax.plot(at, middle, color=colour, linewidth=1.4, drawstyle="steps-post", label=label)
-        ax.fill_between(at, low, high, color=colour, alpha=0.2, linewidth=0, step="post")
+        style = {"color": methods[name].colour, "zorder": 2 - i / 10}  # the first on top
+        ax.plot(at, middle, **style, linewidth=1.4, drawstyle="steps-post", label=label)
+        ax.fill_between(at, low, high, **style, alpha=0.2, linewidth=0, step="post")
 
 
 def save(figure: "Figure", path: Path) -> None:

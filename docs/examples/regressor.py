@@ -104,7 +104,7 @@ def draw(runs: Runs, floor: list[float], path: Path) -> None:
     """Draw fits of the first seed, and the NLL of all against steps and seconds."""
     from matplotlib.figure import Figure  # late: training does not need it
 
-    figure = Figure(figsize=(12, 6.4), layout="constrained")
+    figure = Figure(figsize=(11, 5.8), layout="constrained")
     axes = figure.subplot_mosaic(LAYOUT)
     grid = torch.linspace(-2, 2, 401).unsqueeze(-1)
     for name, group in runs.items():
