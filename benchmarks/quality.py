@@ -23,9 +23,8 @@ from torch.distributions import Categorical
 from torch.func import functional_call, jacrev, vmap
 
 from rl import TRPO
-from rl.advantages import gae
+from rl.batch import Batch as Transitions
 from rl.objectives import normalise, surrogate
-from rl.rollout import Rollout
 from trustregion import FisherOperator, Identity, LinearOperator, Status, cg, lanczos
 
 STATES, UPDATES = 2048, 5
@@ -69,26 +68,14 @@ class Recording(TRPO):
 
     batch: Batch
 
-    def update(self, rollout: Rollout) -> dict:
-        c, valid = self.config, rollout.valid
-        with torch.no_grad():
-            values = self.critic(rollout.observations)
-        advantages, _ = gae(
-            rollout.rewards,
-            values[:-1],
-            values[1:],
-            rollout.terminated,
-            rollout.truncated,
-            gamma=c.gamma,
-            gae_lambda=c.gae_lambda,
-        )
+    def improve(self, batch: Transitions) -> dict:
         self.batch = Batch(
             copy.deepcopy(self.policy),
-            rollout.observations[:-1][valid][:STATES],
-            rollout.actions[valid][:STATES],
-            normalise(advantages[valid][:STATES]),
+            batch.observations[:STATES],
+            batch.actions[:STATES],
+            normalise(batch.advantages[:STATES]),
         )
-        return super().update(rollout)
+        return super().improve(batch)
 
 
 R = TypeVar("R", bound=Recording)

@@ -37,7 +37,7 @@ from benchmarks.quality import (
     recorded,
     row,
 )
-from rl.rollout import Rollout
+from rl.batch import Batch as Transitions
 from trustregion import (
     KFAC,
     FisherOperator,
@@ -72,10 +72,10 @@ class TwoRecordings(Recording):
 
     previous: Batch
 
-    def update(self, rollout: Rollout) -> dict:
+    def improve(self, batch: Transitions) -> dict:
         if hasattr(self, "batch"):
             self.previous = self.batch
-        return super().update(rollout)
+        return super().improve(batch)
 
 
 def batches_of(env: str) -> tuple[Batch, Batch]:

@@ -21,15 +21,16 @@ from .advantages import td_lambda as td_lambda
 from .agent import Agent as Agent
 from .checkpoint import CheckpointError as CheckpointError
 from .config import Config as Config
+from .environments import Stepper as Stepper
 from .environments import make_envs as make_envs
 from .evaluation import Evaluation as Evaluation
 from .evaluation import evaluate as evaluate
 from .objectives import surrogate as surrogate
-from .policies import CategoricalPolicy as CategoricalPolicy
-from .policies import GaussianPolicy as GaussianPolicy
+from .policies import HeadPolicy as HeadPolicy
 from .policies import Policy as Policy
 from .rollout import Collector as Collector
 from .rollout import Rollout as Rollout
+from .spaces import ObservationLayout as ObservationLayout
 from .trpo import TRPO as TRPO
 from .trpo import TRPOConfig as TRPOConfig
 from .value import Critic as Critic
@@ -53,7 +54,8 @@ __all__ = [
     "Collector",
     "Rollout",
     "Policy",
-    "CategoricalPolicy",
-    "GaussianPolicy",
+    "HeadPolicy",
+    "ObservationLayout",
+    "Stepper",
     "Critic",
 ]

@@ -56,7 +56,7 @@ def gae(
     _check_factors(gamma=gamma, gae_lambda=gae_lambda)
     deltas = _errors(rewards, values, next_values, terminated, gamma)
     going_on = (~(terminated | truncated)).to(values.dtype)
-    advantages = _discounted(deltas, gamma * gae_lambda * going_on, len(deltas))
+    advantages = discounted_sums(deltas, gamma * gae_lambda * going_on, len(deltas))
     return advantages, advantages + values
 
 
@@ -107,7 +107,7 @@ def n_step(
         raise ValueError(f"n must be at least 1, got {n}")
     deltas = _errors(rewards, values, next_values, terminated, gamma)
     going_on = (~(terminated | truncated)).to(values.dtype)
-    advantages = _discounted(deltas, gamma * going_on, min(n, len(deltas)))
+    advantages = discounted_sums(deltas, gamma * going_on, min(n, len(deltas)))
     return advantages, advantages + values
 
 
@@ -157,7 +157,7 @@ def td_lambda(
     weight = trace * (~(terminated | truncated)).to(next_values.dtype)
     weight[-1] = 0.0
     future = torch.where(terminated, 0.0, next_values)
-    return _discounted(rewards + gamma * (1 - weight) * future, gamma * weight, len(rewards))
+    return discounted_sums(rewards + gamma * (1 - weight) * future, gamma * weight, len(rewards))
 
 
 def _errors(
@@ -166,7 +166,7 @@ def _errors(
     return rewards + gamma * torch.where(terminated, 0.0, next_values) - values
 
 
-def _discounted(terms: Tensor, decay: Tensor, length: int) -> Tensor:
+def discounted_sums(terms: Tensor, decay: Tensor, length: int) -> Tensor:
     """Return ``sum_{l < length} decay_t ... decay_{t+l-1} terms_{t+l}`` for each ``t``.
 
     By sums over windows of 1, 2, 4, ... steps: some 4 log2(length) operations on whole tensors. A

@@ -15,22 +15,32 @@ from gymnasium.vector import VectorEnv
 from torch import Tensor, nn
 
 from . import checkpoint
+from .batch import Batch, make_batch
 from .config import Config
-from .environments import env_id, make_envs, observation_dim
-from .policies import make_policy
+from .environments import EnvSource, Stepper, env_id, make_envs
+from .model import make_networks, observation_layout, observation_norm
+from .normalisation import RewardScale
+from .policies import Policy
 from .rollout import Collector, Rollout
-from .value import Critic
+from .spaces import MASK, as_batch
+from .value import explained_variance, fit
 
 Log: TypeAlias = dict[str, Any]
 Callback: TypeAlias = "Callable[[Agent, Log], bool | None]"
 
 
 class Agent(abc.ABC):
-    """A policy and a critic trained by rollouts; an algorithm is an :meth:`update`.
+    """A policy and a critic trained by rollouts; an algorithm is a way to :meth:`improve` them.
 
     Args:
-        env: an environment id or a gymnasium vector environment.
+        env: an environment id, a function that makes an environment, an environment, or a gymnasium
+            vector environment.
+        policy: a policy of your own, from rows of :attr:`layout` to a distribution.
+        critic: a critic of your own, from rows to values.
         options: fields of the algorithm's config, by name.
+
+    Attributes:
+        layout: what lies where in a row of observations.
 
     Raises:
         TypeError: an unknown option.
@@ -41,35 +51,95 @@ class Agent(abc.ABC):
     config_class: ClassVar[type[Config]]
     name: ClassVar[str]
 
-    def __init__(self, env: str | VectorEnv, **options: Any) -> None:
+    def __init__(
+        self,
+        env: EnvSource,
+        *,
+        policy: Policy | None = None,
+        critic: nn.Module | None = None,
+        **options: Any,
+    ) -> None:
         config = self.config_class(**options)
-        self.envs = make_envs(env, config.n_envs)
-        self.config = replace(config, n_envs=self.envs.num_envs)
-        self.config.check_batch()
+        self.envs = make_envs(env, config.n_envs, config.vectorization)
+        try:
+            self._build(config, policy, critic)
+        except Exception:
+            if not isinstance(env, VectorEnv):
+                self.envs.close()
+            raise
+
+    def _build(self, config: Config, policy: Policy | None, critic: nn.Module | None) -> None:
+        self.config = config = replace(config, n_envs=self.envs.num_envs)
+        config.check_batch()
         self.env_id = env_id(self.envs)
         self.num_timesteps = 0
         self.iterations = 0
-        self.generator = torch.Generator().manual_seed(self.config.seed)
-        self._predict_generator = torch.Generator().manual_seed(self.config.seed)
-        dim, hidden = observation_dim(self.envs), self.config.hidden
-        with torch.random.fork_rng(devices=[]):  # leave the user's random state alone
-            torch.manual_seed(self.config.seed)
-            self.policy = make_policy(dim, self.envs.single_action_space, hidden)
-            self.critic = Critic(dim, hidden)
+        self.generator = torch.Generator().manual_seed(config.seed)
+        self._predict_generator = torch.Generator().manual_seed(config.seed)
+        self._stepper = Stepper(self.envs)
         self._collector: Collector | None = None
+        self.layout = observation_layout(self.envs)
+        self.observation_norm = observation_norm(self.layout, config)
+        self.reward_scale = (
+            RewardScale(config.n_envs, config.gamma) if config.normalise_rewards else None
+        )
+        with torch.random.fork_rng(devices=[]):  # leave the user's random state alone
+            torch.manual_seed(config.seed)
+            own_policy, own_critic = make_networks(
+                self.layout, self.envs.single_action_space, self.observation_norm, config
+            )
+        self.policy = policy or own_policy
+        self.critic = critic or own_critic
         self.setup()
+        learnt = {id(p) for p in self.policy.parameters()}
+        self.critic_optimizer = torch.optim.Adam(
+            [p for p in self.critic.parameters() if id(p) not in learnt],
+            lr=config.critic_lr,
+            fused=True,
+        )
 
     @abc.abstractmethod
     def setup(self) -> None:
-        """Make the optimizers."""
+        """Make the optimizers of :meth:`improve`."""
 
     @abc.abstractmethod
-    def update(self, rollout: Rollout) -> Log:
-        """Improve policy and critic from one rollout; return what to log."""
+    def improve(self, batch: Batch) -> Log:
+        """Improve the policy; return what to log."""
 
-    @abc.abstractmethod
     def optimizers(self) -> dict[str, torch.optim.Optimizer]:
         """Return the optimizers, whose state a checkpoint keeps."""
+        return {"critic_optimizer": self.critic_optimizer}
+
+    def fit_critic(self, batch: Batch) -> Log:
+        """Regress the critic on the returns; return what to log."""
+        value_loss = fit(
+            self.critic,
+            self.critic_optimizer,
+            batch.observations,
+            batch.returns,
+            epochs=self.config.critic_epochs,
+            batch_size=self.config.critic_batch_size,
+            generator=self.generator,
+        )
+        return {"train/value_loss": value_loss}
+
+    def update(self, rollout: Rollout) -> Log:
+        """Improve policy and critic from one rollout; return what to log.
+
+        Running moments move afterwards, so that one update sees the same observations throughout.
+        """
+        scaled = rollout
+        if self.reward_scale is not None:
+            scaled = replace(rollout, rewards=self.reward_scale(rollout.rewards))
+        batch = make_batch(scaled, self.policy, self.critic, self.config)
+        log = self.improve(batch) | self.fit_critic(batch)
+        if self.observation_norm is not None:
+            self.observation_norm.update(batch.observations[:, self.layout.vector_columns])
+        if self.reward_scale is not None:
+            self.reward_scale.update(rollout.rewards, rollout.done, rollout.valid)
+        return log | {
+            "train/explained_variance": explained_variance(batch.values, batch.returns),
+        }
 
     def learn(
         self, total_timesteps: int, progress: bool = True, callback: Callback | None = None
@@ -96,7 +166,9 @@ class Agent(abc.ABC):
             raise ValueError(f"total_timesteps must be positive, got {total_timesteps}")
         if self._collector is None:
             seed = _environment_seed(self.config.seed, self.num_timesteps)
-            self._collector = Collector(self.envs, seed=seed, generator=self.generator)
+            self._collector = Collector(
+                self._stepper, self.layout, seed=seed, generator=self.generator
+            )
         first, started = self.num_timesteps, time.perf_counter()
         with tqdm(total=total_timesteps, unit="step", disable=not progress, leave=False) as bar:
             while self.num_timesteps < first + total_timesteps:
@@ -126,37 +198,38 @@ class Agent(abc.ABC):
         }
 
     @torch.no_grad()
-    def predict(self, obs: np.ndarray, deterministic: bool = False) -> tuple[np.ndarray, None]:
+    def predict(
+        self, obs: Any, deterministic: bool = False, action_masks: np.ndarray | None = None
+    ) -> tuple[np.ndarray, None]:
         """Choose actions; drawing them does not disturb training.
 
         Args:
-            obs: one observation, or a batch of them in rows.
+            obs: one observation, or a batch of them.
             deterministic: take the most likely action instead of drawing one.
+            action_masks: of the allowed actions, where the environment gives them in its infos.
 
         Returns:
             The action or actions, and None: there is no recurrent state.
 
         Raises:
-            ValueError: the shape is not that of the observation space.
+            ValueError: the shape is not that of the observation space, or a mask lacks.
 
         """
-        shape = self.envs.single_observation_space.shape
-        assert shape is not None
-        obs = np.asarray(obs, dtype=np.float32)
-        single = obs.shape == shape
-        if not single and obs.shape[1:] != shape:
-            raise ValueError(f"obs must have shape {shape} or (batch, *{shape}), got {obs.shape}")
-        batch = torch.from_numpy(obs.reshape(1 if single else len(obs), -1))
+        batch, single = as_batch(self.envs.single_observation_space, obs)
+        infos = None if action_masks is None else {MASK: np.atleast_2d(action_masks)}
+        rows = torch.from_numpy(self.layout.flat(batch, infos))
         if deterministic:
-            actions = self.policy.mode(batch)
+            actions = self.policy.mode(rows)
         else:
-            actions = self.policy.sample(batch, self._predict_generator)
+            (noise,) = self.policy.noise(1, len(rows), self._predict_generator)
+            actions = self.policy.act(rows, noise)
         chosen = self.policy.to_env(actions)
         return (chosen[0] if single else chosen), None
 
     def modules(self) -> dict[str, nn.Module]:
         """Return the modules whose weights a checkpoint keeps."""
-        return {"policy": self.policy, "critic": self.critic}
+        modules: dict[str, nn.Module] = {"policy": self.policy, "critic": self.critic}
+        return modules | ({"reward_scale": self.reward_scale} if self.reward_scale else {})
 
     def save(self, path: str | Path) -> None:
         """Write weights, optimizers, counters and random state to one file, atomically."""
@@ -179,7 +252,7 @@ class Agent(abc.ABC):
         checkpoint.write(Path(path), manifest, tensors)
 
     @classmethod
-    def load(cls, path: str | Path, env: str | VectorEnv | None = None) -> Self:
+    def load(cls, path: str | Path, env: EnvSource | None = None, **networks: Any) -> Self:
         """Return the agent of a file written by :meth:`save`.
 
         The environments start new episodes, and draws of ``predict`` start over; everything else
@@ -188,6 +261,7 @@ class Agent(abc.ABC):
         Args:
             path: the file.
             env: environments to use instead of those of the saved id.
+            networks: ``policy`` and ``critic``, where the agent was made with its own.
 
         Raises:
             CheckpointError: the file is truncated, damaged, of another format or algorithm.
@@ -197,7 +271,7 @@ class Agent(abc.ABC):
         """
         manifest, tensors = checkpoint.read(Path(path))
         try:
-            return cls._from_checkpoint(path, env, manifest, tensors)
+            return cls._from_checkpoint(path, env, manifest, tensors, networks)
         except KeyError as error:
             raise checkpoint.CheckpointError(f"{path} is incomplete: no {error}") from error
 
@@ -205,9 +279,10 @@ class Agent(abc.ABC):
     def _from_checkpoint(
         cls,
         path: str | Path,
-        env: str | VectorEnv | None,
+        env: EnvSource | None,
         manifest: dict[str, Any],
         tensors: dict[str, Tensor],
+        networks: dict[str, Any],
     ) -> Self:
         if manifest["algorithm"] != cls.name:
             raise checkpoint.CheckpointError(
@@ -216,7 +291,7 @@ class Agent(abc.ABC):
         env = env if env is not None else manifest["env_id"]
         if env is None:
             raise ValueError(f"{path} does not name its environment: pass env=")
-        agent = cls(env, **cls.config_class.from_dict(manifest["config"]).to_dict())
+        agent = cls(env, **networks, **cls.config_class.from_dict(manifest["config"]).to_dict())
         checkpoint.restore(path, agent.modules(), agent.optimizers(), manifest, tensors)
         agent.generator.set_state(tensors["generator"])
         agent.num_timesteps = manifest["num_timesteps"]

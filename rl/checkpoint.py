@@ -33,7 +33,9 @@ class CheckpointError(ValueError):
 
 def write(path: Path, manifest: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
     """Write a checkpoint atomically, replacing ``path`` only once everything is on disk."""
-    blob = safetensors.torch.save({k: t.detach().contiguous() for k, t in tensors.items()})
+    blob = safetensors.torch.save(
+        {k: t.detach().clone() for k, t in tensors.items()}
+    )  # it shares none
     head = {"format": FORMAT, "version": VERSION, "sha256": hashlib.sha256(blob).hexdigest()}
     text = json.dumps({**manifest, **head}, indent=2)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields
+from difflib import get_close_matches
 from typing import Any, Self
+
+from .environments import VECTORIZATIONS
+
+ADVANTAGES = ("gae", "n_step", "monte_carlo")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,14 +24,42 @@ class Config:
     steps_per_update: int = 2048
     """Environment steps an update, over all copies."""
 
+    vectorization: str = "auto"
+    """How copies are stepped: auto, sync, async or vector_entry_point (see make_envs)."""
+
     hidden: tuple[int, ...] = (64, 64)
     """Widths of the hidden layers of policy and critic."""
+
+    shared_encoder: bool = False
+    """Policy and critic share all layers but the last."""
+
+    squash_actions: bool = False
+    """Squash Box actions by tanh instead of clipping them."""
+
+    state_dependent_std: bool = False
+    """Let the policy's network give the standard deviations of Box actions."""
+
+    normalise_observations: bool = False
+    """Observations in units of their running spread."""
+
+    normalise_rewards: bool = False
+    """Rewards in units of the running spread of their discounted sums."""
 
     gamma: float = 0.99
     """Discount."""
 
+    advantages: str = "gae"
+    """Advantage estimates: gae, n_step or monte_carlo."""
+
     gae_lambda: float = 0.98
-    """Trace decay of the advantage estimates."""
+    """Trace decay of gae."""
+
+    n_step: int = 5
+    """Rewards of n_step."""
+
+    td_lambda: float | None = None
+    """Trace decay of the returns that the critic is fitted to; by default they are values plus
+    advantages."""
 
     critic_lr: float = 1e-3
     """Learning rate of the critic's Adam."""
@@ -39,12 +72,22 @@ class Config:
 
     def __post_init__(self) -> None:
         """Check the ranges."""
-        for name in ("n_envs", "steps_per_update", "critic_epochs", "critic_batch_size"):
+        for name in (
+            "n_envs",
+            "steps_per_update",
+            "n_step",
+            "critic_epochs",
+            "critic_batch_size",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("gamma", "gae_lambda"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
+        for name in ("gamma", "gae_lambda", "td_lambda"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value <= 1:
+                raise ValueError(f"{name} must lie in [0, 1], got {value}")
+        for name, choices in (("advantages", ADVANTAGES), ("vectorization", VECTORIZATIONS)):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be one of {choices}, got {getattr(self, name)!r}")
         if not self.critic_lr > 0:
             raise ValueError(f"critic_lr must be positive, got {self.critic_lr}")
         if self.seed < 0:
@@ -79,9 +122,11 @@ class Config:
             ValueError: an option this version does not know.
 
         """
-        known = {field.name for field in fields(cls)}
-        unknown = sorted(set(options) - known)
-        if unknown:
-            raise ValueError(f"unknown option(s) {', '.join(unknown)} for {cls.__name__}")
-        arguments: dict[str, Any] = {**options, "hidden": tuple(options["hidden"])}  # from a list
-        return cls(**arguments)
+        known = [field.name for field in fields(cls)]
+        for name in options:
+            if name not in known:
+                near = get_close_matches(name, known, n=1)
+                hint = f": did you mean {near[0]!r}?" if near else f". There are {', '.join(known)}"
+                raise ValueError(f"{cls.__name__} has no option {name!r}{hint}")
+        lists = {key: tuple(v) for key, v in options.items() if isinstance(v, list)}
+        return cls(**{**options, **lists})

@@ -1,83 +1,189 @@
-"""Vector environments from ids, and the spaces this package handles."""
+"""Vector environments from ids, factories and objects, stepped alike in every autoreset mode."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
 import gymnasium
 import numpy as np
-from gymnasium.spaces import Box, Discrete
-from gymnasium.vector import AutoresetMode, VectorEnv
+from gymnasium import spaces
+from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
+from gymnasium.vector.utils import concatenate, create_empty_array
+
+EnvSource: TypeAlias = (
+    "str | VectorEnv | gymnasium.Env[Any, Any] | Callable[[], gymnasium.Env[Any, Any]]"
+)
+VECTORIZATIONS = ("auto", "sync", "async", "vector_entry_point")
 
 
-def make_envs(env: str | VectorEnv, n_envs: int) -> VectorEnv:
-    """Return a vector environment with next-step autoreset.
+def make_envs(env: EnvSource, n_envs: int, vectorization: str = "auto") -> VectorEnv:
+    """Return a vector environment.
 
     Args:
-        env: an environment id, of which ``n_envs`` copies are stepped in turn in this process, or
-            a vector environment, which is used as it is.
-        n_envs: number of copies.
+        env: an environment id; a function that makes one environment; one environment, which is
+            used alone; or a vector environment, which is used as it is.
+        n_envs: number of copies of an id's or a function's environment.
+        vectorization: how copies are stepped: ``"sync"``: in turn in this process; ``"async"``: in
+            one process each; ``"vector_entry_point"``: by the environment's own vectorised form.
+            ``"auto"`` takes the last where there is one that can be imported, and ``"sync"``
+            otherwise.
 
     Raises:
-        ValueError: an unknown id, an unsupported space, or another autoreset mode.
-        TypeError: neither an id nor a vector environment.
+        ValueError: an unknown id or vectorization, or one that the environment does not have.
+        TypeError: none of the above.
 
     """
-    if isinstance(env, str):
-        if n_envs < 1:
-            raise ValueError(f"n_envs must be at least 1, got {n_envs}")
-        try:
-            envs = gymnasium.make_vec(env, num_envs=n_envs, vectorization_mode="sync")
-        except (gymnasium.error.Error, ImportError) as error:
-            reason = " ".join(str(error).split())
-            raise ValueError(f"cannot make environment {env!r}: {reason}") from error
-    elif isinstance(env, VectorEnv):
-        envs = env
-    else:
+    if isinstance(env, VectorEnv):
+        return env
+    if isinstance(env, gymnasium.Env):
+        return SyncVectorEnv([lambda: env], copy=False)
+    if not isinstance(env, str) and not callable(env):
         raise TypeError(
-            f"env must be an id such as 'CartPole-v1' or a gymnasium VectorEnv, got"
-            f" {type(env).__name__}: wrap a single environment as"
-            " gymnasium.vector.SyncVectorEnv([lambda: env])"
+            "env must be an id such as 'CartPole-v1', a function that makes an environment, an"
+            f" environment, or a gymnasium VectorEnv, got {type(env).__name__}"
         )
+    if n_envs < 1:
+        raise ValueError(f"n_envs must be at least 1, got {n_envs}")
+    if vectorization not in VECTORIZATIONS:
+        raise ValueError(f"vectorization must be one of {VECTORIZATIONS}, got {vectorization!r}")
+    if callable(env):
+        return _from_factories([env] * n_envs, vectorization)
     try:
-        _check(envs)
-    except ValueError:
-        if isinstance(env, str):
-            envs.close()
-        raise
-    return envs
+        if vectorization in ("auto", "vector_entry_point"):
+            own = _own_vectorised(env, n_envs, vectorization == "vector_entry_point")
+            if own is not None:
+                return own
+        mode = "sync" if vectorization == "auto" else vectorization
+        # what a step returns is copied into the rollout anyway
+        return gymnasium.make_vec(env, n_envs, mode, vector_kwargs={"copy": False})
+    except (gymnasium.error.Error, ImportError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"cannot make environment {env!r}: {reason}") from error
 
 
-def _check(envs: VectorEnv) -> None:
-    mode = envs.metadata.get("autoreset_mode")
-    if mode is not AutoresetMode.NEXT_STEP:
+def _own_vectorised(env_id: str, n_envs: int, required: bool) -> VectorEnv | None:
+    """Return an environment's own vectorised form, or None where there is none to be had."""
+    try:
+        if not required and gymnasium.spec(env_id).vector_entry_point is None:
+            return None
+        return gymnasium.make_vec(env_id, n_envs, "vector_entry_point")
+    except ImportError:
+        if required:
+            raise
+        return None
+
+
+def _from_factories(
+    factories: Sequence[Callable[[], gymnasium.Env[Any, Any]]], vectorization: str
+) -> VectorEnv:
+    if vectorization == "vector_entry_point":
         raise ValueError(
-            f"the vector environment has autoreset_mode {mode}: rollouts need"
-            " AutoresetMode.NEXT_STEP, gymnasium's default"
+            "vectorization='vector_entry_point' is for ids: a function makes single environments"
         )
-    observation, action = envs.single_observation_space, envs.single_action_space
-    for name, space in (("observation", observation), ("action", action)):
-        if isinstance(space, Box) and 0 in space.shape:
-            raise ValueError(f"unsupported {name} space {space}: it has no entries")
-    if not (isinstance(observation, Box) and np.issubdtype(observation.dtype, np.number)):
-        raise ValueError(
-            f"unsupported observation space {observation}: Box is supported. Wrap the environment,"
-            " for example with gymnasium.wrappers.FlattenObservation"
-        )
-    if not (
-        isinstance(action, Discrete)
-        or (isinstance(action, Box) and np.issubdtype(action.dtype, np.floating))
-    ):
-        raise ValueError(
-            f"unsupported action space {action}: Discrete and real-valued Box are supported"
-        )
+    kind = AsyncVectorEnv if vectorization == "async" else SyncVectorEnv
+    return kind(factories, copy=False)
 
 
-def observation_dim(envs: VectorEnv) -> int:
-    """Return the number of entries of one observation."""
-    shape = envs.single_observation_space.shape
-    assert shape is not None  # a Box has one
-    return int(np.prod(shape))
+def describe(envs: VectorEnv) -> str:
+    """Say in words what is stepped, and how."""
+    kinds = {
+        SyncVectorEnv: "stepped in turn in this process",
+        AsyncVectorEnv: "each in a process of its own",
+    }
+    name = env_id(envs) or "environments of your own"
+    how = kinds.get(type(envs), f"by the vectorised {type(envs).__name__}")
+    return f"{envs.num_envs} x {name}, {how}"
 
 
 def env_id(envs: VectorEnv) -> str | None:
     """Return the id an environment was made from, or None."""
     return envs.spec.id if envs.spec is not None else None
+
+
+@dataclass(frozen=True)
+class Transition:
+    """What one step of a vector environment led to.
+
+    Attributes:
+        observations: a batch, from which the next actions are chosen.
+        rewards: shape ``(N,)``.
+        terminated: bool ``(N,)``.
+        truncated: bool ``(N,)``.
+        valid: bool ``(N,)``; False where the environment ignored the action and reset itself.
+        infos: as the environment gave them.
+        finals: a batch of the last observations of the episodes that ended, in the order of the
+            environments; None where ``observations`` has them, and where none ended.
+
+    """
+
+    observations: Any
+    rewards: np.ndarray
+    terminated: np.ndarray
+    truncated: np.ndarray
+    valid: np.ndarray
+    infos: dict[str, Any]
+    finals: Any = None
+
+
+class Stepper:
+    """Steps a vector environment in its own autoreset mode.
+
+    Under next-step autoreset the environment answers the step after a done with its reset, ignoring
+    the action; under same-step autoreset the step of the done does, with the last observation in
+    its infos; with autoreset disabled this class resets.
+
+    Args:
+        envs: the vector environment.
+
+    Raises:
+        ValueError: it does not say which mode it has.
+
+    """
+
+    def __init__(self, envs: VectorEnv) -> None:
+        self.envs = envs
+        try:
+            self.mode = AutoresetMode(envs.metadata.get("autoreset_mode"))
+        except ValueError as error:
+            raise ValueError(
+                f"{envs} does not say how it resets: metadata['autoreset_mode'] must be a"
+                f" gymnasium.vector.AutoresetMode, got {envs.metadata.get('autoreset_mode')!r}"
+            ) from error
+        self._everywhere = np.ones(envs.num_envs, np.bool_)
+        self._valid = self._everywhere
+
+    def reset(self, seed: int | None) -> tuple[Any, dict[str, Any]]:
+        """Start new episodes everywhere."""
+        self._valid = self._everywhere
+        return self.envs.reset(seed=seed)
+
+    def step(self, actions: np.ndarray) -> Transition:
+        """Step every environment once."""
+        observations, rewards, terminated, truncated, infos = self.envs.step(actions)
+        valid, done = self._valid, terminated | truncated
+        finals = None
+        if self.mode is AutoresetMode.NEXT_STEP:
+            self._valid = ~done
+        elif done.any():
+            ended = np.flatnonzero(done)
+            space = self.envs.single_observation_space
+            if self.mode is AutoresetMode.SAME_STEP:
+                finals = take(space, infos["final_obs"], ended)
+            else:
+                finals = take(space, observations, ended)  # a copy: the reset may write to it
+                observations, infos = self.envs.reset(options={"reset_mask": done})
+        return Transition(observations, rewards, terminated, truncated, valid, infos, finals)
+
+
+def take(space: gymnasium.Space[Any], batch: Any, rows: np.ndarray) -> Any:
+    """Return some rows of a batch of observations, as a batch of its own."""
+    if isinstance(batch, np.ndarray) and batch.dtype == object:  # of whole observations
+        chosen = [batch[i] for i in rows]
+        return concatenate(space, chosen, create_empty_array(space, len(chosen)))
+    if isinstance(space, spaces.Dict):
+        return {key: take(inner, batch[key], rows) for key, inner in space.items()}
+    if isinstance(space, spaces.Tuple):
+        return tuple(take(inner, part, rows) for inner, part in zip(space, batch, strict=True))
+    return np.asarray(batch)[rows]

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from gymnasium.vector import VectorEnv
 
-from .environments import make_envs
+from .environments import EnvSource, Stepper, make_envs
+from .spaces import MASK
 
 
 class Predictor(Protocol):
     """Whatever chooses actions for a batch of observations."""
 
-    def predict(self, obs: np.ndarray, deterministic: bool = False) -> tuple[np.ndarray, None]:
-        """Return one action an observation."""
+    def predict(self, obs: Any, deterministic: bool = False) -> tuple[np.ndarray, None]:
+        """Return one action an observation. With masks in infos, ``action_masks`` are passed."""
         ...
 
 
@@ -45,7 +46,7 @@ class Evaluation:
 
 def evaluate(
     agent: Predictor,
-    env: str | VectorEnv,
+    env: EnvSource,
     episodes: int = 20,
     *,
     seed: int = 0,
@@ -57,9 +58,9 @@ def evaluate(
 
     Args:
         agent: anything with ``predict(obs, deterministic=...) -> (actions, None)``.
-        env: an id, of which up to 32 copies run at once, or a vector environment.
+        env: as for an agent; of an id or a function up to 32 copies run at once.
         episodes: number of episodes.
-        seed: environment ``i`` starts from ``seed + i``.
+        seed: of the environments' first reset.
         deterministic: take the most likely action instead of drawing one.
 
     Raises:
@@ -75,25 +76,27 @@ def evaluate(
             " rollout: evaluate in others, for example by id"
         )
     envs = make_envs(env, min(episodes, 32))
-    n = envs.num_envs
+    n, stepper = envs.num_envs, Stepper(envs)
     share = np.array([len(range(i, episodes, n)) for i in range(n)])
     returns: list[float] = []
     lengths: list[int] = []
     total, length = np.zeros(n), np.zeros(n, dtype=np.int64)
-    done = np.zeros(n, dtype=np.bool_)
-    obs, _ = envs.reset(seed=seed)
+    layout = getattr(agent, "layout", None)
+    masked = layout is not None and layout.info_mask is not None
+    obs, infos = stepper.reset(seed)
     while share.any():
-        actions, _ = agent.predict(obs, deterministic=deterministic)
-        obs, reward, terminated, truncated, _ = envs.step(actions)
-        total += np.where(done, 0.0, reward)  # the step after a done is the reset
-        length += ~done
-        done = terminated | truncated
-        for i in np.flatnonzero(done):
+        masks = {"action_masks": np.stack(list(infos[MASK]))} if masked else {}
+        actions, _ = agent.predict(obs, deterministic=deterministic, **masks)
+        step = stepper.step(actions)
+        obs, infos = step.observations, step.infos
+        total += np.where(step.valid, step.rewards, 0.0)
+        length += step.valid
+        for i in np.flatnonzero(step.terminated | step.truncated):
             if share[i]:
                 share[i] -= 1
                 returns.append(float(total[i]))
                 lengths.append(int(length[i]))
             total[i], length[i] = 0.0, 0
-    if isinstance(env, str):
+    if not isinstance(env, VectorEnv):
         envs.close()
     return Evaluation(tuple(returns), tuple(lengths))

@@ -3,28 +3,31 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from gymnasium.vector import VectorEnv
 from torch import Tensor
 
-from .environments import observation_dim
+from .environments import Stepper
 from .policies import Policy
+from .spaces import ObservationLayout
 
 
 @dataclass(frozen=True)
 class Rollout:
-    """T steps of N environments under next-step autoreset.
+    """T steps of N environments.
 
-    After a done the environment answers the next step with its reset, ignoring the action. That
-    dummy transition is in the tensors, so that they stay rectangular, and ``valid`` masks it: it
-    belongs in no loss, no advantage, no statistic and no step count.
+    Under next-step autoreset the environment answers the step after a done with its reset, ignoring
+    the action. That dummy transition is in the tensors, so that they stay rectangular, and
+    ``valid`` masks it: it belongs in no loss, no advantage, no statistic and no step count.
 
     Attributes:
-        observations: shape ``(T + 1, N, d)``. Row ``t + 1`` is what step ``t`` led to; where that
-            step ended an episode it is the true final observation.
+        observations: rows of an :class:`ObservationLayout`, ``(T + 1, N, d)``. Row ``t + 1`` is
+            what step ``t`` led to, and what the next action was chosen from.
+        finals: ``(K, d)``, the last observations of the K episodes that ended, in the order of the
+            dones, where row ``t + 1`` is the first of the next episode instead; otherwise empty.
         actions: shape ``(T, N)`` or ``(T, N, k)``.
         rewards: shape ``(T, N)``.
         terminated: bool ``(T, N)``.
@@ -34,11 +37,29 @@ class Rollout:
     """
 
     observations: Tensor
+    finals: Tensor
     actions: Tensor
     rewards: Tensor
     terminated: Tensor
     truncated: Tensor
     valid: Tensor
+
+    @property
+    def done(self) -> Tensor:
+        """Where an episode ended, ``(T, N)``."""
+        return self.terminated | self.truncated
+
+    def values(self, critic: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+        """Return the values of the states that actions were taken in and of those they led to.
+
+        Both ``(T, N)``; the second are those of the true last observations where episodes ended.
+        """
+        values = critic(self.observations)
+        following = values[1:]
+        if len(self.finals):
+            following = following.clone()
+            following[self.done] = critic(self.finals)
+        return values[:-1], following
 
 
 class Collector:
@@ -48,33 +69,30 @@ class Collector:
     new episodes.
 
     Args:
-        envs: environments with next-step autoreset.
+        stepper: the environments.
+        layout: of their observations.
         seed: environment ``i`` starts its first episode from ``seed + i``.
         generator: source of the actions' noise.
 
     """
 
-    def __init__(self, envs: VectorEnv, *, seed: int, generator: torch.Generator) -> None:
-        self.envs = envs
+    def __init__(
+        self, stepper: Stepper, layout: ObservationLayout, *, seed: int, generator: torch.Generator
+    ) -> None:
+        self.stepper, self.layout = stepper, layout
         self.generator = generator
         self._seed: int | None = seed
         self.returns: deque[float] = deque(maxlen=100)  # of the last finished episodes
         self.lengths: deque[int] = deque(maxlen=100)
-        self._observation: Tensor | None = None  # None: reset before the next step
+        self._row: np.ndarray | None = None  # None: reset before the next step
 
-    def _reset(self) -> Tensor:
-        n = self.envs.num_envs
+    def _reset(self) -> np.ndarray:
+        n = self.stepper.envs.num_envs
         self._return, self._length = np.zeros(n), np.zeros(n, dtype=np.int64)
-        self._done = np.zeros(n, dtype=np.bool_)
-        observation, _ = self.envs.reset(seed=self._seed)  # None after the first time
+        observations, infos = self.stepper.reset(self._seed)  # None after the first time
         self._seed = None
-        return self._flat(observation)
+        return self.layout.flat(observations, infos)
 
-    def _flat(self, observation: np.ndarray) -> Tensor:
-        flat = np.asarray(observation, dtype=np.float32).reshape(self.envs.num_envs, -1)
-        return torch.from_numpy(flat.copy())
-
-    @torch.no_grad()
     def collect(self, policy: Policy, steps: int) -> Rollout:
         """Step every environment ``steps`` times, from where the last call stopped.
 
@@ -82,46 +100,85 @@ class Collector:
             ValueError: an observation or reward is NaN or infinite.
 
         """
-        n = self.envs.num_envs
-        observations = torch.empty(steps + 1, n, observation_dim(self.envs))
-        rewards = np.empty((steps, n), dtype=np.float32)
-        terminated, truncated, valid = (np.empty((steps, n), dtype=np.bool_) for _ in range(3))
+        n, layout = self.stepper.envs.num_envs, self.layout
+        rows = np.empty((steps + 1, n, layout.width), layout.dtype)
+        rewards = np.empty((steps, n))
+        terminated, truncated, valid = (np.empty((steps, n), np.bool_) for _ in range(3))
         actions: list[Tensor] = []
-        observations[0] = self._reset() if self._observation is None else self._observation
-        self._observation = None  # until the rollout is whole
-        for t in range(steps):
-            valid[t] = ~self._done
-            actions.append(policy.sample(observations[t], self.generator))
-            observation, rewards[t], terminated[t], truncated[t], _ = self.envs.step(
-                policy.to_env(actions[t])
-            )
-            observations[t + 1] = self._flat(observation)
-            self._record(rewards[t], terminated[t] | truncated[t], valid[t])
+        finals: list[np.ndarray] = []
+        rows[0] = self._reset() if self._row is None else self._row
+        self._row = None  # until the rollout is whole
+        observations = torch.from_numpy(rows)
+        noise = policy.noise(steps, n, self.generator)
+        with torch.inference_mode():
+            for t, (row, draw) in enumerate(zip(observations[:-1].unbind(), noise, strict=True)):
+                action = policy.act(row, draw)
+                try:
+                    step = self.stepper.step(policy.to_env(action))
+                except Exception as error:
+                    error.add_note(
+                        f"an environment raised this at step {t} of a rollout: nothing was updated,"
+                        " and the next rollout starts new episodes"
+                    )
+                    raise
+                actions.append(action)
+                layout.write(step.observations, rows[t + 1], step.infos)
+                rewards[t], valid[t] = step.rewards, step.valid
+                terminated[t], truncated[t] = step.terminated, step.truncated
+                if step.finals is not None:
+                    finals.append(layout.flat(step.finals, mask=False))
         rollout = Rollout(
             observations,
+            torch.from_numpy(np.concatenate([np.empty((0, layout.width), layout.dtype), *finals])),
             torch.stack(actions),
-            *(torch.from_numpy(x) for x in (rewards, terminated, truncated, valid)),
+            torch.from_numpy(rewards.astype(np.float32)),
+            *(torch.from_numpy(x) for x in (terminated, truncated, valid)),
         )
-        _check_finite(rollout)
-        self._observation = observations[steps].clone()
+        _check(rollout, layout)
+        self._record(np.where(valid, rewards, 0.0), terminated | truncated, valid)
+        self._row = rows[steps].copy()
         return rollout
 
-    def _record(self, reward: np.ndarray, done: np.ndarray, valid: np.ndarray) -> None:
-        self._return += np.where(valid, reward, 0.0)
-        self._length += valid
-        self._done = done
-        for i in np.flatnonzero(done):
-            self.returns.append(float(self._return[i]))
-            self.lengths.append(int(self._length[i]))
-            self._return[i], self._length[i] = 0.0, 0
+    def _record(self, rewards: np.ndarray, done: np.ndarray, valid: np.ndarray) -> None:
+        """Keep returns and lengths of the episodes that ended, in the order they did."""
+        totals, steps = rewards.cumsum(0) + self._return, valid.cumsum(0) + self._length
+        spent, counted = np.zeros_like(self._return), np.zeros_like(self._length)
+        for t, i in np.argwhere(done):
+            self.returns.append(float(totals[t, i] - spent[i]))
+            self.lengths.append(int(steps[t, i] - counted[i]))
+            spent[i], counted[i] = totals[t, i], steps[t, i]
+        self._return, self._length = totals[-1] - spent, steps[-1] - counted
 
 
-def _check_finite(rollout: Rollout) -> None:
-    for name, x in (("observation", rollout.observations), ("reward", rollout.rewards)):
+def _check(rollout: Rollout, layout: ObservationLayout) -> None:
+    """Raise a ValueError where the environments gave what nothing can be learnt from."""
+    # row t + 1 of the observations is what step t led to; row 0 was checked unless it is a reset's
+    for name, x, first in (
+        ("observation", rollout.observations, -1),
+        ("reward", rollout.rewards, 0),
+    ):
+        if bool(x.isfinite().all()):
+            continue
         finite = x.isfinite().reshape(*x.shape[:2], -1).all(-1)
-        if not bool(finite.all()):
-            t, i = (~finite).nonzero()[0].tolist()
+        t, i = (~finite).nonzero()[0].tolist()
+        t += first
+        action = rollout.actions[t, i].tolist() if t >= 0 else None
+        when = "at its reset, before" if t < 0 else f"at step {t}, on action {action}, of"
+        raise ValueError(
+            f"environment {i} gave a {name} that is NaN, infinite or too large for float32 {when}"
+            " this rollout: nothing was updated"
+        )
+    if not bool(rollout.finals.isfinite().all()):
+        raise ValueError(
+            "the last observation of an episode is NaN, infinite or too large for float32:"
+            " nothing was updated"
+        )
+    for part in layout.of_kind("mask"):
+        allowed = (rollout.observations[:-1, :, part.columns] != 0).any(-1)
+        stuck = (~allowed & rollout.valid).nonzero()
+        if len(stuck):
+            t, i = stuck[0].tolist()
             raise ValueError(
-                f"environment {i} gave a {name} that is NaN, infinite or too large for float32 at"
-                f" step {t} of this rollout: nothing was updated"
+                f"environment {i} allowed no action at step {t} of this rollout: its action mask"
+                " is all zeros. Nothing was updated"
             )

@@ -10,12 +10,10 @@ from torch.distributions import Distribution
 
 from trustregion import NaturalTrustRegion
 
-from .advantages import gae
 from .agent import Agent, Log
+from .batch import Batch
 from .config import Config
 from .objectives import normalise, step_log, surrogate
-from .rollout import Rollout
-from .value import explained_variance, fit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +57,7 @@ class TRPO(Agent):
     name = "trpo"
 
     def setup(self) -> None:
-        """Make the policy's and the critic's optimizers."""
+        """Make the policy's optimizer."""
         c = self.config
         self.policy_optimizer = NaturalTrustRegion(
             self.policy.parameters(),
@@ -68,53 +66,20 @@ class TRPO(Agent):
             cg_max_iter=c.cg_max_iter,
             maximize=True,
         )
-        self.critic_optimizer = torch.optim.Adam(
-            self.critic.parameters(), lr=c.critic_lr, fused=True
-        )
 
     def optimizers(self) -> dict[str, torch.optim.Optimizer]:
-        """Return both optimizers."""
-        return {
-            "policy_optimizer": self.policy_optimizer,
-            "critic_optimizer": self.critic_optimizer,
-        }
+        """Return it with the critic's."""
+        return super().optimizers() | {"policy_optimizer": self.policy_optimizer}
 
-    def update(self, rollout: Rollout) -> Log:
-        """Run steps 1 to 3 on one rollout."""
-        c, valid = self.config, rollout.valid
-        with torch.no_grad():
-            values = self.critic(rollout.observations)
-        advantages, returns = gae(
-            rollout.rewards,
-            values[:-1],
-            values[1:],
-            rollout.terminated,
-            rollout.truncated,
-            gamma=c.gamma,
-            gae_lambda=c.gae_lambda,
-        )
-        observations, actions = rollout.observations[:-1][valid], rollout.actions[valid]
-        targets, weights = returns[valid], normalise(advantages[valid])
-        with torch.no_grad():
-            old_log_prob = self.policy(observations).log_prob(actions)
+    def improve(self, batch: Batch) -> Log:
+        """Run step 2."""
+        advantages = normalise(batch.advantages)
 
         def closure() -> tuple[Tensor, Distribution]:
-            distribution = self.policy(observations)
-            log_prob = distribution.log_prob(actions)
-            return surrogate(log_prob, old_log_prob, weights), distribution
+            distribution = self.policy(batch.observations)
+            log_prob = distribution.log_prob(batch.actions)
+            return surrogate(log_prob, batch.old_log_prob, advantages), distribution
 
         self.policy_optimizer.step(closure)
-        value_loss = fit(
-            self.critic,
-            self.critic_optimizer,
-            observations,
-            targets,
-            epochs=c.critic_epochs,
-            batch_size=c.critic_batch_size,
-            generator=self.generator,
-        )
         assert self.policy_optimizer.info is not None  # after a step
-        return step_log(self.policy_optimizer.info, c.delta) | {
-            "train/value_loss": value_loss,
-            "train/explained_variance": explained_variance(values[:-1][valid], targets),
-        }
+        return step_log(self.policy_optimizer.info, self.config.delta)

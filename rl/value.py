@@ -3,28 +3,28 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-from .policies import mlp
+from .networks import Encoder, mlp
 
 
 class Critic(nn.Module):
-    """A state value ``V(s)``: observations ``(..., d)`` to values ``(...)``."""
+    """A state value ``V(s)``: rows of observations ``(..., d)`` to values ``(...)``."""
 
-    def __init__(self, observation_dim: int, hidden: Sequence[int]) -> None:
+    def __init__(self, encoder: Encoder) -> None:
         super().__init__()
-        self.net = mlp([observation_dim, *hidden, 1], output_gain=1.0)
+        self.encoder = encoder
+        self.linear = mlp([encoder.width, 1], output_gain=1.0)
 
-    def forward(self, observations: Tensor) -> Tensor:
+    def forward(self, rows: Tensor) -> Tensor:
         """Return the values."""
-        return self.net(observations).squeeze(-1)
+        return self.linear(self.encoder(rows)).squeeze(-1)
 
 
 def fit(
-    critic: Critic,
+    critic: nn.Module,
     optimizer: torch.optim.Optimizer,
     observations: Tensor,
     returns: Tensor,

@@ -79,7 +79,6 @@ def refused(capsys, code, words):
     [
         ("NoSuch-v1", [], "cannot make environment 'NoSuch-v1'"),
         ("CartPole-v99", [], "v99"),
-        ("Blackjack-v1", [], "unsupported observation space"),
         ("CartPole-v1", ["--delta", "0"], "delta must be a positive"),
         ("CartPole-v1", ["--n-envs", "3"], "does not divide"),
         ("CartPole-v1", ["--eval-episodes", "0"], "--eval-episodes must be at least 1"),

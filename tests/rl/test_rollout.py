@@ -1,21 +1,34 @@
-import gymnasium
 import numpy as np
 import pytest
 import torch
-from gymnasium.spaces import Box, Discrete, MultiBinary
-from gymnasium.vector import AutoresetMode
+from gymnasium.spaces import Box, Dict, Discrete, Text, Tuple
+from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
-from rl import Collector, make_envs
-from rl.policies import make_policy
+from rl import TRPO, Collector, Stepper, TRPOConfig, evaluate, make_envs
+from rl.environments import describe
+from rl.model import make_networks
+from rl.spaces import ObservationLayout
 from toys import Clock, vector
 
 
 def collector(envs, seed=0):
-    return Collector(envs, seed=seed, generator=torch.Generator().manual_seed(seed))
+    layout = ObservationLayout(envs.single_observation_space)
+    generator = torch.Generator().manual_seed(seed)
+    return Collector(Stepper(envs), layout, seed=seed, generator=generator)
+
+
+def make_policy(space, **options):
+    layout = ObservationLayout(Box(-np.inf, np.inf, (2,), np.float32))
+    return make_networks(layout, space, None, TRPOConfig(hidden=(4,), **options))[0]
+
+
+def make_policy_of(envs):
+    layout = ObservationLayout(envs.single_observation_space)
+    return make_networks(layout, envs.single_action_space, None, TRPOConfig(hidden=(4,)))[0]
 
 
 def policy_for(envs):
-    return make_policy(2, envs.single_action_space, (4,))
+    return make_policy(envs.single_action_space)
 
 
 def test_dummy_transitions_are_masked_and_final_observations_are_true():
@@ -56,18 +69,18 @@ def test_an_interrupted_rollout_is_followed_by_new_episodes():
     keeper, policy = collector(envs), policy_for(envs)
     keeper.collect(policy, 3)
 
-    class Interrupted(type(policy)):
-        calls = 0
+    calls = []
 
-        def sample(self, observations, generator):
-            self.calls += 1
-            if self.calls == 2:
-                raise KeyboardInterrupt
-            return super().sample(observations, generator)
+    def interrupted(rows, noise):
+        calls.append(rows)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return type(policy).act(policy, rows, noise)
 
-    broken = Interrupted(2, envs.single_action_space, (4,))
+    policy.act = interrupted
     with pytest.raises(KeyboardInterrupt):
-        keeper.collect(broken, 3)
+        keeper.collect(policy, 3)
+    del policy.act
     rollout = keeper.collect(policy, 6)
     assert rollout.observations[:, 0, 1].tolist() == [0, 1, 2, 3, 4, 5, 0]
     assert list(keeper.lengths) == [5, 5]
@@ -101,7 +114,9 @@ def test_discrete_actions_start_where_the_space_does():
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_nonfinite_rewards_are_named(bad):
     envs = vector(lambda: Clock(poison=bad), 2)
-    with pytest.raises(ValueError, match=r"environment 0 gave a reward.*at step 1"):
+    with pytest.raises(
+        ValueError, match=r"environment 0 gave a reward.*at step 1, on action [01],"
+    ):
         collector(envs).collect(policy_for(envs), 3)
 
 
@@ -122,17 +137,19 @@ def test_sampling_uses_its_own_generator():
 def test_samples_follow_the_distribution():
     g = torch.Generator().manual_seed(0)
     observation = torch.randn(1, 2).expand(20_000, 2)
-    discrete = make_policy(2, Discrete(3), (4,))
+    discrete = make_policy(Discrete(3))
     with torch.no_grad():
-        discrete.net[-1].bias.copy_(torch.tensor([0.0, 1.0, 2.0]))
-        counts = discrete.sample(observation, g).bincount(minlength=3) / 20_000
+        discrete.linear[-1].bias.copy_(torch.tensor([0.0, 1.0, 2.0]))
+        (noise,) = discrete.noise(1, 20_000, g)
+        counts = discrete.act(observation, noise).bincount(minlength=3) / 20_000
         expected = discrete(observation[:1]).probs[0]
     # five standard errors of a frequency over 20,000 draws
     torch.testing.assert_close(counts, expected, rtol=0, atol=5 * 0.5 / 20_000**0.5)
-    box = make_policy(2, Box(-1, 1, (2,), np.float32), (4,))
+    box = make_policy(Box(-1, 1, (2,), np.float32))
     with torch.no_grad():
-        box.log_std.copy_(torch.tensor([0.0, -1.0]))
-        samples, distribution = box.sample(observation, g), box(observation[:1])
+        box.head.log_std.copy_(torch.tensor([0.0, -1.0]))
+        (noise,) = box.noise(1, 20_000, g)
+        samples, distribution = box.act(observation, noise), box(observation[:1])
     standard_error = distribution.stddev[0] / 20_000**0.5
     assert ((samples.mean(0) - distribution.mean[0]).abs() < 5 * standard_error).all()
     torch.testing.assert_close(samples.std(0), distribution.stddev[0], rtol=0.03, atol=0)
@@ -146,43 +163,157 @@ class Wrong(Clock):
 
 
 @pytest.mark.parametrize(
-    ("envs", "words"),
+    ("env", "words"),
     [
-        (lambda: vector(Clock, mode=AutoresetMode.SAME_STEP), "NEXT_STEP"),
-        (
-            lambda: vector(lambda: Wrong(observation_space=Discrete(3))),
-            "unsupported observation space Discrete",
-        ),
-        (
-            lambda: vector(lambda: Wrong(action_space=MultiBinary(3))),
-            "unsupported action space MultiBinary",
-        ),
-        (
-            lambda: vector(lambda: Wrong(action_space=Box(0, 5, (2,), np.int64))),
-            "unsupported action space Box",
-        ),
-        (
-            lambda: vector(lambda: Wrong(action_space=Box(0, 5, (0,), np.float32))),
-            "it has no entries",
-        ),
-        (lambda: "GymV21Environment-v0", "cannot make environment 'GymV21Environment-v0'"),
-        (lambda: "NoSuch-v1", "cannot make environment 'NoSuch-v1'"),
-        (lambda: "nomodule:NoSuch-v1", "cannot make environment"),
-        (lambda: "Blackjack-v1", "unsupported observation space Tuple"),
+        ("GymV21Environment-v0", "cannot make environment 'GymV21Environment-v0'"),
+        ("NoSuch-v1", "cannot make environment 'NoSuch-v1'"),
+        ("nomodule:NoSuch-v1", "cannot make environment"),
+        (lambda: Wrong(observation_space=Text(3)), "unsupported observation space Text"),
+        (lambda: Wrong(action_space=Dict(a=Discrete(2))), "unsupported action space Dict"),
+        (lambda: Wrong(action_space=Box(0, 5, (2,), np.int64)), "must be of real numbers"),
+        (lambda: Wrong(action_space=Box(0, 5, (0,), np.float32)), "it has no entries"),
     ],
 )
-def test_unsupported_environments_are_refused_in_words(envs, words):
+def test_unsupported_environments_are_refused_in_words(env, words):
     with pytest.raises(ValueError, match=words):
-        make_envs(envs(), 2)
+        TRPO(env, n_envs=2)
 
 
-def test_single_environments_are_told_how_to_be_wrapped():
-    with pytest.raises(TypeError, match="SyncVectorEnv"):
-        make_envs(gymnasium.make("CartPole-v1"), 2)
+def test_what_makes_environments():
+    assert make_envs("Acrobot-v1", 3).num_envs == 3
+    assert make_envs(Clock, 2).num_envs == 2
+    assert make_envs(Clock(), 8).num_envs == 1
+    envs = vector(Clock, 4)
+    assert make_envs(envs, 2) is envs
+    with pytest.raises(TypeError, match="an id such as"):
+        make_envs(3, 2)
     with pytest.raises(ValueError, match="n_envs"):
         make_envs("CartPole-v1", 0)
+    with pytest.raises(ValueError, match="vectorization must be one of"):
+        make_envs("CartPole-v1", 2, "threads")
+    with pytest.raises(ValueError, match="is for ids"):
+        make_envs(Clock, 2, "vector_entry_point")
 
 
-def test_unsupported_actions_have_no_policy():
-    with pytest.raises(ValueError, match="unsupported action space"):
-        make_policy(2, MultiBinary(2), (4,))
+def test_how_copies_are_stepped_is_chosen_and_said():
+    own, sync = make_envs("CartPole-v1", 2), make_envs("Acrobot-v1", 2)
+    assert "vectorised CartPoleVectorEnv" in describe(own)
+    assert describe(sync) == "2 x Acrobot-v1, stepped in turn in this process"
+    assert "in turn" in describe(make_envs("CartPole-v1", 2, "sync"))
+    processes = make_envs("CartPole-v1", 2, "async")
+    assert "each in a process of its own" in describe(processes)
+    processes.close()
+    with pytest.raises(ValueError, match="cannot make environment 'Acrobot-v1'"):
+        make_envs("Acrobot-v1", 2, "vector_entry_point")
+
+
+# -- the three ways to reset
+
+
+@pytest.mark.parametrize("mode", list(AutoresetMode))
+@pytest.mark.parametrize("truncate", [False, True])
+def test_every_autoreset_mode_gives_the_same_experience(mode, truncate):
+    """Episodes of 3, 4 steps: what counts is the same whoever resets, and finals are true."""
+    lengths = iter((3, 4))
+    envs = SyncVectorEnv(
+        [lambda: Clock(length=next(lengths), truncate=truncate)] * 2, autoreset_mode=mode
+    )
+    keeper = collector(envs)
+    rollout = keeper.collect(policy_for(envs), 20)
+    before, after = rollout.values(lambda rows: rows[..., 1])  # the value of a state: its time
+    for i, length in enumerate((3, 4)):
+        kept = rollout.valid[:, i]
+        assert (after[kept, i] == before[kept, i] + 1).all()  # also where an episode ended
+        assert before[kept, i].tolist() == [t % length for t in range(int(kept.sum()))]
+        ends = (rollout.truncated if truncate else rollout.terminated)[:, i]
+        assert (after[ends, i] == length).all()
+    whole = mode is not AutoresetMode.NEXT_STEP
+    assert rollout.valid.all() == whole
+    assert len(rollout.finals) == (int(rollout.done.sum()) if whole else 0)
+    assert set(keeper.returns) == {3.0, 4.0}
+
+
+@pytest.mark.parametrize("mode", [AutoresetMode.SAME_STEP, AutoresetMode.DISABLED])
+def test_final_observations_of_composed_spaces(mode):
+    class Composed(Clock):
+        def __init__(self):
+            super().__init__()
+            inner = Tuple((Box(0, 99, (1,), np.float32), Discrete(9)))
+            self.observation_space = Dict(pair=inner, time=Discrete(9))
+
+        def _observation(self):
+            return {"pair": (np.float32([self.episode]), self.time), "time": self.time}
+
+    envs = SyncVectorEnv([Composed] * 2, autoreset_mode=mode)
+    rollout = collector(envs).collect(make_policy_of(envs), 7)
+    layout = ObservationLayout(envs.single_observation_space)
+    expected = layout.flat(
+        {"pair": (np.float32([[0], [0], [1], [1]]), np.full(4, 3)), "time": np.full(4, 3)}
+    )
+    assert torch.equal(rollout.finals, torch.from_numpy(expected))
+
+
+def test_an_environment_that_does_not_say_how_it_resets_is_refused():
+    envs = vector(Clock)
+    envs.metadata = {}
+    with pytest.raises(ValueError, match="does not say how it resets"):
+        Stepper(envs)
+
+
+def test_an_error_of_an_environment_is_kept():
+    class Broken(Clock):
+        def step(self, action):
+            if self.time == 2:
+                raise ZeroDivisionError("in the simulator")
+            return super().step(action)
+
+    agent = TRPO(Broken, n_envs=2, steps_per_update=64, hidden=(4,))
+    before = [p.clone() for p in agent.policy.parameters()]
+    with pytest.raises(ZeroDivisionError, match="in the simulator") as caught:
+        agent.learn(64, progress=False)
+    assert "at step 2 of a rollout: nothing was updated" in caught.value.__notes__[0]
+    assert all(map(torch.equal, before, agent.policy.parameters()))
+    assert agent.num_timesteps == 0
+
+
+# -- action masks
+
+
+class Picky(Clock):
+    """Allows action ``time % 3`` alone, in its infos, and complains about any other."""
+
+    def __init__(self):
+        super().__init__(length=7, action_space=Discrete(3))
+
+    def reset(self, **arguments):
+        return super().reset(**arguments)[0], self.info()
+
+    def info(self):
+        return {"action_mask": (np.arange(3) == self.time % 3).astype(np.int8)}
+
+    def step(self, action):
+        assert self.info()["action_mask"][action] or not self.info()["action_mask"].any()
+        return *super().step(action)[:-1], self.info()
+
+
+def test_forbidden_actions_are_never_taken():
+    agent = TRPO(Picky, n_envs=2, steps_per_update=64, hidden=(4,)).learn(200, progress=False)
+    assert agent.layout.info_mask.shape == (3,)
+    assert evaluate(agent, Picky, 4).lengths == (7,) * 4
+    action, _ = agent.predict(np.zeros(2), action_masks=np.array([0, 0, 1]))
+    assert action == 2
+    with pytest.raises(ValueError, match="action_mask"):
+        agent.predict(np.zeros(2))
+
+
+class Stuck(Picky):
+    """Allows nothing from its third step on."""
+
+    def info(self):
+        return {"action_mask": super().info()["action_mask"] * (self.time < 2)}
+
+
+def test_a_state_without_an_action_is_named():
+    agent = TRPO(Stuck, n_envs=2, steps_per_update=64, hidden=(4,))
+    with pytest.raises(ValueError, match="environment 0 allowed no action at step 2"):
+        agent.learn(64, progress=False)

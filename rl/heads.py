@@ -1,0 +1,253 @@
+"""From the output of a network to actions: a family of distributions for each kind of space."""
+
+from __future__ import annotations
+
+import abc
+from typing import Any
+
+import numpy as np
+import torch
+from gymnasium import Space, spaces
+from torch import Tensor, nn
+from torch.distributions import Bernoulli, Categorical, Distribution, Independent, Normal
+
+
+class ActionHead(nn.Module, abc.ABC):
+    """Distributions over the actions of a space, from the outputs of a network.
+
+    Noise is drawn for a whole rollout at once and turned into actions step by step.
+
+    Attributes:
+        width: number of outputs it takes.
+        masks: how many outputs are logits of actions that a mask may forbid, by -inf.
+
+    """
+
+    width: int
+    masks: int = 0
+
+    @abc.abstractmethod
+    def forward(self, outputs: Tensor) -> Distribution:
+        """Return the distribution of each row of outputs ``(B, width)``."""
+
+    @abc.abstractmethod
+    def noise(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+        """Return noise for so many actions, ``(*shape, k)``."""
+
+    @abc.abstractmethod
+    def draw(self, outputs: Tensor, noise: Tensor) -> Tensor:
+        """Return one action a row, distributed as :meth:`forward` says, from its noise."""
+
+    @abc.abstractmethod
+    def mode(self, outputs: Tensor) -> Tensor:
+        """Return the most likely action of each row."""
+
+    @abc.abstractmethod
+    def to_env(self, actions: Tensor) -> np.ndarray:
+        """Turn actions into what the environment takes."""
+
+
+class CategoricalHead(ActionHead):
+    """One logit an action of a Discrete space."""
+
+    def __init__(self, space: spaces.Discrete) -> None:
+        super().__init__()
+        self.width = self.masks = int(space.n)
+        self.start = int(space.start)
+
+    def forward(self, outputs: Tensor) -> Categorical:
+        """Return a Categorical over the actions."""
+        return Categorical(logits=outputs, validate_args=False)
+
+    def noise(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+        """Return Gumbel noise, whose argmax with the logits is a draw."""
+        return _gumbel((*shape, self.width), generator)
+
+    def draw(self, outputs: Tensor, noise: Tensor) -> Tensor:
+        """Return the indices ``(B,)``."""
+        return (outputs + noise).argmax(-1)
+
+    def mode(self, outputs: Tensor) -> Tensor:
+        """Return the index of the largest logit."""
+        return outputs.argmax(-1)
+
+    def to_env(self, actions: Tensor) -> np.ndarray:
+        """Shift to the space's first action."""
+        return actions.detach().numpy() + self.start if self.start else actions.detach().numpy()
+
+
+class MultiCategoricalHead(ActionHead):
+    """Independent choices of a MultiDiscrete space, ``(B, k)``.
+
+    The logits are padded to the largest number of alternatives by ones that cannot be chosen.
+    """
+
+    index: Tensor
+
+    def __init__(self, space: spaces.MultiDiscrete) -> None:
+        super().__init__()
+        counts = [int(n) for n in space.nvec.flat]
+        self.shape, self.start = space.nvec.shape, space.start
+        self.width = self.masks = sum(counts)
+        index = torch.full((len(counts), max(counts)), self.width)  # the column of the padding
+        ends = np.cumsum(counts).tolist()
+        for row, end, n in zip(index, ends, counts, strict=True):
+            row[:n] = torch.arange(end - n, end)
+        self.even = len(set(counts)) == 1
+        self.register_buffer("index", index, persistent=False)
+
+    def _logits(self, outputs: Tensor) -> Tensor:
+        if self.even:
+            return outputs.unflatten(-1, self.index.shape)
+        padding = outputs.new_full((*outputs.shape[:-1], 1), -torch.inf)
+        return torch.cat([outputs, padding], dim=-1)[..., self.index]
+
+    def forward(self, outputs: Tensor) -> Independent:
+        """Return independent Categoricals, one event a row."""
+        each = Categorical(logits=self._logits(outputs), validate_args=False)
+        return Independent(each, 1, validate_args=False)
+
+    def noise(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+        """Return Gumbel noise for every logit."""
+        return _gumbel((*shape, *self.index.shape), generator)
+
+    def draw(self, outputs: Tensor, noise: Tensor) -> Tensor:
+        """Return the indices ``(B, k)``."""
+        return (self._logits(outputs) + noise).argmax(-1)
+
+    def mode(self, outputs: Tensor) -> Tensor:
+        """Return the index of each largest logit."""
+        return self._logits(outputs).argmax(-1)
+
+    def to_env(self, actions: Tensor) -> np.ndarray:
+        """Shape like the space and shift to its first actions."""
+        return actions.detach().numpy().reshape(-1, *self.shape) + self.start
+
+
+class BernoulliHead(ActionHead):
+    """Independent coins, one an entry of a MultiBinary space, ``(B, k)``."""
+
+    def __init__(self, space: spaces.MultiBinary) -> None:
+        super().__init__()
+        self.shape = space.shape
+        self.width = int(np.prod(space.shape))
+
+    def forward(self, outputs: Tensor) -> Independent:
+        """Return independent Bernoullis, one event a row."""
+        return Independent(Bernoulli(logits=outputs, validate_args=False), 1, validate_args=False)
+
+    def noise(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+        """Return logistic noise: a logit plus it is above zero with the logit's probability."""
+        ones, zeros = _gumbel((2, *shape, self.width), generator)
+        return ones - zeros
+
+    def draw(self, outputs: Tensor, noise: Tensor) -> Tensor:
+        """Return zeros and ones."""
+        return (outputs + noise > 0).to(outputs.dtype)
+
+    def mode(self, outputs: Tensor) -> Tensor:
+        """Return 1 where it is more likely than 0."""
+        return (outputs > 0).to(outputs.dtype)
+
+    def to_env(self, actions: Tensor) -> np.ndarray:
+        """Shape like the space."""
+        return actions.detach().to(torch.int8).numpy().reshape(-1, *self.shape)
+
+
+class GaussianHead(ActionHead):
+    r"""Independent normals over the entries of a Box, ``(B, k)``.
+
+    Actions leave the box on their way to the environment only: they are clipped to it, or squashed
+    to :math:`\tanh u` in its units. The distribution is over what goes in, ``u``. Since tanh is a
+    bijection, probability ratios and KL divergences of ``u`` are those of the squashed action; the
+    entropy is not, and is that of ``u``.
+
+    Args:
+        space: of the actions.
+        squash: squash instead of clip; the box must be bounded.
+        state_dependent_std: let the network give the logarithms of the standard deviations, which
+            otherwise are parameters of the head.
+
+    Raises:
+        ValueError: a box without bounds to squash to.
+
+    """
+
+    def __init__(
+        self, space: spaces.Box, *, squash: bool = False, state_dependent_std: bool = False
+    ) -> None:
+        super().__init__()
+        self.low, self.high = space.low, space.high
+        self.shape, self.dtype = space.shape, space.dtype
+        self.squash = squash
+        if squash and not space.is_bounded():
+            raise ValueError(f"squash_actions needs a bounded action space, got {space}")
+        self.size = int(np.prod(space.shape))
+        self.log_std = None if state_dependent_std else nn.Parameter(torch.zeros(self.size))
+        self.width = 2 * self.size if state_dependent_std else self.size
+
+    def _moments(self, outputs: Tensor) -> tuple[Tensor, Tensor]:
+        if self.log_std is not None:
+            return outputs, self.log_std.exp()
+        mean, log_std = outputs.chunk(2, dim=-1)
+        return mean, log_std.exp()
+
+    def forward(self, outputs: Tensor) -> Independent:
+        """Return independent normals, one event a row."""
+        mean, std = self._moments(outputs)
+        return Independent(Normal(mean, std, validate_args=False), 1, validate_args=False)
+
+    def noise(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+        """Return standard normal noise."""
+        return torch.randn(*shape, self.size, generator=generator)
+
+    def draw(self, outputs: Tensor, noise: Tensor) -> Tensor:
+        """Return mean + std * noise."""
+        mean, std = self._moments(outputs)
+        return mean + std * noise
+
+    def mode(self, outputs: Tensor) -> Tensor:
+        """Return the mean."""
+        return self._moments(outputs)[0]
+
+    def to_env(self, actions: Tensor) -> np.ndarray:
+        """Shape like the space, and squash or clip to its bounds."""
+        shaped = actions.detach().numpy().reshape(-1, *self.shape)
+        if self.squash:
+            middle, half = (self.high + self.low) / 2, (self.high - self.low) / 2
+            shaped = middle + half * np.tanh(shaped)  # rounding may step over a bound: clip too
+        return np.clip(shaped, self.low, self.high).astype(self.dtype, copy=False)
+
+
+def make_head(
+    space: Space[Any], *, squash: bool = False, state_dependent_std: bool = False
+) -> ActionHead:
+    """Return the head of an action space.
+
+    Raises:
+        ValueError: the space has none, or the options do not fit it.
+
+    """
+    if isinstance(space, spaces.Box):
+        if not np.issubdtype(space.dtype, np.floating):
+            raise ValueError(f"unsupported action space {space}: a Box must be of real numbers")
+        if 0 in space.shape:
+            raise ValueError(f"unsupported action space {space}: it has no entries")
+        return GaussianHead(space, squash=squash, state_dependent_std=state_dependent_std)
+    for name, given in (("squash_actions", squash), ("state_dependent_std", state_dependent_std)):
+        if given:
+            raise ValueError(f"{name} is for Box actions, and the action space is {space}")
+    if isinstance(space, spaces.Discrete):
+        return CategoricalHead(space)
+    if isinstance(space, spaces.MultiDiscrete):
+        return MultiCategoricalHead(space)
+    if isinstance(space, spaces.MultiBinary):
+        return BernoulliHead(space)
+    raise ValueError(
+        f"unsupported action space {space}: Box, Discrete, MultiDiscrete and MultiBinary are"
+        " supported. Wrap the environment, for example with gymnasium.wrappers.TransformAction"
+    )
+
+
+def _gumbel(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    return torch.empty(shape).exponential_(generator=generator).log_().neg_()

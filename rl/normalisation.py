@@ -1,0 +1,150 @@
+"""Running moments: observations and rewards in units that a network likes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .advantages import discounted_sums
+
+
+class RunningMoments(nn.Module):
+    """Mean and variance of all samples seen so far, in float64.
+
+    Batches are merged by the update of Chan et al., which does not subtract large numbers from each
+    other. The buffers are part of an agent's checkpoint.
+
+    Args:
+        shape: of one sample.
+
+    Example:
+        >>> moments = RunningMoments(())
+        >>> moments.update(torch.tensor([1.0, 2.0])).update(torch.tensor([6.0]))
+        RunningMoments(3 samples)
+        >>> moments.mean.item(), moments.variance.item()
+        (3.0, 4.666666666666667)
+
+    References:
+        Chan, Golub and LeVeque, Algorithms for Computing the Sample Variance, 1983, eq. 2.1.
+
+    """
+
+    mean: Tensor
+    squares: Tensor
+    count: Tensor
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(shape, dtype=torch.float64))
+        self.register_buffer("squares", torch.zeros(shape, dtype=torch.float64))
+        self.register_buffer("count", torch.zeros((), dtype=torch.float64))
+
+    @torch.no_grad()
+    def update(self, samples: Tensor) -> RunningMoments:
+        """Add samples, shape ``(B, *shape)``; return the moments themselves."""
+        x = samples.double()
+        if len(x) == 0:
+            return self
+        mean = x.mean(0)
+        total, distance = self.count + len(x), mean - self.mean
+        self.squares += (x - mean).square().sum(0)
+        self.squares += distance.square() * (self.count * len(x) / total)
+        self.mean += distance * (len(x) / total)
+        self.count.copy_(total)
+        return self
+
+    @property
+    def variance(self) -> Tensor:
+        """The mean squared deviation from the mean; zero before the first sample."""
+        return self.squares / self.count.clamp(min=1)
+
+    def extra_repr(self) -> str:
+        """Say how many samples."""
+        return f"{int(self.count)} samples"
+
+
+class ObservationNorm(nn.Module):
+    """Observations with mean 0 and variance 1, cut at ``clip``; as they are before any were seen.
+
+    It changes in :meth:`update` only, which an algorithm calls after its update: between the
+    log-probabilities of a rollout and its surrogate the same statistics hold.
+
+    Args:
+        dim: entries of an observation.
+        clip: bound on what comes out.
+
+    """
+
+    shift: Tensor
+    scale: Tensor
+
+    def __init__(self, dim: int, clip: float = 10.0) -> None:
+        super().__init__()
+        if not clip > 0:
+            raise ValueError(f"clip must be positive, got {clip}")
+        self.clip = clip
+        self.moments = RunningMoments((dim,))
+        self.register_buffer("shift", torch.zeros(dim), persistent=False)
+        self.register_buffer("scale", torch.ones(dim), persistent=False)
+        self.register_load_state_dict_post_hook(lambda module, _: module._refresh())
+
+    def update(self, observations: Tensor) -> None:
+        """Add observations, shape ``(B, dim)``."""
+        self.moments.update(observations)
+        self._refresh()
+
+    def _refresh(self) -> None:
+        if self.moments.count == 0:
+            return
+        variance = self.moments.variance
+        spread = torch.where(variance > 0, variance, 1.0).sqrt()  # a constant entry becomes 0
+        self.shift.copy_(self.moments.mean)
+        self.scale.copy_(1 / spread)
+
+    def forward(self, observations: Tensor) -> Tensor:
+        """Return the observations in units of their spread, ``(..., dim)``."""
+        return ((observations - self.shift) * self.scale).clamp(-self.clip, self.clip)
+
+
+class RewardScale(nn.Module):
+    r"""Rewards divided by the standard deviation of their discounted sums.
+
+    The sums :math:`R_t = r_t + \gamma R_{t-1}` run forwards and start anew with each episode. The
+    mean is left alone: taking it off would change which policy is best.
+
+    Args:
+        n_envs: number of environments.
+        gamma: discount.
+
+    """
+
+    running: Tensor
+
+    def __init__(self, n_envs: int, gamma: float) -> None:
+        super().__init__()
+        self.gamma = gamma
+        self.moments = RunningMoments(())
+        running = torch.zeros(n_envs, dtype=torch.float64)
+        self.register_buffer("running", running, persistent=False)  # loaded agents start episodes
+
+    @torch.no_grad()
+    def update(self, rewards: Tensor, done: Tensor, valid: Tensor) -> None:
+        """Add the rewards of a rollout.
+
+        Args:
+            rewards: shape ``(T, N)``.
+            done: bool ``(T, N)``: the episode ended.
+            valid: bool ``(T, N)``: False for dummy transitions.
+
+        """
+        terms = torch.where(valid, rewards, 0.0).double()
+        terms[0] += self.gamma * self.running
+        decay = self.gamma * (~done.roll(1, 0)).double()  # of the sum before; the first has none
+        sums = discounted_sums(terms.flip(0), decay.flip(0), len(terms)).flip(0)
+        self.moments.update(sums[valid])
+        self.running.copy_(torch.where(done[-1], 0.0, sums[-1]))
+
+    def forward(self, rewards: Tensor) -> Tensor:
+        """Return the rewards in units of the spread of their sums."""
+        variance = self.moments.variance.item()
+        return rewards / variance**0.5 if variance > 0 else rewards
