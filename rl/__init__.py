@@ -25,22 +25,39 @@ from .environments import Stepper as Stepper
 from .environments import make_envs as make_envs
 from .evaluation import Evaluation as Evaluation
 from .evaluation import evaluate as evaluate
+from .kl_penalty import KLPenalty as KLPenalty
+from .kl_penalty import KLPenaltyConfig as KLPenaltyConfig
+from .npg import NPG as NPG
+from .npg import NPGConfig as NPGConfig
+from .objectives import clipped_surrogate as clipped_surrogate
 from .objectives import surrogate as surrogate
 from .policies import HeadPolicy as HeadPolicy
 from .policies import Policy as Policy
+from .ppo import PPO as PPO
+from .ppo import PPOConfig as PPOConfig
 from .rollout import Collector as Collector
 from .rollout import Rollout as Rollout
 from .spaces import ObservationLayout as ObservationLayout
 from .trpo import TRPO as TRPO
 from .trpo import TRPOConfig as TRPOConfig
 from .value import Critic as Critic
+from .vpg import VPG as VPG
+from .vpg import VPGConfig as VPGConfig
 
 __all__ = [
     # algorithms
     "Agent",
     "TRPO",
+    "NPG",
+    "KLPenalty",
+    "PPO",
+    "VPG",
     "Config",
     "TRPOConfig",
+    "NPGConfig",
+    "KLPenaltyConfig",
+    "PPOConfig",
+    "VPGConfig",
     # running
     "evaluate",
     "Evaluation",
@@ -50,6 +67,7 @@ __all__ = [
     "n_step",
     "td_lambda",
     "surrogate",
+    "clipped_surrogate",
     "make_envs",
     "Collector",
     "Rollout",

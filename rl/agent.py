@@ -23,7 +23,7 @@ from .normalisation import RewardScale
 from .policies import Policy
 from .rollout import Collector, Rollout
 from .spaces import MASK, as_batch
-from .value import explained_variance, fit
+from .value import FITS, explained_variance
 
 Log: TypeAlias = dict[str, Any]
 Callback: TypeAlias = "Callable[[Agent, Log], bool | None]"
@@ -74,6 +74,7 @@ class Agent(abc.ABC):
         self.env_id = env_id(self.envs)
         self.num_timesteps = 0
         self.iterations = 0
+        self._progress_made = 0.0  # of the call of learn()
         self.generator = torch.Generator().manual_seed(config.seed)
         self._predict_generator = torch.Generator().manual_seed(config.seed)
         self._stepper = Stepper(self.envs)
@@ -91,16 +92,12 @@ class Agent(abc.ABC):
         self.policy = policy or own_policy
         self.critic = critic or own_critic
         self.setup()
-        learnt = {id(p) for p in self.policy.parameters()}
-        self.critic_optimizer = torch.optim.Adam(
-            [p for p in self.critic.parameters() if id(p) not in learnt],
-            lr=config.critic_lr,
-            fused=True,
-        )
 
-    @abc.abstractmethod
     def setup(self) -> None:
-        """Make the optimizers of :meth:`improve`."""
+        """Make the optimizers: here the critic's, of what the policy does not share with it."""
+        learnt = {id(p) for p in self.policy.parameters()}
+        own = [p for p in self.critic.parameters() if id(p) not in learnt]
+        self.critic_fit = FITS[self.config.critic_fit](self.critic, own, self.config)
 
     @abc.abstractmethod
     def improve(self, batch: Batch) -> Log:
@@ -108,19 +105,11 @@ class Agent(abc.ABC):
 
     def optimizers(self) -> dict[str, torch.optim.Optimizer]:
         """Return the optimizers, whose state a checkpoint keeps."""
-        return {"critic_optimizer": self.critic_optimizer}
+        return {"critic_optimizer": self.critic_fit.optimizer}
 
     def fit_critic(self, batch: Batch) -> Log:
         """Regress the critic on the returns; return what to log."""
-        value_loss = fit(
-            self.critic,
-            self.critic_optimizer,
-            batch.observations,
-            batch.returns,
-            epochs=self.config.critic_epochs,
-            batch_size=self.config.critic_batch_size,
-            generator=self.generator,
-        )
+        value_loss = self.critic_fit.fit(batch.observations, batch.returns, self.generator)
         return {"train/value_loss": value_loss}
 
     def update(self, rollout: Rollout) -> Log:
@@ -170,6 +159,7 @@ class Agent(abc.ABC):
                 self._stepper, self.layout, seed=seed, generator=self.generator
             )
         first, started = self.num_timesteps, time.perf_counter()
+        self._progress_made = 0.0
         with tqdm(total=total_timesteps, unit="step", disable=not progress, leave=False) as bar:
             while self.num_timesteps < first + total_timesteps:
                 rows = self.config.steps_per_update // self.envs.num_envs
@@ -178,12 +168,17 @@ class Agent(abc.ABC):
                 steps = int(rollout.valid.sum())
                 self.num_timesteps += steps
                 self.iterations += 1
+                self._progress_made = min((self.num_timesteps - first) / total_timesteps, 1.0)
                 bar.update(min(steps, total_timesteps - bar.n))
                 elapsed = time.perf_counter() - started
                 log = self._progress(self.num_timesteps - first, elapsed) | log
                 if callback is not None and callback(self, log) is False:
                     break
         return self
+
+    def scheduled(self, start: float, end: float | None) -> float:
+        """Return an option that moves linearly over :meth:`learn`; its start where it does not."""
+        return start if end is None else start + (end - start) * self._progress_made
 
     def _progress(self, steps: int, elapsed: float) -> Log:
         assert self._collector is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, fields
 from difflib import get_close_matches
 from typing import Any, Self
@@ -9,6 +10,7 @@ from typing import Any, Self
 from .environments import VECTORIZATIONS
 
 ADVANTAGES = ("gae", "n_step", "monte_carlo")
+CRITIC_FITS = ("adam", "trust_region", "lbfgs")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,14 +63,29 @@ class Config:
     """Trace decay of the returns that the critic is fitted to; by default they are values plus
     advantages."""
 
+    critic_fit: str = "adam"
+    """How the critic is fitted: adam, trust_region or lbfgs."""
+
     critic_lr: float = 1e-3
     """Learning rate of the critic's Adam."""
 
     critic_epochs: int = 10
-    """Passes over the rollout to fit the critic."""
+    """Passes over the rollout of the critic's Adam."""
 
     critic_batch_size: int = 128
-    """Minibatch size of the critic."""
+    """Minibatch size of the critic's Adam."""
+
+    critic_steps: int = 20
+    """Trust-region steps, or iterations of L-BFGS."""
+
+    critic_delta: float = 0.1
+    """KL radius of a trust-region step: E[(V - V_old)^2] over twice the error before the fit."""
+
+    critic_damping: float = 1e-3
+    """Tikhonov term of a trust-region step."""
+
+    critic_cg_max_iter: int = 10
+    """Limit on the conjugate-gradient iterations of a trust-region step."""
 
     def __post_init__(self) -> None:
         """Check the ranges."""
@@ -78,6 +95,8 @@ class Config:
             "n_step",
             "critic_epochs",
             "critic_batch_size",
+            "critic_steps",
+            "critic_cg_max_iter",
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -85,15 +104,26 @@ class Config:
             value = getattr(self, name)
             if value is not None and not 0 <= value <= 1:
                 raise ValueError(f"{name} must lie in [0, 1], got {value}")
-        for name, choices in (("advantages", ADVANTAGES), ("vectorization", VECTORIZATIONS)):
+        for name, choices in (
+            ("advantages", ADVANTAGES),
+            ("vectorization", VECTORIZATIONS),
+            ("critic_fit", CRITIC_FITS),
+        ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {choices}, got {getattr(self, name)!r}")
-        if not self.critic_lr > 0:
-            raise ValueError(f"critic_lr must be positive, got {self.critic_lr}")
+        self.check_positive("critic_lr", "critic_delta")
         if self.seed < 0:
             raise ValueError(f"seed must not be negative, got {self.seed}")
         if any(width < 1 for width in self.hidden):
             raise ValueError(f"hidden widths must be at least 1, got {self.hidden}")
+
+    def check_positive(self, *names: str) -> None:
+        """Raise a ValueError where one of the options is not a positive, finite number."""
+        for name in names:
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(
+                    f"{name} must be a positive, finite number, got {getattr(self, name)}"
+                )
 
     def check_batch(self) -> None:
         """Raise a ValueError unless an update is some whole steps of each environment."""

@@ -29,6 +29,21 @@ def surrogate(log_prob: Tensor, old_log_prob: Tensor, advantages: Tensor) -> Ten
     return ((log_prob - old_log_prob).exp() * advantages).mean()
 
 
+def clipped_surrogate(
+    log_prob: Tensor, old_log_prob: Tensor, advantages: Tensor, clip: float
+) -> tuple[Tensor, Tensor]:
+    r"""Return the clipped objective, and the share of the ratios that are beyond the clip.
+
+    With the ratio :math:`r = \pi(a|s) / \pi_{old}(a|s)` it is
+    :math:`E[\min(r A, \mathrm{clip}(r, 1 - \epsilon, 1 + \epsilon) A)]`: Schulman et al., Proximal
+    Policy Optimization Algorithms, 2017, eq. 7. All arguments ``(B,)``.
+    """
+    ratio = (log_prob - old_log_prob).exp()
+    bounded = ratio.clamp(1 - clip, 1 + clip)
+    beyond = ((ratio - 1).abs() > clip).to(ratio.dtype).mean()
+    return torch.minimum(ratio * advantages, bounded * advantages).mean(), beyond
+
+
 def step_log(info: StepInfo, delta: float) -> dict[str, float | str]:
     """Return what to log of an optimizer's step, under stable-baselines3's keys and ``trust/*``."""
     return {

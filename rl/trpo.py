@@ -57,7 +57,8 @@ class TRPO(Agent):
     name = "trpo"
 
     def setup(self) -> None:
-        """Make the policy's optimizer."""
+        """Make the optimizers of policy and critic."""
+        super().setup()
         c = self.config
         self.policy_optimizer = NaturalTrustRegion(
             self.policy.parameters(),
@@ -68,7 +69,7 @@ class TRPO(Agent):
         )
 
     def optimizers(self) -> dict[str, torch.optim.Optimizer]:
-        """Return it with the critic's."""
+        """Return both optimizers."""
         return super().optimizers() | {"policy_optimizer": self.policy_optimizer}
 
     def improve(self, batch: Batch) -> Log:

@@ -1,12 +1,18 @@
-"""The critic and its regression."""
+"""The critic, and ways to regress it on returns."""
 
 from __future__ import annotations
 
+import abc
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.distributions import Distribution, Normal
 
+from trustregion import NaturalTrustRegion
+
+from .config import Config
 from .networks import Encoder, mlp
 
 
@@ -23,50 +29,150 @@ class Critic(nn.Module):
         return self.linear(self.encoder(rows)).squeeze(-1)
 
 
-def fit(
-    critic: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    observations: Tensor,
-    returns: Tensor,
-    *,
-    epochs: int,
-    batch_size: int,
-    generator: torch.Generator,
-) -> float:
-    """Regress the critic on returns by epochs of shuffled minibatches.
+class CriticFit(abc.ABC):
+    """A way to regress a critic on returns, made of a critic, what to fit of it, and options.
 
-    Args:
-        critic: the module to fit.
-        optimizer: over the critic's parameters.
-        observations: shape ``(B, d)``.
-        returns: targets, shape ``(B,)``.
-        epochs: passes over the data.
-        batch_size: samples a minibatch; the last one of a pass may be smaller.
-        generator: source of the shuffles.
-
-    Returns:
-        The mean squared error over the last pass, as it went.
-
-    Raises:
-        ValueError: the error became NaN or infinite; the weights are those before that minibatch.
+    Attributes:
+        optimizer: whose state a checkpoint keeps.
 
     """
-    squared_error = 0.0
-    for epoch in range(epochs):
-        order = torch.randperm(len(returns), generator=generator)
-        for rows in order.split(batch_size):
-            error = (critic(observations[rows]) - returns[rows]).square().mean()
-            if not error.isfinite():
-                raise ValueError(
-                    f"the critic's loss is {error.item()} in pass {epoch}: it diverged. Lower"
-                    " critic_lr, or scale the rewards"
-                )
-            optimizer.zero_grad()
+
+    def __init__(self, critic: nn.Module, optimizer: torch.optim.Optimizer, config: Config) -> None:
+        self.critic, self.optimizer, self.config = critic, optimizer, config
+
+    @abc.abstractmethod
+    def fit(self, rows: Tensor, returns: Tensor, generator: torch.Generator) -> float:
+        """Fit the critic.
+
+        Args:
+            rows: of observations, ``(B, d)``.
+            returns: targets, ``(B,)``.
+            generator: source of the shuffles.
+
+        Returns:
+            The mean squared error of the values.
+
+        Raises:
+            ValueError: the error became NaN or infinite; the weights are those before.
+
+        """
+
+    def error(self, rows: Tensor, returns: Tensor) -> Tensor:
+        """Return the mean squared error."""
+        return (self.critic(rows) - returns).square().mean()
+
+
+class AdamFit(CriticFit):
+    """Epochs of shuffled minibatches. The error is the mean over the last epoch, as it went."""
+
+    def __init__(self, critic: nn.Module, parameters: list[nn.Parameter], config: Config) -> None:
+        super().__init__(
+            critic, torch.optim.Adam(parameters, lr=config.critic_lr, fused=True), config
+        )
+
+    def fit(self, rows: Tensor, returns: Tensor, generator: torch.Generator) -> float:
+        """Run the epochs."""
+        total = 0.0
+        for epoch in range(self.config.critic_epochs):
+            order = torch.randperm(len(returns), generator=generator)
+            total = 0.0
+            for batch in order.split(self.config.critic_batch_size):
+                error = self.error(rows[batch], returns[batch])
+                if not error.isfinite():
+                    raise ValueError(
+                        f"the critic's loss is {error.item()} in pass {epoch}: it diverged. Lower"
+                        " critic_lr, or scale the rewards"
+                    )
+                self.optimizer.zero_grad()
+                error.backward()
+                self.optimizer.step()
+                total += error.item() * len(batch)
+        return total / len(returns)
+
+
+class TrustRegionFit(CriticFit):
+    r"""Steps within a KL ball, on the full batch.
+
+    The values are the means of normals whose variance is the error before the fit, so that each
+    step is bounded by :math:`E[(V - V_{old})^2] / (2 \sigma^2) \le \delta`: the trust region of
+    Schulman et al., Generalized Advantage Estimation, 2016, section 5, by the optimizer of this
+    project. The Fisher matrix of these normals is the Gauss-Newton matrix of the error.
+    """
+
+    def __init__(self, critic: nn.Module, parameters: list[nn.Parameter], config: Config) -> None:
+        self._region = NaturalTrustRegion(
+            parameters,
+            config.critic_delta,
+            damping=config.critic_damping,
+            cg_max_iter=config.critic_cg_max_iter,
+        )
+        super().__init__(critic, self._region, config)
+
+    def fit(self, rows: Tensor, returns: Tensor, generator: torch.Generator) -> float:  # noqa: ARG002 # it shuffles nothing
+        """Take the steps; fewer where one is rejected."""
+        with torch.no_grad():
+            error = self.error(rows, returns).item()
+        if not math.isfinite(error):
+            raise ValueError(f"the critic's loss is {error}: the returns or values are not finite")
+        if error == 0:
+            return 0.0
+        sigma = torch.full_like(returns, math.sqrt(error))
+
+        def closure() -> tuple[Tensor, Distribution]:
+            values = self.critic(rows)
+            return ((values - returns) / sigma).square().mean(), Normal(values, sigma)
+
+        reached = 1.0  # of the error
+        for _ in range(self.config.critic_steps):
+            self._region.step(closure)
+            info = self._region.info
+            assert info is not None  # after a step
+            if not info.accepted:
+                break
+            reached = info.new_loss
+        return reached * error
+
+
+class LBFGSFit(CriticFit):
+    """One call of L-BFGS on the full batch, from a memory that starts empty."""
+
+    def __init__(self, critic: nn.Module, parameters: list[nn.Parameter], config: Config) -> None:
+        self._parameters = parameters
+        self._lbfgs = torch.optim.LBFGS(
+            parameters,
+            max_iter=config.critic_steps,
+            history_size=config.critic_steps,
+            line_search_fn="strong_wolfe",
+        )
+        super().__init__(critic, self._lbfgs, config)
+
+    def fit(self, rows: Tensor, returns: Tensor, generator: torch.Generator) -> float:  # noqa: ARG002 # it shuffles nothing
+        """Run the iterations; put the weights back where they end in a worse error."""
+        kept = [p.detach().clone() for p in self._parameters]
+
+        def closure() -> Tensor:
+            self._lbfgs.zero_grad()
+            error = self.error(rows, returns)
             error.backward()
-            optimizer.step()
-            if epoch == epochs - 1:
-                squared_error += error.item() * len(rows)
-    return squared_error / len(returns)
+            return error.detach()
+
+        first = float(self._lbfgs.step(closure))  # pyright: ignore[reportCallIssue, reportArgumentType] # torch says float
+        self._lbfgs.state.clear()  # the curvature is that of this batch
+        with torch.no_grad():
+            last = self.error(rows, returns).item()
+            if not last <= first:
+                for p, old in zip(self._parameters, kept, strict=True):
+                    p.copy_(old)
+        if not math.isfinite(first):
+            raise ValueError(f"the critic's loss is {first}: the returns or values are not finite")
+        return min(first, last)
+
+
+FITS: dict[str, Callable[[nn.Module, list[nn.Parameter], Config], CriticFit]] = {
+    "adam": AdamFit,
+    "trust_region": TrustRegionFit,
+    "lbfgs": LBFGSFit,
+}
 
 
 def explained_variance(values: Tensor, returns: Tensor) -> float:

@@ -7,20 +7,16 @@ import gymnasium
 import numpy as np
 import pytest
 import torch
-from gymnasium.spaces import Box
 from torch import nn
 
 from rl import (
     TRPO,
     CheckpointError,
     Collector,
-    ObservationLayout,
     TRPOConfig,
     checkpoint,
     evaluate,
 )
-from rl.networks import Encoder
-from rl.value import Critic, explained_variance, fit
 from toys import Bandit, Clock, vector
 
 SMALL = {"n_envs": 4, "steps_per_update": 256, "hidden": (16,)}
@@ -142,42 +138,6 @@ def test_rewards_of_dummy_steps_are_in_no_return():
     agent = TRPO(envs, **SMALL).learn(1, progress=False)
     assert set(agent._collector.returns) == {3.0}
     assert evaluate(agent, Generous([lambda: Clock(length=3)] * 2), 6).returns == (3.0,) * 6
-
-
-# -- the critic
-
-
-def row_of(width):
-    return ObservationLayout(Box(-np.inf, np.inf, (width,), np.float32))
-
-
-def test_the_critic_fits_its_targets():
-    torch.manual_seed(0)
-    critic, x = Critic(Encoder(row_of(2), (32,))), torch.randn(512, 2)
-    y = x[:, 0] - 2 * x[:, 1]
-    optimizer = torch.optim.Adam(critic.parameters(), lr=1e-2)
-    g = torch.Generator().manual_seed(0)
-    error = fit(critic, optimizer, x, y, epochs=60, batch_size=64, generator=g)
-    assert error < 0.01
-    with torch.no_grad():
-        assert explained_variance(critic(x), y) > 0.99
-
-
-def test_every_sample_is_used_once_an_epoch():
-    rows = []
-
-    class Spy(Critic):
-        def forward(self, observations):
-            rows.append(observations[:, 0].detach().clone())
-            return super().forward(observations)
-
-    critic, x = Spy(Encoder(row_of(1), (4,))), torch.arange(10.0).unsqueeze(1)
-    optimizer = torch.optim.SGD(critic.parameters(), lr=0.0)
-    g = torch.Generator().manual_seed(0)
-    fit(critic, optimizer, x, x[:, 0], epochs=2, batch_size=4, generator=g)
-    assert [len(r) for r in rows] == [4, 4, 2] * 2
-    for epoch in (rows[:3], rows[3:]):
-        assert sorted(torch.cat(epoch).tolist()) == list(range(10))
 
 
 # -- checkpoints

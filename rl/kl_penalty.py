@@ -1,0 +1,100 @@
+"""KL-penalised policy iteration: a price on the KL instead of a bound."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.distributions import Distribution
+
+from trustregion import NaturalTrustRegion
+
+from .agent import Agent, Log
+from .batch import Batch
+from .config import Config
+from .objectives import normalise, step_log, surrogate
+
+
+@dataclass(frozen=True, kw_only=True)
+class KLPenaltyConfig(Config):
+    """Options of KL-penalised policy iteration."""
+
+    penalty: float = 5.0
+    """C, the price of a nat, in units of normalised advantages; the first one if it adapts."""
+
+    kl_target: float | None = 0.01
+    """KL(old || new) that C is to lead to; None to keep C."""
+
+    damping: float = 0.1
+    """Tikhonov term of the natural-gradient solve."""
+
+    cg_max_iter: int = 10
+    """Limit on conjugate-gradient iterations."""
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        super().__post_init__()
+        self.check_positive("penalty", *(["kl_target"] if self.kl_target is not None else []))
+
+
+class KLPenalty(Agent):
+    r"""Policy iteration with a penalty.
+
+    For each rollout one step that raises :math:`E[\pi(a|s)/\pi_{old}(a|s)\,A] - C\,
+    \mathrm{KL}(\pi_{old} \| \pi)`, with C fixed, or doubled and halved after KLs beyond 1.5 times
+    the target and below the 1.5th part of it (Schulman et al., Proximal Policy Optimization
+    Algorithms, 2017, section 4).
+
+    The C for which improvement is guaranteed (Schulman et al., Trust Region Policy Optimization,
+    2015, theorem 1) is :math:`4 \epsilon \gamma / (1 - \gamma)^2` with the largest advantage
+    :math:`\epsilon`. It is logged as ``trust/penalty_bound``, in the same units: thousands, for a
+    KL that nothing could be learnt within.
+
+    Args:
+        env: as for every :class:`Agent`.
+        options: fields of :class:`KLPenaltyConfig`, by name.
+
+    """
+
+    config: KLPenaltyConfig
+    config_class = KLPenaltyConfig
+    name = "kl_penalty"
+
+    def setup(self) -> None:
+        """Make the optimizers of policy and critic."""
+        super().setup()
+        c = self.config
+        self.policy_optimizer = NaturalTrustRegion(
+            self.policy.parameters(),
+            math.inf,
+            damping=c.damping,
+            cg_max_iter=c.cg_max_iter,
+            penalty=c.penalty,
+            kl_target=c.kl_target,
+            maximize=True,
+        )
+
+    def optimizers(self) -> dict[str, torch.optim.Optimizer]:
+        """Return both optimizers."""
+        return super().optimizers() | {"policy_optimizer": self.policy_optimizer}
+
+    def improve(self, batch: Batch) -> Log:
+        """Take the step."""
+        advantages, gamma = normalise(batch.advantages), self.config.gamma
+
+        def closure() -> tuple[Tensor, Distribution]:
+            distribution = self.policy(batch.observations)
+            log_prob = distribution.log_prob(batch.actions)
+            return surrogate(log_prob, batch.old_log_prob, advantages), distribution
+
+        self.policy_optimizer.step(closure)
+        info = self.policy_optimizer.info
+        assert info is not None  # after a step
+        largest = advantages.abs().max().item()
+        bound = 4 * largest * gamma / (1 - gamma) ** 2 if gamma < 1 else math.inf
+        return step_log(info, self.config.kl_target or math.inf) | {
+            "trust/penalty": info.penalty or self.config.penalty,
+            "trust/penalty_bound": bound,
+        }

@@ -1,0 +1,87 @@
+"""Natural policy gradient (Kakade, 2001), with a step of a given length or a given KL."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from trustregion import FisherOperator, Identity, ParameterVector, cg, kl_ball_step, mean_kl
+
+from .agent import Agent, Log
+from .batch import Batch
+from .config import Config
+from .objectives import normalise, surrogate
+
+
+@dataclass(frozen=True, kw_only=True)
+class NPGConfig(Config):
+    """Options of the natural policy gradient."""
+
+    delta: float = 0.01
+    """KL(old || new) of a step to second order, in nats; it is not measured before the step."""
+
+    step_size: float | None = None
+    """Factor on the natural gradient; where given, it takes the place of delta."""
+
+    damping: float = 0.1
+    """Tikhonov term of the natural-gradient solve."""
+
+    cg_max_iter: int = 10
+    """Limit on conjugate-gradient iterations."""
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        super().__post_init__()
+        self.check_positive("delta", *(["step_size"] if self.step_size is not None else []))
+
+
+class NPG(Agent):
+    r"""The natural policy gradient.
+
+    For each rollout one step :math:`s = \alpha\, (F + \lambda I)^{-1} g` along the gradient ``g``
+    of the expected advantage, with :math:`\alpha` fixed (Kakade, 2001) or such that
+    :math:`\frac12 s'Fs = \delta` (Rajeswaran et al., Towards Generalization and Simplicity in
+    Continuous Control, 2017, eq. 5). Unlike :class:`TRPO` it does not look back: no line search,
+    no measured bound. A step that is not finite is not taken.
+
+    Args:
+        env: as for every :class:`Agent`.
+        options: fields of :class:`NPGConfig`, by name.
+
+    """
+
+    config: NPGConfig
+    config_class = NPGConfig
+    name = "npg"
+
+    def improve(self, batch: Batch) -> Log:
+        """Take the step."""
+        c, vector = self.config, ParameterVector(self.policy.parameters())
+        advantages = normalise(batch.advantages)
+        old = self.policy(batch.observations)
+        objective = surrogate(old.log_prob(batch.actions), batch.old_log_prob, advantages)
+        parameters = list(self.policy.parameters())
+        g = vector.ravel(torch.autograd.grad(objective, parameters, retain_graph=True))
+        F = FisherOperator(old, parameters)
+        solve = cg(F + c.damping * Identity(F.shape[0]), g, rtol=1e-3, max_iter=c.cg_max_iter)
+        if c.step_size is None:
+            step = kl_ball_step(
+                solve.x, -g, c.delta, damped_curvature=solve.curvature, damping=c.damping
+            ).s
+        else:
+            step = c.step_size * solve.x
+        if bool(step.isfinite().all()):
+            vector.assign(vector.values() + step)
+        with torch.no_grad():
+            new = self.policy(batch.observations)
+            reached = surrogate(new.log_prob(batch.actions), batch.old_log_prob, advantages)
+        return {
+            "train/policy_objective": reached.item(),
+            "train/kl_divergence_loss": mean_kl(old, new).item(),
+            "trust/delta": c.delta,
+            "trust/status": solve.status.value,
+            "trust/actual_reduction": (reached - objective).item(),
+            "trust/predicted_reduction": (g @ step).item(),
+            "trust/cg_iterations": solve.iterations,
+        }
