@@ -11,12 +11,13 @@ READY_TRAINERS := $(TRAINERS)/.ready
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALL := $(PIP) install --quiet --constraint constraints.txt --build-constraint constraints.txt
 
-.PHONY: help demo test check slow trainers bench contract mgh curvature cartpole clean
+.PHONY: help demo test lint check slow trainers bench contract mgh curvature cartpole clean
 
 help:
 	@echo "make demo      train TRPO on CartPole-v1 and draw its learning curve"
 	@echo "make test      the fast tests"
-	@echo "make check     format, lint, types, tests and doctests"
+	@echo "make lint      format, lint and types"
+	@echo "make check     make lint and make test"
 	@echo "make slow      the tests that learn to a target"
 	@echo "make trainers  the examples under Lightning and accelerate, on the real packages"
 	@echo "make bench     timings against peers, in one run"
@@ -56,11 +57,12 @@ demo: $(READY)
 test: $(READY)
 	@$(BIN)/python -m pytest -q -m "not slow"
 
-check: $(READY)
+lint: $(READY)
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
 	@$(BIN)/pyright
-	@$(BIN)/python -m pytest -q -m "not slow"
+
+check: lint test
 
 slow: $(READY)
 	@$(BIN)/python -m pytest -q -m slow

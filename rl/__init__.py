@@ -19,6 +19,8 @@ from .advantages import gae as gae
 from .advantages import n_step as n_step
 from .advantages import td_lambda as td_lambda
 from .agent import Agent as Agent
+from .algorithms import ALGORITHMS as ALGORITHMS
+from .algorithms import load as load
 from .checkpoint import CheckpointError as CheckpointError
 from .config import Config as Config
 from .environments import Stepper as Stepper
@@ -47,6 +49,8 @@ from .vpg import VPGConfig as VPGConfig
 __all__ = [
     # algorithms
     "Agent",
+    "ALGORITHMS",
+    "load",
     "TRPO",
     "NPG",
     "KLPenalty",

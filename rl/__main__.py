@@ -1,37 +1,47 @@
-"""The command line: ``python -m rl train ENV_ID`` and ``python -m rl eval RUN``."""
+"""The command line: ``python -m rl train ENV_ID [--algo NAME]`` and ``python -m rl eval RUN``."""
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Generic, TypeVar
 
 import torch
 import tyro
 
 from .agent import Agent, Log
+from .algorithms import ALGORITHMS, load
+from .config import Config
+from .environments import describe
 from .evaluation import Evaluation, evaluate
 from .reporting import CSVLog, Table, plot_learning_curve, read_csv
-from .trpo import TRPO, TRPOConfig
 
+C = TypeVar("C", bound=Config)
 _CHECKPOINT = "checkpoint.zip"
 
 
 @dataclass(frozen=True)
-class Train:
-    """Train TRPO on a gymnasium environment and keep the run in a folder."""
+class Train(Generic[C]):
+    """Train an agent on a gymnasium environment and keep the run in a folder.
+
+    --algo NAME chooses the algorithm, and with it the options: trpo, which is the default, npg,
+    kl_penalty, ppo or vpg.
+    """
 
     env_id: tyro.conf.Positional[str]
     """Environment id, for example CartPole-v1."""
+
+    config: tyro.conf.OmitArgPrefixes[C]
 
     total_timesteps: int = 100_000
     """Environment steps to train for; whole updates are made, so a few more may be taken."""
 
     out: Path | None = None
-    """Run folder, which must not exist; runs/ENV_ID/trpo-seedSEED-TIME by default."""
+    """Run folder, which must not exist; runs/ENV_ID/ALGO-seedSEED-TIME by default."""
 
     eval_episodes: int = 20
     """Episodes of the evaluation after training, with deterministic actions."""
@@ -44,8 +54,6 @@ class Train:
 
     progress: bool = True
     """Show a progress bar where the terminal can."""
-
-    config: tyro.conf.OmitArgPrefixes[TRPOConfig] = field(default_factory=TRPOConfig)
 
 
 @dataclass(frozen=True)
@@ -65,21 +73,20 @@ class Eval:
     """Draw actions instead of taking the most likely one."""
 
 
-Command = (
-    Annotated[Train, tyro.conf.subcommand("train")] | Annotated[Eval, tyro.conf.subcommand("eval")]
-)
-
-
-def train(command: Train) -> int:
+def train(command: Train[Any], algorithm: type[Agent]) -> int:
     """Run ``train``; return the exit code."""
     for name in ("total_timesteps", "eval_episodes", "log_every", "threads"):
         if getattr(command, name) < 1:
             option = name.replace("_", "-")
             raise ValueError(f"--{option} must be at least 1, got {getattr(command, name)}")
     torch.set_num_threads(command.threads)
-    agent = TRPO(command.env_id, **command.config.to_dict())
-    out = _make_run_folder(command)
-    options = {"env_id": command.env_id, "total_timesteps": command.total_timesteps}
+    agent = algorithm(command.env_id, **command.config.to_dict())
+    out = _make_run_folder(command, algorithm.name)
+    options = {
+        "algorithm": algorithm.name,
+        "env_id": command.env_id,
+        "total_timesteps": command.total_timesteps,
+    }
     (out / "config.json").write_text(json.dumps(options | command.config.to_dict(), indent=2))
     table, csv_log = Table(command.log_every), CSVLog(out / "progress.csv")
 
@@ -87,7 +94,7 @@ def train(command: Train) -> int:
         csv_log(log)
         table(log)
 
-    print(f"TRPO on {command.env_id}, {agent.envs.num_envs} environments, run folder {out}")
+    print(f"{algorithm.__name__} on {describe(agent.envs)}, run folder {out}")
     interrupted, progress = False, command.progress and sys.stderr.isatty()
     try:
         agent.learn(command.total_timesteps, progress=progress, callback=report)
@@ -98,7 +105,7 @@ def train(command: Train) -> int:
         agent.save(out / _CHECKPOINT)
     if agent.iterations:
         columns = read_csv(csv_log.path)
-        title = f"TRPO on {command.env_id}, seed {command.config.seed}"
+        title = f"{algorithm.__name__} on {command.env_id}, seed {command.config.seed}"
         plot_learning_curve(columns, out / "learning_curve.png", title=title)
         _print_summary(agent, columns, out)
     if interrupted:
@@ -110,9 +117,9 @@ def train(command: Train) -> int:
 def evaluate_run(command: Eval) -> int:
     """Run ``eval``; return the exit code."""
     path = command.run / _CHECKPOINT if command.run.is_dir() else command.run
-    agent = TRPO.load(path)
+    agent = load(path)
     assert agent.env_id is not None  # load without env= made one from its id
-    print(f"{path}: TRPO on {agent.env_id} after {agent.num_timesteps:,} steps")
+    print(f"{path}: {type(agent).__name__} on {agent.env_id} after {agent.num_timesteps:,} steps")
     result = evaluate(
         agent,
         agent.env_id,
@@ -124,9 +131,9 @@ def evaluate_run(command: Eval) -> int:
     return 0
 
 
-def _make_run_folder(command: Train) -> Path:
+def _make_run_folder(command: Train[Any], algorithm: str) -> Path:
     stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
-    name = f"trpo-seed{command.config.seed}-{stamp}"
+    name = f"{algorithm}-seed{command.config.seed}-{stamp}"
     out = command.out or Path("runs") / command.env_id / name
     try:
         out.mkdir(parents=True)
@@ -138,8 +145,6 @@ def _make_run_folder(command: Train) -> Path:
 
 
 def _print_summary(agent: Agent, columns: dict[str, list[float]], out: Path) -> None:
-    kl, delta = max(columns["train/kl_divergence_loss"]), columns["trust/delta"][-1]
-    accepted = int(sum(columns["train/is_line_search_success"]))
     seconds = columns["time/time_elapsed"][-1]
     print(f"learning curve  {out / 'learning_curve.png'}")
     print(f"checkpoint      {out / _CHECKPOINT}")
@@ -147,10 +152,11 @@ def _print_summary(agent: Agent, columns: dict[str, list[float]], out: Path) -> 
         f"speed           {columns['time/fps'][-1]:,.0f} steps per second, training included"
         f" ({agent.num_timesteps:,} steps in {seconds:.1f} s)"
     )
-    print(
-        f"KL              at most {kl:.5f} of delta = {delta:g} in {agent.iterations} updates,"
-        f" {accepted} accepted"
-    )
+    kl = max(columns["train/kl_divergence_loss"])
+    bound = f" of delta = {columns['trust/delta'][-1]:g}" if "trust/delta" in columns else ""
+    success = columns.get("train/is_line_search_success")
+    accepted = f", {int(sum(success))} accepted" if success else ""
+    print(f"KL              at most {kl:.5f}{bound} in {agent.iterations} updates{accepted}")
 
 
 def _print_evaluation(result: Evaluation) -> None:
@@ -162,12 +168,22 @@ def _print_evaluation(result: Evaluation) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Parse the command line and run it; bad input is one line on stderr and exit code 1."""
-    command = tyro.cli(Command, prog="python -m rl", args=arguments)
+    chooser = argparse.ArgumentParser(prog="python -m rl", add_help=False, allow_abbrev=False)
+    chooser.add_argument("--algo", choices=ALGORITHMS, default="trpo")
+    chosen, rest = chooser.parse_known_args(arguments)
+    algorithm = ALGORITHMS[chosen.algo]
+    command = tyro.cli(_commands(algorithm.config_class), prog="python -m rl", args=rest)
     try:
-        return train(command) if isinstance(command, Train) else evaluate_run(command)
+        return evaluate_run(command) if isinstance(command, Eval) else train(command, algorithm)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+
+
+def _commands(config: type[Config]) -> Any:
+    """Return the type that tyro makes the command line of, for the options of one algorithm."""
+    training: Any = Annotated[Train[config], tyro.conf.subcommand("train")]
+    return training | Annotated[Eval, tyro.conf.subcommand("eval")]
 
 
 if __name__ == "__main__":

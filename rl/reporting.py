@@ -38,7 +38,10 @@ class Table:
             return
         if self.rows % _HEADER_EVERY == 0:
             tqdm.write("".join(title.rjust(width) for title, _, width, _ in _COLUMNS))
-        cells = (format(log[key], form).rjust(width) for _, key, width, form in _COLUMNS)
+        cells = (  # an algorithm without a search has nothing to say of one
+            (format(log[key], form) if key in log else "-").rjust(width)
+            for _, key, width, form in _COLUMNS
+        )
         tqdm.write("".join(cells))
         self.rows += 1
 
@@ -95,10 +98,12 @@ def plot_learning_curve(columns: dict[str, list[float]], path: Path, *, title: s
         above.text(0.5, 0.5, "no episode finished", transform=above.transAxes, ha="center")
     above.set_ylabel("mean return of the last\n100 training episodes")
     above.set_title(title, loc="left")
-    kl, delta = columns["train/kl_divergence_loss"], columns["trust/delta"]
+    kl = columns["train/kl_divergence_loss"]
     below.plot(steps, kl, ".-", color="#0072b2", label="KL(old || new) of each update")
-    below.axhline(delta[-1], linestyle="--", color="#d55e00", label="delta")
-    below.set_ylim(0, 1.35 * max([*kl, *delta]))
+    bound = [d for d in columns.get("trust/delta", []) if math.isfinite(d)]
+    if bound:
+        below.axhline(bound[-1], linestyle="--", color="#d55e00", label="delta")
+    below.set_ylim(0, 1.35 * max([*kl, *bound, 1e-8]))
     below.set_ylabel("KL [nats]")
     below.set_xlabel("environment steps")
     below.legend(loc="upper right", ncols=2, frameon=False)

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from rl import TRPO
+from rl import ALGORITHMS, TRPO
 from rl.__main__ import main
 
 TINY = ["--n-envs", "4", "--steps-per-update", "128", "--hidden", "8", "--no-progress"]
@@ -53,6 +53,27 @@ def test_runs_get_a_folder_of_their_own(tmp_path, monkeypatch, capsys):
     (folder,) = (tmp_path / "runs" / "CartPole-v1").iterdir()
     assert folder.name.startswith("trpo-seed0-")
     assert f"runs/CartPole-v1/{folder.name}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("algo", ALGORITHMS)
+def test_every_algorithm_trains_and_is_found_again(tmp_path, capsys, algo):
+    out = tmp_path / "run"
+    assert train(out, "--algo", algo, "--eval-episodes", "2") == 0
+    name = ALGORITHMS[algo].__name__
+    printed = capsys.readouterr().out
+    assert f"{name} on 4 x CartPole-v1, by the vectorised CartPoleVectorEnv" in printed
+    assert main(["eval", str(out), "--episodes", "2"]) == 0
+    assert f"{name} on CartPole-v1 after" in capsys.readouterr().out
+    assert json.loads((out / "config.json").read_text())["algorithm"] == algo
+
+
+def test_options_are_those_of_the_algorithm(tmp_path, capsys):
+    assert train(tmp_path / "run", "--algo", "ppo", "--clip", "0.1", "--eval-episodes", "1") == 0
+    with pytest.raises(SystemExit):
+        train(tmp_path / "other", "--clip", "0.1")  # trpo has none
+    with pytest.raises(SystemExit):
+        main(["train", "CartPole-v1", "--algo", "tpro"])
+    assert "invalid choice: 'tpro'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("what", ["folder", "file"])
