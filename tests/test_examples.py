@@ -1,5 +1,6 @@
 """The examples in their short form: what they claim must hold after a few steps already."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -108,11 +109,12 @@ def test_of_several_learning_rates_the_one_with_the_lowest_loss_is_shown() -> No
 # torch 2.13 uses its own deprecated torch.jit.script when it first needs a jvp
 @pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")
 def test_the_ensemble_steps_together_as_its_members_do_alone(
-    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    threads = torch.get_num_threads()
-    result = load("ensemble").main(steps=6, members=5, quiet=True)
+    threads, plot = torch.get_num_threads(), tmp_path / "plot.png"
+    result = load("ensemble").main(steps=6, members=5, plot=plot, quiet=True)
     torch.set_num_threads(threads)
     assert result["loss at the last"] < 0.5 * result["loss at the first step"]
     assert result["values differ by"] < 1e-2  # float32, ten iterations
     assert "times faster" in capsys.readouterr().out
+    assert plot.read_bytes().startswith(b"\x89PNG")

@@ -55,6 +55,9 @@ class NewtonTrustRegion(TrustRegionOptimizer):
         NewtonTrustRegion(params, math.inf, curvature="ggn", damping=1e-2, adapt_damping=True,
                           damping_factor=4.0)
 
+    To fit a few, ill-conditioned parameters, solve exactly too, ``rtol=1e-12``, and write them in
+    units of a first guess.
+
     **Hessian-free optimisation** (Martens, 2010) is the same with ``solver="cg"``: conjugate
     gradients start from the last solution and end by Martens' rule of relative progress, the step
     is shortened until the loss falls, and lambda moves by 3/2::
