@@ -21,6 +21,10 @@ from .advantages import td_lambda as td_lambda
 from .agent import Agent as Agent
 from .algorithms import ALGORITHMS as ALGORITHMS
 from .algorithms import load as load
+from .callbacks import EvaluateBest as EvaluateBest
+from .callbacks import Every as Every
+from .callbacks import SaveCheckpoint as SaveCheckpoint
+from .callbacks import StopOnReward as StopOnReward
 from .checkpoint import CheckpointError as CheckpointError
 from .config import Config as Config
 from .environments import Stepper as Stepper
@@ -37,6 +41,9 @@ from .policies import HeadPolicy as HeadPolicy
 from .policies import Policy as Policy
 from .ppo import PPO as PPO
 from .ppo import PPOConfig as PPOConfig
+from .reporting import CSVLog as CSVLog
+from .reporting import Table as Table
+from .reporting import TensorBoardLog as TensorBoardLog
 from .rollout import Collector as Collector
 from .rollout import Rollout as Rollout
 from .spaces import ObservationLayout as ObservationLayout
@@ -66,6 +73,14 @@ __all__ = [
     "evaluate",
     "Evaluation",
     "CheckpointError",
+    # callbacks and loggers
+    "Every",
+    "EvaluateBest",
+    "SaveCheckpoint",
+    "StopOnReward",
+    "Table",
+    "CSVLog",
+    "TensorBoardLog",
     # parts
     "gae",
     "n_step",

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Generic, TypeVar
 import torch
 import tyro
 
-from .agent import Agent, Log
+from .agent import Agent
 from .algorithms import ALGORITHMS, load
 from .config import Config
 from .environments import describe
@@ -89,15 +89,10 @@ def train(command: Train[Any], algorithm: type[Agent]) -> int:
     }
     (out / "config.json").write_text(json.dumps(options | command.config.to_dict(), indent=2))
     table, csv_log = Table(command.log_every), CSVLog(out / "progress.csv")
-
-    def report(_: Agent, log: Log) -> None:
-        csv_log(log)
-        table(log)
-
     print(f"{algorithm.__name__} on {describe(agent.envs)}, run folder {out}")
     interrupted, progress = False, command.progress and sys.stderr.isatty()
     try:
-        agent.learn(command.total_timesteps, progress=progress, callback=report)
+        agent.learn(command.total_timesteps, progress=progress, callback=(csv_log, table))
     except KeyboardInterrupt:
         interrupted = True
         print("interrupted: keeping what was learnt so far", file=sys.stderr)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Self, TypeAlias
@@ -131,7 +131,10 @@ class Agent(abc.ABC):
         }
 
     def learn(
-        self, total_timesteps: int, progress: bool = True, callback: Callback | None = None
+        self,
+        total_timesteps: int,
+        progress: bool = True,
+        callback: Callback | Sequence[Callback] = (),
     ) -> Self:
         """Train until ``total_timesteps`` more environment steps are done.
 
@@ -140,7 +143,8 @@ class Agent(abc.ABC):
         Args:
             total_timesteps: environment steps to add; resets do not count.
             progress: show a progress bar.
-            callback: called with the agent and the log after each update; False stops.
+            callback: called with the agent and the log after each update; False stops. Of several,
+                all are called: see :mod:`rl.callbacks`.
 
         Returns:
             The agent itself.
@@ -153,6 +157,7 @@ class Agent(abc.ABC):
 
         if total_timesteps <= 0:
             raise ValueError(f"total_timesteps must be positive, got {total_timesteps}")
+        callbacks = [callback] if callable(callback) else callback
         if self._collector is None:
             seed = _environment_seed(self.config.seed, self.num_timesteps)
             self._collector = Collector(
@@ -172,7 +177,7 @@ class Agent(abc.ABC):
                 bar.update(min(steps, total_timesteps - bar.n))
                 elapsed = time.perf_counter() - started
                 log = self._progress(self.num_timesteps - first, elapsed) | log
-                if callback is not None and callback(self, log) is False:
+                if False in [call(self, log) for call in callbacks]:
                     break
         return self
 
@@ -184,6 +189,7 @@ class Agent(abc.ABC):
         assert self._collector is not None
         returns, lengths = self._collector.returns, self._collector.lengths
         return {
+            "time/steps": steps,  # of this call of learn()
             "time/iterations": self.iterations,
             "time/total_timesteps": self.num_timesteps,
             "time/time_elapsed": elapsed,

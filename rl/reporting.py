@@ -6,7 +6,7 @@ import csv
 import math
 from pathlib import Path
 
-from .agent import Log
+from .agent import Agent, Log
 
 _COLUMNS = (  # title, key, width, format
     ("steps", "time/total_timesteps", 9, ",d"),
@@ -30,7 +30,7 @@ class Table:
         self.every = every
         self.rows = 0
 
-    def __call__(self, log: Log) -> None:
+    def __call__(self, agent: Agent, log: Log) -> None:  # noqa: ARG002 # the protocol's
         """Print a row, and the header from time to time."""
         from tqdm import tqdm
 
@@ -47,29 +47,82 @@ class Table:
 
 
 class CSVLog:
-    """Appends every log entry to a CSV file, one row an update."""
+    """Writes every log entry to a CSV file, one row an update.
+
+    A key that comes up later gets a column of its own, empty before.
+
+    Args:
+        path: the file; rows are added to one that exists.
+
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def __call__(self, log: Log) -> None:
-        """Append a row, and the header before the first one."""
-        new = not self.path.exists()
+    def __call__(self, agent: Agent, log: Log) -> None:  # noqa: ARG002 # the protocol's
+        """Append a row."""
+        columns = self._columns()
+        new = [key for key in log if key not in columns]
+        if new and columns:
+            self._widen(columns + new)
         with self.path.open("a", newline="") as file:
-            writer = csv.DictWriter(file, fieldnames=list(log))
-            if new:
+            writer = csv.DictWriter(file, fieldnames=columns + new)
+            if not columns:
                 writer.writeheader()
             writer.writerow(log)
 
+    def _columns(self) -> list[str]:
+        if not self.path.exists():
+            return []
+        with self.path.open(newline="") as file:
+            return next(csv.reader(file), [])
+
+    def _widen(self, columns: list[str]) -> None:
+        with self.path.open(newline="") as file:
+            rows = list(csv.DictReader(file))
+        with self.path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, fieldnames=columns)
+            writer.writeheader()
+            writer.writerows(rows)
+
+
+class TensorBoardLog:
+    """Writes every number of the log to TensorBoard's files.
+
+    Args:
+        folder: where they go.
+
+    Raises:
+        ModuleNotFoundError: the extra ``torch-trustregion[tensorboard]`` is not installed.
+
+    """
+
+    def __init__(self, folder: Path) -> None:
+        try:
+            from torch.utils.tensorboard.writer import SummaryWriter
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError(
+                'TensorBoardLog needs tensorboard: pip install "torch-trustregion[tensorboard]"',
+                name="tensorboard",
+            ) from error
+        self._writer = SummaryWriter(folder)
+
+    def __call__(self, agent: Agent, log: Log) -> None:
+        """Write the numbers at the agent's step."""
+        for key, value in log.items():
+            if isinstance(value, int | float):
+                self._writer.add_scalar(key, value, agent.num_timesteps)
+        self._writer.flush()
+
 
 def read_csv(path: Path) -> dict[str, list[float]]:
-    """Return the numeric columns of a file written by :class:`CSVLog`."""
+    """Return the numeric columns of a file written by :class:`CSVLog`; NaN where a row has none."""
     with path.open(newline="") as file:
         rows = list(csv.DictReader(file))
     columns: dict[str, list[float]] = {}
     for key in rows[0] if rows else ():
         try:
-            columns[key] = [float(row[key]) for row in rows]
+            columns[key] = [float(row[key] or math.nan) for row in rows]
         except ValueError:  # a column of words, such as the status
             continue
     return columns

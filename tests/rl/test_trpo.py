@@ -1,4 +1,3 @@
-import csv
 import itertools
 import json
 import zipfile
@@ -380,13 +379,3 @@ def test_cartpole_is_solved_within_thirty_thousand_steps(seed):
     agent = TRPO("CartPole-v1", seed=seed).learn(27_000, progress=False)
     assert agent.num_timesteps <= 30_000
     assert evaluate(agent, "CartPole-v1", 20).mean >= 475
-
-
-def test_csv_has_the_log(tmp_path):
-    from rl.reporting import CSVLog
-
-    log = CSVLog(tmp_path / "progress.csv")
-    log({"a": 1, "b": "x"})
-    log({"a": 2, "b": "y"})
-    with (tmp_path / "progress.csv").open(newline="") as file:
-        assert list(csv.reader(file)) == [["a", "b"], ["1", "x"], ["2", "y"]]
