@@ -19,7 +19,6 @@ from .advantages import gae as gae
 from .advantages import n_step as n_step
 from .advantages import td_lambda as td_lambda
 from .agent import Agent as Agent
-from .algorithms import ALGORITHMS as ALGORITHMS
 from .algorithms import load as load
 from .callbacks import EvaluateBest as EvaluateBest
 from .callbacks import Every as Every
@@ -56,7 +55,6 @@ from .vpg import VPGConfig as VPGConfig
 __all__ = [
     # algorithms
     "Agent",
-    "ALGORITHMS",
     "load",
     "TRPO",
     "NPG",

@@ -29,8 +29,8 @@ class Every:
         >>> from rl import TRPO
         >>> report = Every(1000, lambda agent, log: print(agent.iterations))
         >>> _ = TRPO("CartPole-v1", steps_per_update=512).learn(2000, False, report)
-        2
-        4
+        3
+        5
 
     """
 

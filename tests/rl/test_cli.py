@@ -8,8 +8,9 @@ import sys
 
 import pytest
 
-from rl import ALGORITHMS, TRPO
+from rl import TRPO
 from rl.__main__ import main
+from rl.algorithms import ALGORITHMS
 
 TINY = ["--n-envs", "4", "--steps-per-update", "128", "--hidden", "8", "--no-progress"]
 
