@@ -1,4 +1,4 @@
-"""The command line: ``python -m rl train ENV_ID [--algo NAME]`` and ``python -m rl eval RUN``."""
+"""The command line: ``python -m rl train | eval | plot | record | check``."""
 
 from __future__ import annotations
 
@@ -18,6 +18,9 @@ from .algorithms import ALGORITHMS, load
 from .config import Config
 from .environments import describe
 from .evaluation import Evaluation, evaluate
+from .inspection import inspect_env
+from .plots import plot_runs
+from .recording import record
 from .reporting import CSVLog, Table, plot_learning_curve, read_csv
 
 C = TypeVar("C", bound=Config)
@@ -73,6 +76,47 @@ class Eval:
     """Draw actions instead of taking the most likely one."""
 
 
+@dataclass(frozen=True)
+class Plot:
+    """Draw the returns and KLs of runs; of several seeds the interquartile mean."""
+
+    runs: tyro.conf.Positional[tuple[Path, ...]]
+    """Run folders."""
+
+    out: Path = Path("runs.png")
+    """File to write."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """Film a trained agent as an animated GIF."""
+
+    run: tyro.conf.Positional[Path]
+    """Run folder, or a checkpoint file."""
+
+    out: Path | None = None
+    """File to write; recording.gif in the run folder by default."""
+
+    episodes: int = 1
+    """Number of episodes."""
+
+    seed: int = 0
+    """Seed of the environment."""
+
+    max_frames: int = 1000
+    """Frames at which the film ends."""
+
+
+@dataclass(frozen=True)
+class Check(Generic[C]):
+    """Check an environment, and say what would be used to learn in it."""
+
+    env_id: tyro.conf.Positional[str]
+    """Environment id, for example CartPole-v1."""
+
+    config: tyro.conf.OmitArgPrefixes[C]
+
+
 def train(command: Train[Any], algorithm: type[Agent]) -> int:
     """Run ``train``; return the exit code."""
     for name in ("total_timesteps", "eval_episodes", "log_every", "threads"):
@@ -111,8 +155,7 @@ def train(command: Train[Any], algorithm: type[Agent]) -> int:
 
 def evaluate_run(command: Eval) -> int:
     """Run ``eval``; return the exit code."""
-    path = command.run / _CHECKPOINT if command.run.is_dir() else command.run
-    agent = load(path)
+    path, agent = _trained(command.run)
     assert agent.env_id is not None  # load without env= made one from its id
     print(f"{path}: {type(agent).__name__} on {agent.env_id} after {agent.num_timesteps:,} steps")
     result = evaluate(
@@ -124,6 +167,45 @@ def evaluate_run(command: Eval) -> int:
     )
     _print_evaluation(result)
     return 0
+
+
+def plot(command: Plot) -> int:
+    """Run ``plot``; return the exit code."""
+    groups = plot_runs(command.runs, command.out)
+    for label, count in groups.items():
+        print(f"{label}: {count} run{'s' * (count > 1)}")
+    print(f"plot            {command.out}")
+    return 0
+
+
+def film(command: Record) -> int:
+    """Run ``record``; return the exit code."""
+    path, agent = _trained(command.run)
+    assert agent.env_id is not None  # load without env= made one from its id
+    out = command.out or path.parent / "recording.gif"
+    returns = record(
+        agent,
+        agent.env_id,
+        out,
+        episodes=command.episodes,
+        seed=command.seed,
+        max_frames=command.max_frames,
+    )
+    print(f"returns         {', '.join(f'{value:.1f}' for value in returns)}")
+    print(f"film            {out}")
+    return 0
+
+
+def check(command: Check[Any]) -> int:
+    """Run ``check``; return the exit code."""
+    lines, sound = inspect_env(command.env_id, command.config)
+    print("\n".join(lines))
+    return 0 if sound else 1
+
+
+def _trained(run: Path) -> tuple[Path, Agent]:
+    path = run / _CHECKPOINT if run.is_dir() else run
+    return path, load(path)
 
 
 def _make_run_folder(command: Train[Any], algorithm: str) -> Path:
@@ -169,7 +251,17 @@ def main(arguments: list[str] | None = None) -> int:
     algorithm = ALGORITHMS[chosen.algo]
     command = tyro.cli(_commands(algorithm.config_class), prog="python -m rl", args=rest)
     try:
-        return evaluate_run(command) if isinstance(command, Eval) else train(command, algorithm)
+        match command:
+            case Eval():
+                return evaluate_run(command)
+            case Plot():
+                return plot(command)
+            case Record():
+                return film(command)
+            case Check():
+                return check(command)
+            case _:
+                return train(command, algorithm)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -177,8 +269,15 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _commands(config: type[Config]) -> Any:
     """Return the type that tyro makes the command line of, for the options of one algorithm."""
-    training: Any = Annotated[Train[config], tyro.conf.subcommand("train")]
-    return training | Annotated[Eval, tyro.conf.subcommand("eval")]
+    commands: Any = Annotated[Train[config], tyro.conf.subcommand("train")]
+    for name, kind in (
+        ("eval", Eval),
+        ("plot", Plot),
+        ("record", Record),
+        ("check", Check[config]),
+    ):
+        commands = commands | Annotated[kind, tyro.conf.subcommand(name)]
+    return commands
 
 
 if __name__ == "__main__":

@@ -6,11 +6,15 @@ import signal
 import subprocess
 import sys
 
+import gymnasium
+import numpy as np
 import pytest
+from PIL import Image
 
 from rl import TRPO
 from rl.__main__ import main
 from rl.algorithms import ALGORITHMS
+from toys import Clock
 
 TINY = ["--n-envs", "4", "--steps-per-update", "128", "--hidden", "8", "--no-progress"]
 
@@ -189,3 +193,69 @@ def test_help_names_every_option(capsys):
     printed = capsys.readouterr().out
     for option in ("--delta", "--total-timesteps", "--out", "--gae-lambda"):
         assert option in printed
+
+
+def test_plot_takes_seeds_together(run, tmp_path, capsys):
+    assert train(tmp_path / "b", "--seed", "1", "--eval-episodes", "1") == 0
+    assert train(tmp_path / "c", "--algo", "vpg", "--eval-episodes", "1") == 0
+    capsys.readouterr()
+    out = tmp_path / "curves.png"
+    assert (
+        main(["plot", str(run), str(tmp_path / "b"), str(tmp_path / "c"), "--out", str(out)]) == 0
+    )
+    assert out.read_bytes().startswith(b"\x89PNG")
+    assert capsys.readouterr().out.splitlines()[:2] == [
+        "trpo on CartPole-v1: 2 runs",
+        "vpg on CartPole-v1: 1 run",
+    ]
+    refused(capsys, main(["plot", str(tmp_path)]), "it has no progress.csv")
+
+
+def test_check_says_what_would_be_used(capsys):
+    assert main(["check", "CartPole-v1"]) == 0
+    printed = capsys.readouterr().out
+    for words in ("8 x CartPole-v1, by the vectorised", "CategoricalHead", "4 columns of float32"):
+        assert words in printed
+    refused(capsys, main(["check", "NoSuch-v1"]), "cannot make environment")
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # gymnasium warns too
+def test_check_of_an_environment_that_is_wrong(capsys):
+    gymnasium.register("Wrong-v0", entry_point=lambda **_: Wrong())
+    try:
+        assert main(["check", "Wrong-v0"]) == 1
+    finally:
+        gymnasium.registry.pop("Wrong-v0")
+    printed = capsys.readouterr().out
+    assert "its checker fails" in printed
+    assert "AssertionError" in printed
+    assert "\x1b" not in printed
+
+
+class Wrong(Clock):
+    """Its observations are not of its space."""
+
+    def __init__(self):
+        super().__init__()
+        self.observation_space = gymnasium.spaces.Box(5, 6, (2,))
+
+
+def test_record_writes_a_film(run, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("rl.recording.gymnasium.make", lambda *_, **__: Film())
+    out = tmp_path / "film.gif"
+    assert main(["record", str(run), "--out", str(out), "--episodes", "2"]) == 0
+    with Image.open(out) as film:
+        assert film.n_frames == 6
+        assert film.size == (40, 30)
+    assert "returns         3.0, 3.0" in capsys.readouterr().out
+    refused(capsys, main(["record", str(run), "--out", str(tmp_path / "film.mp4")]), "as .gif")
+
+
+class Film(Clock):
+    """Renders its time, and observes as CartPole does."""
+
+    def _observation(self):
+        return np.zeros(4, np.float32)
+
+    def render(self):
+        return np.full((30, 40, 3), 20 * self.time, np.uint8)
