@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -30,6 +31,35 @@ def mlp(sizes: Sequence[int], *, output_gain: float) -> nn.Sequential:
         nn.init.zeros_(linear.bias)
         layers += [linear] if last else [linear, nn.Tanh()]
     return nn.Sequential(*layers)
+
+
+def dense_function(*modules: nn.Module) -> Callable[[np.ndarray], np.ndarray] | None:
+    """Return tanh networks in a row as a function of numpy, or None where there is anything else.
+
+    For the few rows that a step of some environments has, calling torch takes several times what
+    the arithmetic does. The function is that of the parameters as they are now.
+    """
+    steps: list[tuple[np.ndarray, np.ndarray] | None] = []  # None is a tanh
+    for module in modules:
+        for layer in module.children() if isinstance(module, nn.Sequential) else [module]:
+            if type(layer) is nn.Linear and layer.weight.dtype == torch.float32:
+                weight = np.ascontiguousarray(layer.weight.detach().numpy().T)
+                steps.append((weight.copy(), layer.bias.detach().numpy().copy()))
+            elif type(layer) is nn.Tanh:
+                steps.append(None)
+            else:
+                return None
+
+    def function(x: np.ndarray) -> np.ndarray:
+        for step in steps:
+            if step is None:
+                x = np.tanh(x)
+            else:
+                x = x @ step[0]
+                x += step[1]
+        return x
+
+    return function
 
 
 class ImageFeatures(nn.Module):
@@ -105,6 +135,15 @@ class Encoder(nn.Module):
         if len(self.columns):
             parts.append(self._vectors(flat[:, self.columns].float()))
         return self.body(torch.cat(parts, dim=1)).unflatten(0, rows.shape[:-1])
+
+    def function(self, *after: nn.Module) -> Callable[[np.ndarray], np.ndarray] | None:
+        """Return this and what comes after it by :func:`dense_function`, or None."""
+        body = dense_function(self.body, *after) if self.whole else None
+        if body is None or self.norm is None:
+            return body
+        shift, scale = self.norm.shift.numpy().copy(), self.norm.scale.numpy().copy()
+        clip = self.norm.clip
+        return lambda x: body(np.clip((x - shift) * scale, -clip, clip))
 
     def _vectors(self, x: Tensor) -> Tensor:
         return x if self.norm is None else self.norm(x)

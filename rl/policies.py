@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -37,6 +37,10 @@ class Policy(nn.Module, abc.ABC):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(int(noise))
             return self(rows).sample()
+
+    def actor(self) -> Callable[[Tensor, Tensor], Tensor]:
+        """Return what acts as :meth:`act` does, up to rounding, while the parameters stay."""
+        return self.act
 
     def mode(self, rows: Tensor) -> Tensor:
         """Return the most likely action of each row."""
@@ -88,6 +92,14 @@ class HeadPolicy(Policy):
     def act(self, rows: Tensor, noise: Tensor) -> Tensor:
         """Draw one action a row."""
         return self.head.draw(self._outputs(rows), noise)
+
+    def actor(self) -> Callable[[Tensor, Tensor], Tensor]:
+        """Return a function that does without torch's networks, where they are plain."""
+        outputs = self.encoder.function(self.linear)
+        if outputs is None or self.columns is not None:
+            return self.act
+        draw = self.head.draw
+        return lambda rows, noise: draw(torch.from_numpy(outputs(rows.numpy())), noise)
 
     def mode(self, rows: Tensor) -> Tensor:
         """Return the most likely action of each row."""

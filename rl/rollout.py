@@ -109,10 +109,10 @@ class Collector:
         rows[0] = self._reset() if self._row is None else self._row
         self._row = None  # until the rollout is whole
         observations = torch.from_numpy(rows)
-        noise = policy.noise(steps, n, self.generator)
+        noise, act = policy.noise(steps, n, self.generator), policy.actor()
         with torch.inference_mode():
             for t, (row, draw) in enumerate(zip(observations[:-1].unbind(), noise, strict=True)):
-                action = policy.act(row, draw)
+                action = act(row, draw)
                 try:
                     step = self.stepper.step(policy.to_env(action))
                 except Exception as error:

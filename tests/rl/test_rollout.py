@@ -6,7 +6,7 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
 from rl import TRPO, Collector, Stepper, TRPOConfig, evaluate, make_envs
 from rl.environments import describe
-from rl.model import make_networks
+from rl.model import make_networks, observation_norm
 from rl.spaces import ObservationLayout
 from toys import Clock, vector
 
@@ -77,10 +77,10 @@ def test_an_interrupted_rollout_is_followed_by_new_episodes():
             raise KeyboardInterrupt
         return type(policy).act(policy, rows, noise)
 
-    policy.act = interrupted
+    policy.actor = lambda: interrupted
     with pytest.raises(KeyboardInterrupt):
         keeper.collect(policy, 3)
-    del policy.act
+    del policy.actor
     rollout = keeper.collect(policy, 6)
     assert rollout.observations[:, 0, 1].tolist() == [0, 1, 2, 3, 4, 5, 0]
     assert list(keeper.lengths) == [5, 5]
@@ -205,6 +205,43 @@ def test_how_copies_are_stepped_is_chosen_and_said():
     processes.close()
     with pytest.raises(ValueError, match="cannot make environment 'Acrobot-v1'"):
         make_envs("Acrobot-v1", 2, "vector_entry_point")
+
+
+@pytest.mark.parametrize(
+    ("space", "options"),
+    [
+        (Discrete(3), {}),
+        (Box(-1, 1, (2,), np.float32), {}),
+        (Box(-1, 1, (2,), np.float32), {"state_dependent_std": True}),
+        (Discrete(3), {"normalise_observations": True}),
+    ],
+)
+def test_the_fast_way_to_act_is_the_plain_one(space, options):
+    config = TRPOConfig(hidden=(16, 8), **options)
+    layout = ObservationLayout(Box(-np.inf, np.inf, (3,), np.float32))
+    norm = observation_norm(layout, config)
+    if norm is not None:
+        norm.update(5 + 3 * torch.randn(100, 3))
+    policy, _ = make_networks(layout, space, norm, config)
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    act = policy.actor()
+    assert act != policy.act
+    rows = 20 * torch.randn(64, 3)
+    (noise,) = policy.noise(1, 64, torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        torch.testing.assert_close(act(rows, noise), policy.act(rows, noise))
+    before = act(rows, noise)
+    with torch.no_grad():
+        next(policy.parameters()).add_(10.0)
+    assert torch.equal(act(rows, noise), before)  # it is of the parameters it was made from
+
+
+def test_other_networks_act_as_they_are():
+    space = Box(0, 255, (8, 8), np.uint8)
+    policy, _ = make_networks(ObservationLayout(space), Discrete(2), None, TRPOConfig(hidden=(4,)))
+    assert policy.actor() == policy.act
 
 
 # -- the three ways to reset
