@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from dataclasses import asdict, dataclass, fields
 from difflib import get_close_matches
-from typing import Any, Self
+from typing import Any, Literal, Self, TypeAlias, get_args
 
-from .environments import VECTORIZATIONS
+from .environments import Vectorization
 
-ADVANTAGES = ("gae", "n_step", "monte_carlo")
-CRITIC_FITS = ("adam", "trust_region", "lbfgs")
+AdvantageName: TypeAlias = Literal["gae", "n_step", "monte_carlo"]
+CriticFitName: TypeAlias = Literal["adam", "trust_region", "lbfgs"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,8 +26,8 @@ class Config:
     steps_per_update: int = 2048
     """Environment steps an update, over all copies."""
 
-    vectorization: str = "auto"
-    """How copies are stepped: auto, sync, async or vector_entry_point (see make_envs)."""
+    vectorization: Vectorization = "auto"
+    """How copies of the environment are stepped: see make_envs."""
 
     hidden: tuple[int, ...] = (64, 64)
     """Widths of the hidden layers of policy and critic."""
@@ -50,8 +50,8 @@ class Config:
     gamma: float = 0.99
     """Discount."""
 
-    advantages: str = "gae"
-    """Advantage estimates: gae, n_step or monte_carlo."""
+    advantages: AdvantageName = "gae"
+    """Advantage estimates."""
 
     gae_lambda: float = 0.98
     """Trace decay of gae."""
@@ -63,8 +63,8 @@ class Config:
     """Trace decay of the returns that the critic is fitted to; by default they are values plus
     advantages."""
 
-    critic_fit: str = "adam"
-    """How the critic is fitted: adam, trust_region or lbfgs."""
+    critic_fit: CriticFitName = "adam"
+    """How the critic is fitted."""
 
     critic_lr: float = 1e-3
     """Learning rate of the critic's Adam."""
@@ -104,13 +104,14 @@ class Config:
             value = getattr(self, name)
             if value is not None and not 0 <= value <= 1:
                 raise ValueError(f"{name} must lie in [0, 1], got {value}")
-        for name, choices in (
-            ("advantages", ADVANTAGES),
-            ("vectorization", VECTORIZATIONS),
-            ("critic_fit", CRITIC_FITS),
+        for name, kind in (
+            ("advantages", AdvantageName),
+            ("vectorization", Vectorization),
+            ("critic_fit", CriticFitName),
         ):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} must be one of {choices}, got {getattr(self, name)!r}")
+            value, choices = getattr(self, name), get_args(kind)
+            if value not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
         self.check_positive("critic_lr", "critic_delta")
         if self.seed < 0:
             raise ValueError(f"seed must not be negative, got {self.seed}")

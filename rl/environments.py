@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
 
 import gymnasium
 import numpy as np
@@ -15,10 +15,10 @@ from gymnasium.vector.utils import concatenate, create_empty_array
 EnvSource: TypeAlias = (
     "str | VectorEnv | gymnasium.Env[Any, Any] | Callable[[], gymnasium.Env[Any, Any]]"
 )
-VECTORIZATIONS = ("auto", "sync", "async", "vector_entry_point")
+Vectorization: TypeAlias = Literal["auto", "sync", "async", "vector_entry_point"]
 
 
-def make_envs(env: EnvSource, n_envs: int, vectorization: str = "auto") -> VectorEnv:
+def make_envs(env: EnvSource, n_envs: int, vectorization: Vectorization = "auto") -> VectorEnv:
     """Return a vector environment.
 
     Args:
@@ -46,8 +46,9 @@ def make_envs(env: EnvSource, n_envs: int, vectorization: str = "auto") -> Vecto
         )
     if n_envs < 1:
         raise ValueError(f"n_envs must be at least 1, got {n_envs}")
-    if vectorization not in VECTORIZATIONS:
-        raise ValueError(f"vectorization must be one of {VECTORIZATIONS}, got {vectorization!r}")
+    if vectorization not in get_args(Vectorization):
+        choices = ", ".join(get_args(Vectorization))
+        raise ValueError(f"vectorization must be one of {choices}, got {vectorization!r}")
     if callable(env):
         return _from_factories([env] * n_envs, vectorization)
     try:
@@ -76,7 +77,7 @@ def _own_vectorised(env_id: str, n_envs: int, required: bool) -> VectorEnv | Non
 
 
 def _from_factories(
-    factories: Sequence[Callable[[], gymnasium.Env[Any, Any]]], vectorization: str
+    factories: Sequence[Callable[[], gymnasium.Env[Any, Any]]], vectorization: Vectorization
 ) -> VectorEnv:
     if vectorization == "vector_entry_point":
         raise ValueError(
