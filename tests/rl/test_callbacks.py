@@ -2,6 +2,7 @@ import builtins
 import csv
 
 import pytest
+import torch
 
 from rl import (
     TRPO,
@@ -71,7 +72,11 @@ def test_the_best_agent_is_kept(tmp_path):
     assert evaluate(load(tmp_path / "best.zip", Bandit), Bandit, 4).mean == 1.0
     # a worse one does not take its place
     kept = (tmp_path / "best.zip").read_bytes()
-    best(agent, {})
+    with torch.no_grad():
+        agent.policy.linear[0].bias.copy_(torch.tensor([5.0, 0.0]))  # the action that pays nothing
+    log = {}
+    best(agent, log)
+    assert log["eval/mean_reward"] == 0 < best.best_mean
     assert (tmp_path / "best.zip").read_bytes() == kept
 
 
