@@ -42,7 +42,15 @@ class TrustRegionOptimizer(torch.optim.Optimizer):
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group; its options must agree with the others', ``lr`` excepted."""
+        """Add a group; its options must agree with the others', ``lr`` excepted.
+
+        Those that it does not give are the others' once a step has been taken, which may have moved
+        them.
+        """
+        if self.state:
+            shared = self.param_groups[0]
+            names = option_names(self.options_class)
+            param_group = {**{name: shared[name] for name in names}, **param_group}
         super().add_param_group(param_group)
         try:
             shared_options(self.param_groups, self.options_class)
@@ -67,8 +75,13 @@ class TrustRegionOptimizer(torch.optim.Optimizer):
         """Restore; without a state for it, the preconditioner starts anew."""
         super().load_state_dict(state_dict)
         gate = self._gated()
-        if isinstance(gate, Gated) and "preconditioner" in state_dict:
+        if not isinstance(gate, Gated):
+            return
+        if "preconditioner" in state_dict:
             gate.load_state_dict(copy.deepcopy(state_dict["preconditioner"]))
+        else:
+            gate.preconditioner.load_state_dict({})
+            self.preconditioner = Gated(gate.preconditioner, retest=gate.retest)
 
     def _gated(self) -> Gated | OperatorLike | None:
         """Return the preconditioner, on trial if it is built anew for each step."""
@@ -106,12 +119,16 @@ class TrustRegionOptimizer(torch.optim.Optimizer):
 
     def _rates(self, vector: ParameterVector) -> tuple[float, Tensor | None]:
         """Return the largest learning rate and, where the groups differ, the ratios to it."""
-        lrs = [float(group["lr"]) for group in self.param_groups]
+        trainable = [
+            (float(group["lr"]), p)
+            for group in self.param_groups
+            for p in group["params"]
+            if p.requires_grad
+        ]
+        lrs = [lr for lr, _ in trainable]  # a frozen group has no say
         largest = max(lrs)
         if min(lrs) == largest:
             return largest, None
-        pairs = zip(lrs, self.param_groups, strict=True)
-        trainable = ((lr, p) for lr, group in pairs for p in group["params"] if p.requires_grad)
         return largest, vector.ravel([torch.full_like(p, lr / largest) for lr, p in trainable])
 
     def _require_closure(self, returns: str) -> None:

@@ -223,8 +223,12 @@ class Calls:
         return self.again(lambda: evaluate(self.closure, read, graph=False))
 
     def again(self, call: Callable[[], T]) -> T:
-        """Run something with the random numbers that the first call saw."""
+        """Call once more, with the random numbers that the first call saw."""
         self.count += 1
+        return self.beside(call)
+
+    def beside(self, call: Callable[[], T]) -> T:
+        """Run something else with the random numbers that the first call saw."""
         if self._end is None:
             return call()
         self._restore(self._start)

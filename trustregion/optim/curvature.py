@@ -172,6 +172,8 @@ def _metric(
         rule = given.preconditioner
         operand = A.inner if isinstance(A, Counted) else A  # it may want to know the network
         M, name = rule.build(operand, curvature.options.damping), type(rule).__name__
+        if isinstance(A, Counted):
+            A.count += rule.products  # which went past it
     else:
         M, name = as_operator(given, curvature.start.theta), ""
     return M if curvature.rates is None else between(M, curvature.rates), name

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..kl_ball import Step, kl_ball_step, kl_penalty_step
 from ..operators.base import Identity, LinearOperator, OperatorLike
 from ..preconditioners import Gated
+from ..preconditioners.gate import between
 from ..solvers.cg import cg
 from ..solvers.lanczos import lanczos
 from ..solvers.solution import LinearSolution
@@ -166,13 +167,19 @@ def _constrained(
             " dampings out, or add the constraints to the loss"
         )
     damping, values = o.dampings[0], problem.start.constraints
+    built, name = 0, ""
+    if isinstance(M, Gated):
+        rule, name = M.preconditioner, type(M.preconditioner).__name__
+        M = rule.build(F, damping)
+        built = rule.products
+        M = M if problem.rates is None else between(M, problem.rates)
     found = constrained_kl_ball_step(
         problem.metric(F),
         h,
         o.delta,
         problem.scaled(rows),
         values,
-        M=M.preconditioner.build(F, damping) if isinstance(M, Gated) else M,
+        M=M,
         damping=damping,
         rtol=o.cg_rtol,
         max_iter=o.cg_max_iter,
@@ -182,7 +189,8 @@ def _constrained(
         status=found.status,
         cg_status=found.status,
         cg_iterations=found.iterations,
-        products=found.products,
+        preconditioner=name,
+        products=found.products + built,
         multipliers=tuple(scalar_ldexp(mu, e) for mu in found.multipliers.tolist()),
     )
     if not bool(found.s.any()):

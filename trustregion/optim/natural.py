@@ -23,6 +23,10 @@ from .replicas import ProcessGroup
 from .search import Search
 from .start import enter
 
+# A converged loss rejects step after step, and the radius would shrink for ever. A KL so far below
+# the target tells nothing more, and is soon left where the loss changes.
+SMALLEST = 1e-6
+
 
 class NaturalTrustRegion(TrustRegionOptimizer):
     r"""Minimise a loss by natural-gradient steps that stay within a KL ball.
@@ -87,10 +91,11 @@ class NaturalTrustRegion(TrustRegionOptimizer):
             :math:`s = -(F + \lambda I)^{-1} g / C`, which ``delta`` still bounds, unless it is
             infinite, and the penalised loss must fall.
         kl_target: double C after a step with more than 1.5 times this KL or a rejected one, and
-            halve it after one with less than the 1.5th part.
+            halve it after one with less than the 1.5th part. A rejected step with a millionth of
+            this KL leaves C as it is.
         max_delta: let ``delta`` follow rho, the actual over the predicted reduction of the loss:
-            a quarter of it after a step with rho below 1/4, twice as much, up to this, after one
-            with rho above 3/4 that used 0.8 of it.
+            a quarter of it, down to a millionth of this, after a step with rho below 1/4; twice as
+            much, up to this, after one with rho above 3/4 that used 0.8 of it.
         adapt_damping: let ``damping`` follow rho (:func:`levenberg_marquardt_damping`).
         warm_start: start conjugate gradients from this factor times the last solution, whose
             memory then fades over the steps; costs one product.
@@ -227,7 +232,7 @@ class NaturalTrustRegion(TrustRegionOptimizer):
     def _adapt(self, options: NaturalOptions, info: StepInfo) -> None:
         """Let radius, damping and penalty follow what was measured."""
         rho = info.rho if info.accepted else -math.inf
-        if info.status is Status.RECOVERING:
+        if info.status in (Status.RECOVERING, Status.NOT_REPRODUCIBLE):
             return  # no statement on the loss
         if options.max_delta is not None:
             edge = info.accepted and info.kl >= 0.8 * options.delta
@@ -239,13 +244,17 @@ class NaturalTrustRegion(TrustRegionOptimizer):
                 grow=math.sqrt(2),
                 largest=math.sqrt(options.max_delta),
             )
-            self._write("delta", min(radius**2, options.max_delta))
+            floor = min(options.delta, SMALLEST * options.max_delta)
+            self._write("delta", max(min(radius**2, options.max_delta), floor))
         if options.adapt_damping:
             self._write("damping", levenberg_marquardt_damping(options.dampings[0], rho))
         if options.kl_target is not None and options.penalty is not None:
-            if not info.accepted or info.kl > 1.5 * options.kl_target:
+            # of a step that was rejected, as the model has it: predicted is s'Fs / C for scale 1
+            kl = info.predicted_reduction / (2 * options.penalty * info.scale)
+            beyond = SMALLEST if not info.accepted else 1.5
+            if (info.kl if info.accepted else kl) > beyond * options.kl_target:
                 self._write("penalty", 2 * options.penalty)
-            elif info.kl < options.kl_target / 1.5:
+            elif info.accepted and info.kl < options.kl_target / 1.5:
                 self._write("penalty", options.penalty / 2)
 
 

@@ -14,6 +14,7 @@ from ..distributions import Prediction
 from ..operators.base import OperatorLike
 from ..preconditioners import Gated, Preconditioner
 from ..radius import classic_radius, gould_radius, levenberg_marquardt_damping
+from ..status import Status
 from .base import TrustRegionOptimizer, uncompiled
 from .closure import Calls, Judgement, comparable_kernels, read_judgement
 from .curvature import CURVATURES, METRICS, SOLVERS, Curvature, quadratic_model, solver
@@ -246,26 +247,29 @@ class NewtonTrustRegion(TrustRegionOptimizer):
     ) -> StepInfo:
         """Commit a step that will do, or restore the parameters bit for bit."""
         solve, accepted = solver(self.solver, model, options, last), False
+        moved: dict[str, float] = {}  # options that follow what was measured
         try:
             if self.solver == "cg":
                 step = solve(options.damping)
                 info, rho = shorten(trials, step, options.max_rejections, info)
                 if options.warm_start:
                     self._keep_direction(trials.vector, step.s)
-                self._adapt_damping(options, rho)
+                moved |= self._adapted_damping(options, rho)
             elif options.radius == math.inf:
                 limit, first = options.max_rejections, options.damping
                 follow = self._raised(options)
                 info, damping, _ = shrink(trials, solve, "damping", first, follow, limit, info)
                 if options.adapt_damping:
-                    self._write("damping", damping)
+                    moved["damping"] = damping
             else:
                 limit, first = options.max_rejections, options.radius
                 follow = self._next_radius
                 info, radius, rho = shrink(trials, solve, "radius", first, follow, limit, info)
-                self._write("radius", radius)
-                self._adapt_damping(options, rho)
+                moved |= {"radius": radius, **self._adapted_damping(options, rho)}
             info = trials.doubted(info)
+            if info.status is not Status.NOT_REPRODUCIBLE:  # which says nothing of any trial
+                for name, value in moved.items():
+                    self._write(name, value)
             accepted = info.accepted
         finally:  # also on KeyboardInterrupt
             if not accepted:
@@ -285,11 +289,11 @@ class NewtonTrustRegion(TrustRegionOptimizer):
         factor = options.damping_factor
         return lambda damping, rho, _: levenberg_marquardt_damping(damping, rho, factor=factor)
 
-    def _adapt_damping(self, options: NewtonOptions, rho: float) -> None:
-        if options.adapt_damping:
-            factor = options.damping_factor
-            damping = levenberg_marquardt_damping(options.damping, rho, factor=factor)
-            self._write("damping", damping)
+    def _adapted_damping(self, options: NewtonOptions, rho: float) -> dict[str, float]:
+        if not options.adapt_damping:
+            return {}
+        factor = options.damping_factor
+        return {"damping": levenberg_marquardt_damping(options.damping, rho, factor=factor)}
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what deepcopy and pickle keep."""

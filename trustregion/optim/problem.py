@@ -36,7 +36,7 @@ class Problem:
     def goal(self) -> float:
         """What part of the ball a step should use, where its length is set by the ball alone."""
         free = self.options.penalty is not None or len(self.start.constraints) > 0
-        return 0.0 if free else min(1.0, self.lr**2)
+        return 0.0 if free else min(1.0, (self.lr * min(self.options.scales)) ** 2)
 
     def gradient(self) -> Tensor:
         """Return that of the objective to minimise, shape ``(n,)``."""
@@ -66,7 +66,7 @@ class Problem:
                 joint = self.start.evaluation.joint
             else:
                 with torch.enable_grad():
-                    joint = joint_of(self.calls.again(curvature))
+                    joint = joint_of(self.calls.beside(curvature))
             held.append(FisherOperator(joint, self.vector))
             sums = like.clone()
             sums[0] = joint.total
@@ -76,7 +76,7 @@ class Problem:
         like = self.start.theta.new_zeros(1 + len(self.vector.params), dtype=torch.float64)
         total, *counts = self.replicas.total(build, like).tolist()
         seen = {i for i, count in enumerate(counts) if count > 0}  # by the samples of any process
-        require_seen(seen, self.vector, list(slopes))
+        require_seen(seen, self.vector, [self.scaled(slope) for slope in slopes])
         return held[0], self.replicas.operator(held[0], held[0].batch_size / total)
 
     def scaled(self, g: Tensor) -> Tensor:

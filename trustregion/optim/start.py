@@ -72,6 +72,11 @@ def enter(
     if replicas.size * squares != m * m:
         raise ValueError("the processes of the group disagree on the number of constraints")
     here = parts(evaluation)[2]
+    if not weight > 0:
+        raise ValueError(
+            "the closure's prediction holds no samples, or their weights sum to zero: skip the step"
+            " of an empty batch"
+        )
     share = here / weight
     if len(constraints):
         constraints = replicas.mean(lambda: constraints, constraints, share)

@@ -214,4 +214,6 @@ def _rejected(info: StepInfo, status: Status, trial: Trial) -> StepInfo:
     detail = f"at the last trial the loss was {trial.loss} and rho {trial.rho:.3g}"
     if trial.within_rounding:
         detail = "the model promises no more than the rounding of the loss"
-    return replace(info, status=status, new_loss=info.loss, detail=detail)
+    return replace(
+        info, status=status, new_loss=info.loss, kl=0.0, actual_reduction=0.0, detail=detail
+    )
