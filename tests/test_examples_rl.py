@@ -1,6 +1,7 @@
 """The whole algorithm in one file."""
 
 import ast
+from pathlib import Path
 
 import torch
 
@@ -54,3 +55,12 @@ def test_parts_of_your_own_learn() -> None:
     after = load("own_parts").main(steps=20_000, quiet=True)
     assert after.mean > 12  # of 16; a policy that does not look earns nothing
     assert set(after.lengths) == {16}
+
+
+def test_all_algorithms_run_side_by_side(tmp_path: Path) -> None:
+    plot = tmp_path / "plot.png"
+    results = load("algorithms").main(steps=2048, seeds=2, plot=plot, quiet=True)
+    assert list(results) == ["trpo", "npg", "kl_penalty", "ppo", "vpg"]
+    assert all(len(group) == 2 for group in results.values())
+    assert 0 < max(result.largest_kl for result in results["trpo"]) <= 0.01
+    assert plot.read_bytes().startswith(b"\x89PNG")
