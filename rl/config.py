@@ -89,7 +89,7 @@ class Config:
 
     def __post_init__(self) -> None:
         """Check the ranges."""
-        for name in (
+        self.check_counts(
             "n_envs",
             "steps_per_update",
             "n_step",
@@ -97,9 +97,7 @@ class Config:
             "critic_batch_size",
             "critic_steps",
             "critic_cg_max_iter",
-        ):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        )
         for name in ("gamma", "gae_lambda", "td_lambda"):
             value = getattr(self, name)
             if value is not None and not 0 <= value <= 1:
@@ -118,13 +116,18 @@ class Config:
         if any(width < 1 for width in self.hidden):
             raise ValueError(f"hidden widths must be at least 1, got {self.hidden}")
 
-    def check_positive(self, *names: str) -> None:
-        """Raise a ValueError where one of the options is not a positive, finite number."""
+    def check_counts(self, *names: str) -> None:
+        """Raise a ValueError where one of the options is less than 1."""
         for name in names:
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(
-                    f"{name} must be a positive, finite number, got {getattr(self, name)}"
-                )
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+    def check_positive(self, *names: str) -> None:
+        """Raise a ValueError where one of the options is neither None nor positive and finite."""
+        for name in names:
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"{name} must be a positive, finite number, got {value}")
 
     def check_batch(self) -> None:
         """Raise a ValueError unless an update is some whole steps of each environment."""

@@ -6,15 +6,13 @@ import math
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
-from torch.distributions import Distribution
 
 from trustregion import NaturalTrustRegion
 
 from .agent import Agent, Log
 from .batch import Batch
 from .config import Config
-from .objectives import normalise, step_log, surrogate
+from .objectives import normalise, step_log, surrogate_closure
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +34,7 @@ class KLPenaltyConfig(Config):
     def __post_init__(self) -> None:
         """Check the ranges."""
         super().__post_init__()
-        self.check_positive("penalty", *(["kl_target"] if self.kl_target is not None else []))
+        self.check_positive("penalty", "kl_target")
 
 
 class KLPenalty(Agent):
@@ -82,17 +80,10 @@ class KLPenalty(Agent):
 
     def improve(self, batch: Batch) -> Log:
         """Take the step."""
-        advantages, gamma = normalise(batch.advantages), self.config.gamma
-
-        def closure() -> tuple[Tensor, Distribution]:
-            distribution = self.policy(batch.observations)
-            log_prob = distribution.log_prob(batch.actions)
-            return surrogate(log_prob, batch.old_log_prob, advantages), distribution
-
-        self.policy_optimizer.step(closure)
+        self.policy_optimizer.step(surrogate_closure(self.policy, batch))
         info = self.policy_optimizer.info
         assert info is not None  # after a step
-        largest = advantages.abs().max().item()
+        gamma, largest = self.config.gamma, normalise(batch.advantages).abs().max().item()
         bound = 4 * largest * gamma / (1 - gamma) ** 2 if gamma < 1 else math.inf
         return step_log(info, self.config.kl_target or math.inf) | {
             "trust/penalty": info.penalty or self.config.penalty,

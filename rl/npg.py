@@ -33,7 +33,7 @@ class NPGConfig(Config):
     def __post_init__(self) -> None:
         """Check the ranges."""
         super().__post_init__()
-        self.check_positive("delta", *(["step_size"] if self.step_size is not None else []))
+        self.check_positive("delta", "step_size")
 
 
 class NPG(Agent):

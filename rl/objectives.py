@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
+from torch.distributions import Distribution
 
 from trustregion import StepInfo
+
+from .batch import Batch
+from .policies import Policy
 
 
 def normalise(advantages: Tensor) -> Tensor:
@@ -27,6 +33,18 @@ def surrogate(log_prob: Tensor, old_log_prob: Tensor, advantages: Tensor) -> Ten
     Schulman et al., Trust Region Policy Optimization, 2015, eq. 14. All arguments ``(B,)``.
     """
     return ((log_prob - old_log_prob).exp() * advantages).mean()
+
+
+def surrogate_closure(policy: Policy, batch: Batch) -> Callable[[], tuple[Tensor, Distribution]]:
+    """Return the closure of :func:`surrogate` with normalised advantages, for an optimizer."""
+    advantages = normalise(batch.advantages)
+
+    def closure() -> tuple[Tensor, Distribution]:
+        distribution = policy(batch.observations)
+        log_prob = distribution.log_prob(batch.actions)
+        return surrogate(log_prob, batch.old_log_prob, advantages), distribution
+
+    return closure
 
 
 def clipped_surrogate(

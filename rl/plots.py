@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -59,8 +60,6 @@ def bootstrap_interval(
 
 def run_label(folder: Path) -> str:
     """Return what to call a run: its algorithm and environment, or its folder's name."""
-    import json
-
     try:
         config = json.loads((folder / "config.json").read_text())
         return f"{config['algorithm']} on {config['env_id']}"

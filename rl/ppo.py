@@ -56,9 +56,7 @@ class PPOConfig(Config):
         """Check the ranges."""
         super().__post_init__()
         self.check_positive("clip", "lr", "max_grad_norm")
-        for name in ("epochs", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        self.check_counts("epochs", "batch_size")
 
 
 class PPO(Agent):

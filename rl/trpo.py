@@ -5,15 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
-from torch.distributions import Distribution
 
 from trustregion import NaturalTrustRegion
 
 from .agent import Agent, Log
 from .batch import Batch
 from .config import Config
-from .objectives import normalise, step_log, surrogate
+from .objectives import step_log, surrogate_closure
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,13 +72,6 @@ class TRPO(Agent):
 
     def improve(self, batch: Batch) -> Log:
         """Run step 2."""
-        advantages = normalise(batch.advantages)
-
-        def closure() -> tuple[Tensor, Distribution]:
-            distribution = self.policy(batch.observations)
-            log_prob = distribution.log_prob(batch.actions)
-            return surrogate(log_prob, batch.old_log_prob, advantages), distribution
-
-        self.policy_optimizer.step(closure)
+        self.policy_optimizer.step(surrogate_closure(self.policy, batch))
         assert self.policy_optimizer.info is not None  # after a step
         return step_log(self.policy_optimizer.info, self.config.delta)
