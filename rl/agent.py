@@ -23,7 +23,7 @@ from .normalisation import RewardScale
 from .policies import Policy
 from .rollout import Collector, Rollout
 from .spaces import MASK, as_batch
-from .value import FITS, explained_variance
+from .value import FITS, Critic, explained_variance
 
 Log: TypeAlias = dict[str, Any]
 Callback: TypeAlias = "Callable[[Agent, Log], bool | None]"
@@ -120,7 +120,8 @@ class Agent(abc.ABC):
         scaled = rollout
         if self.reward_scale is not None:
             scaled = replace(rollout, rewards=self.reward_scale(rollout.rewards))
-        batch = make_batch(scaled, self.policy, self.critic, self.config)
+        critic = self.critic.function() if isinstance(self.critic, Critic) else self.critic
+        batch = make_batch(scaled, self.policy, critic, self.config)
         log = self.improve(batch) | self.fit_critic(batch)
         if self.observation_norm is not None:
             self.observation_norm.update(batch.observations[:, self.layout.vector_columns])

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from typing import TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .dense import DenseNetwork
 from .normalisation import ObservationNorm
 from .spaces import ObservationLayout, Part
+
+ArrayFunction: TypeAlias = "Callable[[np.ndarray], np.ndarray]"
 
 _CHANNELS = (16, 32, 32)  # of the convolutions, each 3 x 3 with stride 2
 
@@ -31,35 +35,6 @@ def mlp(sizes: Sequence[int], *, output_gain: float) -> nn.Sequential:
         nn.init.zeros_(linear.bias)
         layers += [linear] if last else [linear, nn.Tanh()]
     return nn.Sequential(*layers)
-
-
-def dense_function(*modules: nn.Module) -> Callable[[np.ndarray], np.ndarray] | None:
-    """Return tanh networks in a row as a function of numpy, or None where there is anything else.
-
-    For the few rows that a step of some environments has, calling torch takes several times what
-    the arithmetic does. The function is that of the parameters as they are now.
-    """
-    steps: list[tuple[np.ndarray, np.ndarray] | None] = []  # None is a tanh
-    for module in modules:
-        for layer in module.children() if isinstance(module, nn.Sequential) else [module]:
-            if type(layer) is nn.Linear and layer.weight.dtype == torch.float32:
-                weight = np.ascontiguousarray(layer.weight.detach().numpy().T)
-                steps.append((weight.copy(), layer.bias.detach().numpy().copy()))
-            elif type(layer) is nn.Tanh:
-                steps.append(None)
-            else:
-                return None
-
-    def function(x: np.ndarray) -> np.ndarray:
-        for step in steps:
-            if step is None:
-                x = np.tanh(x)
-            else:
-                x = x @ step[0]
-                x += step[1]
-        return x
-
-    return function
 
 
 class ImageFeatures(nn.Module):
@@ -136,14 +111,16 @@ class Encoder(nn.Module):
             parts.append(self._vectors(flat[:, self.columns].float()))
         return self.body(torch.cat(parts, dim=1)).unflatten(0, rows.shape[:-1])
 
-    def function(self, *after: nn.Module) -> Callable[[np.ndarray], np.ndarray] | None:
-        """Return this and what comes after it by :func:`dense_function`, or None."""
-        body = dense_function(self.body, *after) if self.whole else None
-        if body is None or self.norm is None:
-            return body
-        shift, scale = self.norm.shift.numpy().copy(), self.norm.scale.numpy().copy()
-        clip = self.norm.clip
-        return lambda x: body(np.clip((x - shift) * scale, -clip, clip))
+    def dense(self, *after: nn.Module) -> tuple[ArrayFunction, DenseNetwork] | None:
+        """Return this and what comes after it in numpy: normalisation, and layers; or None."""
+        network = DenseNetwork.of(self.body, *after) if self.whole else None
+        if network is None:
+            return None
+        return (_same if self.norm is None else self.norm.array), network
 
     def _vectors(self, x: Tensor) -> Tensor:
         return x if self.norm is None else self.norm(x)
+
+
+def _same(x: np.ndarray) -> np.ndarray:
+    return x

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -104,6 +105,12 @@ class ObservationNorm(nn.Module):
     def forward(self, observations: Tensor) -> Tensor:
         """Return the observations in units of their spread, ``(..., dim)``."""
         return ((observations - self.shift) * self.scale).clamp(-self.clip, self.clip)
+
+    def array(self, observations: np.ndarray) -> np.ndarray:
+        """Return the same of an array."""
+        centred = observations - self.shift.numpy()
+        centred *= self.scale.numpy()
+        return centred.clip(-self.clip, self.clip, out=centred)
 
 
 class RewardScale(nn.Module):

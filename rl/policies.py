@@ -39,7 +39,7 @@ class Policy(nn.Module, abc.ABC):
             return self(rows).sample()
 
     def actor(self) -> Callable[[Tensor, Tensor], Tensor]:
-        """Return what acts as :meth:`act` does, up to rounding, while the parameters stay."""
+        """Return what acts as :meth:`act` does, up to rounding."""
         return self.act
 
     def mode(self, rows: Tensor) -> Tensor:
@@ -95,11 +95,11 @@ class HeadPolicy(Policy):
 
     def actor(self) -> Callable[[Tensor, Tensor], Tensor]:
         """Return a function that does without torch's networks, where they are plain."""
-        outputs = self.encoder.function(self.linear)
-        if outputs is None or self.columns is not None:
+        dense = self.encoder.dense(self.linear)
+        if dense is None or self.columns is not None:
             return self.act
-        draw = self.head.draw
-        return lambda rows, noise: draw(torch.from_numpy(outputs(rows.numpy())), noise)
+        (prepare, network), draw = dense, self.head.draw
+        return lambda rows, noise: draw(torch.from_numpy(network(prepare(rows.numpy()))), noise)
 
     def mode(self, rows: Tensor) -> Tensor:
         """Return the most likely action of each row."""

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import abc
+import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution, Normal
@@ -13,6 +15,7 @@ from torch.distributions import Distribution, Normal
 from trustregion import NaturalTrustRegion
 
 from .config import Config
+from .dense import DenseNetwork
 from .networks import Encoder, mlp
 
 
@@ -28,6 +31,68 @@ class Critic(nn.Module):
         """Return the values."""
         return self.linear(self.encoder(rows)).squeeze(-1)
 
+    def function(self) -> Callable[[Tensor], Tensor]:
+        """Return a function that gives the values, up to rounding and without a gradient."""
+        dense = self.encoder.dense(self.linear)
+        if dense is None:
+            return self
+        prepare, network = dense
+
+        def values(rows: Tensor) -> Tensor:
+            flat = prepare(rows.reshape(-1, rows.shape[-1]).numpy())
+            return torch.from_numpy(network(flat)).reshape(rows.shape[:-1])
+
+        return values
+
+
+def squared_error(
+    critic: nn.Module, parameters: Sequence[nn.Parameter], rows: Tensor, returns: Tensor
+) -> Callable[[Tensor], float]:
+    r"""Return the function :math:`E[(V - R)^2]` of positions in a batch.
+
+    Each call leaves its gradient in the parameters' ``grad``. What does not change while only
+    these parameters do is computed once.
+
+    Args:
+        critic: rows to values.
+        parameters: those to differentiate by.
+        rows: of observations, ``(B, d)``.
+        returns: targets, ``(B,)``.
+
+    """
+    dense = critic.encoder.dense(critic.linear) if isinstance(critic, Critic) else None
+    if dense is not None:
+        prepare, network = dense
+        frozen, fitted = network.split(parameters)
+        if {id(p) for p in fitted.parameters()} == {id(p) for p in parameters}:
+            inputs = frozen(prepare(rows.numpy()))
+            return _in_numpy(fitted, inputs, returns.numpy())
+
+    def error(positions: Tensor) -> float:
+        value = (critic(rows[positions]) - returns[positions]).square().mean()
+        gradient = torch.autograd.grad(value, parameters)
+        for p, g in zip(parameters, gradient, strict=True):
+            p.grad = g
+        return value.item()
+
+    return error
+
+
+def _in_numpy(
+    network: DenseNetwork, inputs: np.ndarray, returns: np.ndarray
+) -> Callable[[Tensor], float]:
+    parameters = network.parameters()
+
+    def error(positions: Tensor) -> float:
+        i = positions.numpy()
+        with np.errstate(all="ignore"):  # the caller looks at the error
+            value, gradient = network.squared_error(inputs[i], returns[i])
+        for p, g in zip(parameters, gradient, strict=True):
+            p.grad = torch.from_numpy(g)
+        return value
+
+    return error
+
 
 class CriticFit(abc.ABC):
     """A way to regress a critic on returns, made of a critic, what to fit of it, and options.
@@ -37,8 +102,15 @@ class CriticFit(abc.ABC):
 
     """
 
-    def __init__(self, critic: nn.Module, optimizer: torch.optim.Optimizer, config: Config) -> None:
-        self.critic, self.optimizer, self.config = critic, optimizer, config
+    def __init__(
+        self,
+        critic: nn.Module,
+        parameters: list[nn.Parameter],
+        optimizer: torch.optim.Optimizer,
+        config: Config,
+    ) -> None:
+        self.critic, self.parameters, self.optimizer = critic, parameters, optimizer
+        self.config = config
 
     @abc.abstractmethod
     def fit(self, rows: Tensor, returns: Tensor, generator: torch.Generator) -> float:
@@ -61,32 +133,43 @@ class CriticFit(abc.ABC):
         """Return the mean squared error."""
         return (self.critic(rows) - returns).square().mean()
 
+    def copies(self) -> list[Tensor]:
+        """Return copies of the parameters' values."""
+        return [p.detach().clone() for p in self.parameters]
+
+    @torch.no_grad()
+    def restore(self, copies: list[Tensor]) -> None:
+        """Put copies back."""
+        for p, old in zip(self.parameters, copies, strict=True):
+            p.copy_(old)
+
 
 class AdamFit(CriticFit):
     """Epochs of shuffled minibatches. The error is the mean over the last epoch, as it went."""
 
     def __init__(self, critic: nn.Module, parameters: list[nn.Parameter], config: Config) -> None:
-        super().__init__(
-            critic, torch.optim.Adam(parameters, lr=config.critic_lr, fused=True), config
-        )
+        adam = torch.optim.Adam(parameters, lr=config.critic_lr, fused=True)
+        super().__init__(critic, parameters, adam, config)
 
     def fit(self, rows: Tensor, returns: Tensor, generator: torch.Generator) -> float:
         """Run the epochs."""
+        kept, state = self.copies(), copy.deepcopy(self.optimizer.state_dict())
+        error = squared_error(self.critic, self.parameters, rows, returns)
         total = 0.0
         for epoch in range(self.config.critic_epochs):
-            order = torch.randperm(len(returns), generator=generator)
             total = 0.0
-            for batch in order.split(self.config.critic_batch_size):
-                error = self.error(rows[batch], returns[batch])
-                if not error.isfinite():
+            order = torch.randperm(len(returns), generator=generator)
+            for positions in order.split(self.config.critic_batch_size):
+                value = error(positions)
+                if not math.isfinite(value):
+                    self.restore(kept)
+                    self.optimizer.load_state_dict(state)
                     raise ValueError(
-                        f"the critic's loss is {error.item()} in pass {epoch}: it diverged. Lower"
+                        f"the critic's loss is {value} in pass {epoch}: it diverged. Lower"
                         " critic_lr, or scale the rewards"
                     )
-                self.optimizer.zero_grad()
-                error.backward()
                 self.optimizer.step()
-                total += error.item() * len(batch)
+                total += value * len(positions)
         return total / len(returns)
 
 
@@ -106,7 +189,7 @@ class TrustRegionFit(CriticFit):
             damping=config.critic_damping,
             cg_max_iter=config.critic_cg_max_iter,
         )
-        super().__init__(critic, self._region, config)
+        super().__init__(critic, parameters, self._region, config)
 
     def fit(self, rows: Tensor, returns: Tensor, generator: torch.Generator) -> float:  # noqa: ARG002 # it shuffles nothing
         """Take the steps; fewer where one is rejected."""
@@ -137,32 +220,23 @@ class LBFGSFit(CriticFit):
     """One call of L-BFGS on the full batch, from a memory that starts empty."""
 
     def __init__(self, critic: nn.Module, parameters: list[nn.Parameter], config: Config) -> None:
-        self._parameters = parameters
         self._lbfgs = torch.optim.LBFGS(
             parameters,
             max_iter=config.critic_steps,
             history_size=config.critic_steps,
             line_search_fn="strong_wolfe",
         )
-        super().__init__(critic, self._lbfgs, config)
+        super().__init__(critic, parameters, self._lbfgs, config)
 
     def fit(self, rows: Tensor, returns: Tensor, generator: torch.Generator) -> float:  # noqa: ARG002 # it shuffles nothing
         """Run the iterations; put the weights back where they end in a worse error."""
-        kept = [p.detach().clone() for p in self._parameters]
-
-        def closure() -> Tensor:
-            self._lbfgs.zero_grad()
-            error = self.error(rows, returns)
-            error.backward()
-            return error.detach()
-
-        first = float(self._lbfgs.step(closure))  # pyright: ignore[reportCallIssue, reportArgumentType] # torch says float
+        kept, everywhere = self.copies(), torch.arange(len(returns))
+        error = squared_error(self.critic, self.parameters, rows, returns)
+        first = self._lbfgs.step(lambda: error(everywhere))
         self._lbfgs.state.clear()  # the curvature is that of this batch
-        with torch.no_grad():
-            last = self.error(rows, returns).item()
-            if not last <= first:
-                for p, old in zip(self._parameters, kept, strict=True):
-                    p.copy_(old)
+        last = error(everywhere)
+        if not last <= first:
+            self.restore(kept)
         if not math.isfinite(first):
             raise ValueError(f"the critic's loss is {first}: the returns or values are not finite")
         return min(first, last)

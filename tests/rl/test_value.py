@@ -67,12 +67,11 @@ def test_a_trust_region_fit_moves_the_values_within_its_radius(steps):
 @pytest.mark.parametrize("name", FITS)
 def test_a_critic_that_is_right_stays(name):
     critic, x = critic_of(2), torch.randn(32, 2)
-    with torch.no_grad():
-        y = critic(x)
+    with torch.no_grad():  # by the arithmetic of the fit: to Adam the smallest error is one
+        y = critic(x) if name == "trust_region" else critic.function()(x)
     kept = [p.clone() for p in critic.parameters()]
-    assert fit_of(name, critic).fit(x, y, generator()) == pytest.approx(0, abs=1e-6)
-    if name != "adam":  # whose steps have the size of its rate however small the error
-        assert all(map(torch.equal, kept, critic.parameters()))
+    assert fit_of(name, critic).fit(x, y, generator()) == 0
+    assert all(map(torch.equal, kept, critic.parameters()))
 
 
 @pytest.mark.parametrize("name", FITS)
