@@ -223,9 +223,9 @@ class Agent(abc.ABC):
         if deterministic:
             actions = self.policy.mode(rows)
         else:
-            (noise,) = self.policy.noise(1, len(rows), self._predict_generator)
-            actions = self.policy.act(rows, noise)
-        chosen = self.policy.to_env(actions)
+            noise = self.policy.noise(1, len(rows), self._predict_generator)
+            actions = self.policy.act(rows, noise[0])
+        chosen = self.policy.to_env(actions.numpy())
         return (chosen[0] if single else chosen), None
 
     def modules(self) -> dict[str, nn.Module]:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import abc
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 from gymnasium import Space, spaces
 from torch import Tensor, nn
 from torch.distributions import Bernoulli, Categorical, Distribution, Independent, Normal
+
+Actor: TypeAlias = "Callable[[int, np.ndarray], np.ndarray]"  # of a step and what is seen at it
 
 
 class ActionHead(nn.Module, abc.ABC):
@@ -38,12 +41,21 @@ class ActionHead(nn.Module, abc.ABC):
     def draw(self, outputs: Tensor, noise: Tensor) -> Tensor:
         """Return one action a row, distributed as :meth:`forward` says, from its noise."""
 
+    def drawer(self, noise: Tensor) -> Actor:
+        """Return what draws at the steps of a rollout as :meth:`draw` does, from arrays.
+
+        Args:
+            noise: of the whole rollout.
+
+        """
+        return lambda t, outputs: self.draw(torch.from_numpy(outputs), noise[t]).numpy()
+
     @abc.abstractmethod
     def mode(self, outputs: Tensor) -> Tensor:
         """Return the most likely action of each row."""
 
     @abc.abstractmethod
-    def to_env(self, actions: Tensor) -> np.ndarray:
+    def to_env(self, actions: np.ndarray) -> np.ndarray:
         """Turn actions into what the environment takes."""
 
 
@@ -67,13 +79,18 @@ class CategoricalHead(ActionHead):
         """Return the indices ``(B,)``."""
         return (outputs + noise).argmax(-1)
 
+    def drawer(self, noise: Tensor) -> Actor:
+        """Return that for arrays."""
+        gumbel = noise.numpy()
+        return lambda t, outputs: (outputs + gumbel[t]).argmax(-1)
+
     def mode(self, outputs: Tensor) -> Tensor:
         """Return the index of the largest logit."""
         return outputs.argmax(-1)
 
-    def to_env(self, actions: Tensor) -> np.ndarray:
+    def to_env(self, actions: np.ndarray) -> np.ndarray:
         """Shift to the space's first action."""
-        return actions.detach().numpy() + self.start if self.start else actions.detach().numpy()
+        return actions + self.start if self.start else actions
 
 
 class MultiCategoricalHead(ActionHead):
@@ -119,9 +136,9 @@ class MultiCategoricalHead(ActionHead):
         """Return the index of each largest logit."""
         return self._logits(outputs).argmax(-1)
 
-    def to_env(self, actions: Tensor) -> np.ndarray:
+    def to_env(self, actions: np.ndarray) -> np.ndarray:
         """Shape like the space and shift to its first actions."""
-        return actions.detach().numpy().reshape(-1, *self.shape) + self.start
+        return actions.reshape(-1, *self.shape) + self.start
 
 
 class BernoulliHead(ActionHead):
@@ -149,9 +166,9 @@ class BernoulliHead(ActionHead):
         """Return 1 where it is more likely than 0."""
         return (outputs > 0).to(outputs.dtype)
 
-    def to_env(self, actions: Tensor) -> np.ndarray:
+    def to_env(self, actions: np.ndarray) -> np.ndarray:
         """Shape like the space."""
-        return actions.detach().to(torch.int8).numpy().reshape(-1, *self.shape)
+        return actions.astype(np.int8).reshape(-1, *self.shape)
 
 
 class GaussianHead(ActionHead):
@@ -206,17 +223,25 @@ class GaussianHead(ActionHead):
         mean, std = self._moments(outputs)
         return mean + std * noise
 
+    def drawer(self, noise: Tensor) -> Actor:
+        """Return that for arrays."""
+        if self.log_std is None:
+            return super().drawer(noise)
+        deviations = (self.log_std.exp() * noise).numpy()
+        return lambda t, means: means + deviations[t]
+
     def mode(self, outputs: Tensor) -> Tensor:
         """Return the mean."""
         return self._moments(outputs)[0]
 
-    def to_env(self, actions: Tensor) -> np.ndarray:
+    def to_env(self, actions: np.ndarray) -> np.ndarray:
         """Shape like the space, and squash or clip to its bounds."""
-        shaped = actions.detach().numpy().reshape(-1, *self.shape)
+        shaped = actions.reshape(-1, *self.shape)
         if self.squash:
             middle, half = (self.high + self.low) / 2, (self.high - self.low) / 2
             shaped = middle + half * np.tanh(shaped)  # rounding may step over a bound: clip too
-        return np.clip(shaped, self.low, self.high).astype(self.dtype, copy=False)
+        within = np.minimum(np.maximum(shaped, self.low), self.high)  # a fifth of np.clip's time
+        return within.astype(self.dtype, copy=False)
 
 
 def make_head(

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
-from .heads import ActionHead
+from .heads import ActionHead, Actor
 from .networks import Encoder, mlp
 from .spaces import Part
 
@@ -28,9 +27,9 @@ class Policy(nn.Module, abc.ABC):
     def forward(self, rows: Tensor) -> Distribution:
         """Return the distribution over actions, batch shape ``(B,)``, of rows ``(B, d)``."""
 
-    def noise(self, steps: int, n: int, generator: torch.Generator) -> Sequence[Tensor]:  # noqa: ARG002 # for overrides
-        """Return what :meth:`act` needs for ``steps`` steps of ``n`` actions, one item a step."""
-        return torch.randint(2**62, (steps,), generator=generator).unbind()
+    def noise(self, steps: int, n: int, generator: torch.Generator) -> Tensor:  # noqa: ARG002 # for overrides
+        """Return what :meth:`act` needs for ``steps`` steps of ``n`` actions, one row a step."""
+        return torch.randint(2**62, (steps,), generator=generator)
 
     def act(self, rows: Tensor, noise: Tensor) -> Tensor:
         """Draw one action a row. Here from torch's global state, put back afterwards."""
@@ -38,17 +37,17 @@ class Policy(nn.Module, abc.ABC):
             torch.manual_seed(int(noise))
             return self(rows).sample()
 
-    def actor(self) -> Callable[[Tensor, Tensor], Tensor]:
-        """Return what acts as :meth:`act` does, up to rounding."""
-        return self.act
+    def actor(self, noise: Tensor) -> Actor:
+        """Return what acts at the steps of a rollout as :meth:`act` does, up to rounding."""
+        return lambda t, rows: self.act(torch.from_numpy(rows), noise[t]).numpy()
 
     def mode(self, rows: Tensor) -> Tensor:
         """Return the most likely action of each row."""
         return self(rows).mode
 
-    def to_env(self, actions: Tensor) -> np.ndarray:
+    def to_env(self, actions: np.ndarray) -> np.ndarray:
         """Turn actions into what the environment takes."""
-        return actions.detach().numpy()
+        return actions
 
 
 class HeadPolicy(Policy):
@@ -85,26 +84,26 @@ class HeadPolicy(Policy):
         """Return the head's distribution."""
         return self.head(self._outputs(rows))
 
-    def noise(self, steps: int, n: int, generator: torch.Generator) -> Sequence[Tensor]:
+    def noise(self, steps: int, n: int, generator: torch.Generator) -> Tensor:
         """Return the head's noise."""
-        return self.head.noise((steps, n), generator).unbind()
+        return self.head.noise((steps, n), generator)
 
     def act(self, rows: Tensor, noise: Tensor) -> Tensor:
         """Draw one action a row."""
         return self.head.draw(self._outputs(rows), noise)
 
-    def actor(self) -> Callable[[Tensor, Tensor], Tensor]:
-        """Return a function that does without torch's networks, where they are plain."""
+    def actor(self, noise: Tensor) -> Actor:
+        """Return a function that does without torch, where the networks are plain."""
         dense = self.encoder.dense(self.linear)
         if dense is None or self.columns is not None:
-            return self.act
-        (prepare, network), draw = dense, self.head.draw
-        return lambda rows, noise: draw(torch.from_numpy(network(prepare(rows.numpy()))), noise)
+            return super().actor(noise)
+        (prepare, network), draw = dense, self.head.drawer(noise)
+        return lambda t, rows: draw(t, network(prepare(rows)))
 
     def mode(self, rows: Tensor) -> Tensor:
         """Return the most likely action of each row."""
         return self.head.mode(self._outputs(rows))
 
-    def to_env(self, actions: Tensor) -> np.ndarray:
+    def to_env(self, actions: np.ndarray) -> np.ndarray:
         """Turn actions into what the environment takes."""
         return self.head.to_env(actions)

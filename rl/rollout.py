@@ -104,15 +104,14 @@ class Collector:
         rows = np.empty((steps + 1, n, layout.width), layout.dtype)
         rewards = np.empty((steps, n))
         terminated, truncated, valid = (np.empty((steps, n), np.bool_) for _ in range(3))
-        actions: list[Tensor] = []
+        actions: list[np.ndarray] = []
         finals: list[np.ndarray] = []
         rows[0] = self._reset() if self._row is None else self._row
         self._row = None  # until the rollout is whole
-        observations = torch.from_numpy(rows)
-        noise, act = policy.noise(steps, n, self.generator), policy.actor()
         with torch.inference_mode():
-            for t, (row, draw) in enumerate(zip(observations[:-1].unbind(), noise, strict=True)):
-                action = act(row, draw)
+            act = policy.actor(policy.noise(steps, n, self.generator))
+            for t in range(steps):
+                action = act(t, rows[t])
                 try:
                     step = self.stepper.step(policy.to_env(action))
                 except Exception as error:
@@ -128,9 +127,9 @@ class Collector:
                 if step.finals is not None:
                     finals.append(layout.flat(step.finals, mask=False))
         rollout = Rollout(
-            observations,
+            torch.from_numpy(rows),
             torch.from_numpy(np.concatenate([np.empty((0, layout.width), layout.dtype), *finals])),
-            torch.stack(actions),
+            torch.from_numpy(np.stack(actions)),
             torch.from_numpy(rewards.astype(np.float32)),
             *(torch.from_numpy(x) for x in (terminated, truncated, valid)),
         )

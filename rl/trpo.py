@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch.distributions import Distribution
 
-from trustregion import NaturalTrustRegion
+from trustregion import NaturalTrustRegion, subsample
 
 from .agent import Agent, Log
 from .batch import Batch
@@ -26,6 +28,17 @@ class TRPOConfig(Config):
 
     cg_max_iter: int = 10
     """Limit on conjugate-gradient iterations."""
+
+    curvature_fraction: float = 1.0
+    """Share of the states, drawn anew for each update, whose mean is the Fisher matrix."""
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        super().__post_init__()
+        if not 0 < self.curvature_fraction <= 1:
+            raise ValueError(
+                f"curvature_fraction must lie in (0, 1], got {self.curvature_fraction}"
+            )
 
 
 class TRPO(Agent):
@@ -72,6 +85,16 @@ class TRPO(Agent):
 
     def improve(self, batch: Batch) -> Log:
         """Run step 2."""
-        self.policy_optimizer.step(surrogate_closure(self.policy, batch))
+        self.policy_optimizer.step(
+            surrogate_closure(self.policy, batch), curvature=self._curvature(batch)
+        )
         assert self.policy_optimizer.info is not None  # after a step
         return step_log(self.policy_optimizer.info, self.config.delta)
+
+    def _curvature(self, batch: Batch) -> Callable[[], Distribution] | None:
+        """Return the closure of the states whose Fisher matrix is used; None for all."""
+        fraction = self.config.curvature_fraction
+        if fraction == 1:
+            return None
+        rows = batch.observations[subsample(len(batch), fraction, seed=self.iterations)]
+        return lambda: self.policy(rows)

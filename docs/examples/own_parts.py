@@ -65,13 +65,12 @@ class Pointer(Policy):
         """Return the distribution of one point a row."""
         return Independent(Normal(self.net(rows), self.log_std.exp()), 1)
 
-    def to_env(self, actions: Tensor) -> np.ndarray:
+    def to_env(self, actions: np.ndarray) -> np.ndarray:
         """Return the angles of the points."""
-        x, y = actions.unbind(-1)
-        return torch.atan2(y, x).unsqueeze(-1).numpy()
+        return np.arctan2(actions[:, 1:], actions[:, :1])
 
 
-class Ridge(nn.Module):
+class LinearCritic(nn.Module):
     """A critic: any module from rows to values."""
 
     def __init__(self) -> None:
@@ -86,7 +85,7 @@ class Ridge(nn.Module):
 def main(*, steps: int = 40_000, seed: int = 0, quiet: bool = False) -> Evaluation:
     """Train, and return what the agent earns afterwards; a perfect answer earns 16 an episode."""
     torch.manual_seed(seed)  # for the networks; the agent has generators of its own
-    agent = TRPO(Compass, policy=Pointer(), critic=Ridge(), seed=seed, gamma=0.0)
+    agent = TRPO(Compass, policy=Pointer(), critic=LinearCritic(), seed=seed, gamma=0.0)
     before = evaluate(agent, Compass, 20)
     agent.learn(steps, progress=not quiet)
     after = evaluate(agent, Compass, 20)

@@ -50,9 +50,9 @@ def test_draws_follow_the_distribution(head):
 
 def test_actions_lie_in_their_space(head):
     outputs = 3 * torch.randn(1, head.width)
-    actions = head.to_env(draw(head, outputs, 200))
+    actions = head.to_env(draw(head, outputs, 200).detach().numpy())
     assert all(head.space.contains(action) for action in actions)
-    assert head.space.contains(head.to_env(head.mode(outputs))[0])
+    assert head.space.contains(head.to_env(head.mode(outputs).detach().numpy())[0])
 
 
 def test_the_mode_is_the_likeliest(head):
@@ -91,7 +91,7 @@ def test_forbidden_actions_have_no_probability():
 
 def test_squashing_reaches_the_bounds_and_no_further():
     head = make_head(spaces.Box(-1, 3, (1,), np.float32), squash=True)
-    actions = head.to_env(torch.tensor([[-50.0], [0.0], [50.0]]))
+    actions = head.to_env(np.array([[-50.0], [0.0], [50.0]], np.float32))
     assert actions.flatten().tolist() == [-1, 1, 3]
 
 

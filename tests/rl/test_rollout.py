@@ -1,12 +1,13 @@
 import numpy as np
 import pytest
 import torch
-from gymnasium.spaces import Box, Dict, Discrete, Text, Tuple
+from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, Text, Tuple
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
 from rl import TRPO, Collector, Stepper, TRPOConfig, evaluate, make_envs
 from rl.environments import describe
 from rl.model import make_networks, observation_norm
+from rl.policies import Policy
 from rl.spaces import ObservationLayout
 from toys import Clock, vector
 
@@ -71,13 +72,16 @@ def test_an_interrupted_rollout_is_followed_by_new_episodes():
 
     calls = []
 
-    def interrupted(rows, noise):
-        calls.append(rows)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return type(policy).act(policy, rows, noise)
+    def actor(noise):
+        def interrupted(t, rows):
+            calls.append(t)
+            if len(calls) == 2:
+                raise KeyboardInterrupt
+            return type(policy).actor(policy, noise)(t, rows)
 
-    policy.actor = lambda: interrupted
+        return interrupted
+
+    policy.actor = actor
     with pytest.raises(KeyboardInterrupt):
         keeper.collect(policy, 3)
     del policy.actor
@@ -140,16 +144,16 @@ def test_samples_follow_the_distribution():
     discrete = make_policy(Discrete(3))
     with torch.no_grad():
         discrete.linear[-1].bias.copy_(torch.tensor([0.0, 1.0, 2.0]))
-        (noise,) = discrete.noise(1, 20_000, g)
-        counts = discrete.act(observation, noise).bincount(minlength=3) / 20_000
+        noise = discrete.noise(1, 20_000, g)
+        counts = discrete.act(observation, noise[0]).bincount(minlength=3) / 20_000
         expected = discrete(observation[:1]).probs[0]
     # five standard errors of a frequency over 20,000 draws
     torch.testing.assert_close(counts, expected, rtol=0, atol=5 * 0.5 / 20_000**0.5)
     box = make_policy(Box(-1, 1, (2,), np.float32))
     with torch.no_grad():
         box.head.log_std.copy_(torch.tensor([0.0, -1.0]))
-        (noise,) = box.noise(1, 20_000, g)
-        samples, distribution = box.act(observation, noise), box(observation[:1])
+        noise = box.noise(1, 20_000, g)
+        samples, distribution = box.act(observation, noise[0]), box(observation[:1])
     standard_error = distribution.stddev[0] / 20_000**0.5
     assert ((samples.mean(0) - distribution.mean[0]).abs() < 5 * standard_error).all()
     torch.testing.assert_close(samples.std(0), distribution.stddev[0], rtol=0.03, atol=0)
@@ -226,21 +230,32 @@ def test_the_fast_way_to_act_is_the_plain_one(space, options):
     with torch.no_grad():
         for parameter in policy.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))
-    act = policy.actor()
-    assert act != policy.act
-    rows = 20 * torch.randn(64, 3)
-    (noise,) = policy.noise(1, 64, torch.Generator().manual_seed(0))
-    for _ in range(2):
-        with torch.inference_mode():
-            torch.testing.assert_close(act(rows, noise), policy.act(rows, noise))
-        with torch.no_grad():  # it reads them anew
-            next(policy.parameters()).add_(10.0)
+    assert policy.encoder.dense(policy.linear) is not None
+    rows = 20 * torch.randn(2, 64, 3)
+    noise = policy.noise(2, 64, torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        fast, plain = policy.actor(noise), Policy.actor(policy, noise)
+        for t in range(2):
+            np.testing.assert_allclose(
+                fast(t, rows[t].numpy()), plain(t, rows[t].numpy()), rtol=1e-5, atol=1e-5
+            )  # float32, of numbers near 20
 
 
-def test_other_networks_act_as_they_are():
-    space = Box(0, 255, (8, 8), np.uint8)
-    policy, _ = make_networks(ObservationLayout(space), Discrete(2), None, TRPOConfig(hidden=(4,)))
-    assert policy.actor() == policy.act
+@pytest.mark.parametrize(
+    ("observations", "options"),
+    [
+        (Box(0, 255, (8, 8), np.uint8), {}),
+        (Dict(x=Box(-1, 1, (2,)), action_mask=MultiBinary(2)), {}),
+    ],
+)
+def test_other_networks_act_as_they_are(observations, options):
+    layout, generator = ObservationLayout(observations), torch.Generator().manual_seed(0)
+    policy, _ = make_networks(layout, Discrete(2), None, TRPOConfig(hidden=(4,)))
+    noise = policy.noise(1, 3, generator)
+    rows = np.ones((3, layout.width), layout.dtype)
+    with torch.inference_mode():
+        expected = policy.act(torch.from_numpy(rows), noise[0])
+        assert policy.actor(noise)(0, rows).tolist() == expected.tolist()
 
 
 # -- the three ways to reset
