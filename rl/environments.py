@@ -12,10 +12,12 @@ from gymnasium import spaces
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
 from gymnasium.vector.utils import concatenate, create_empty_array
 
+from .pool import PoolVectorEnv
+
 EnvSource: TypeAlias = (
     "str | VectorEnv | gymnasium.Env[Any, Any] | Callable[[], gymnasium.Env[Any, Any]]"
 )
-Vectorization: TypeAlias = Literal["auto", "sync", "async", "vector_entry_point"]
+Vectorization: TypeAlias = Literal["auto", "sync", "async", "vector_entry_point", "envpool"]
 
 
 def make_envs(env: EnvSource, n_envs: int, vectorization: Vectorization = "auto") -> VectorEnv:
@@ -26,9 +28,10 @@ def make_envs(env: EnvSource, n_envs: int, vectorization: Vectorization = "auto"
             used alone; or a vector environment, which is used as it is.
         n_envs: number of copies of an id's or a function's environment.
         vectorization: how copies are stepped: ``"sync"``: in turn in this process; ``"async"``: in
-            one process each; ``"vector_entry_point"``: by the environment's own vectorised form.
-            ``"auto"`` takes the last where there is one that can be imported, and ``"sync"``
-            otherwise.
+            one process each; ``"vector_entry_point"``: by the environment's own vectorised form;
+            ``"envpool"``: by the package envpool, in threads (:class:`rl.pool.PoolVectorEnv`).
+            ``"auto"`` takes the environment's own form where there is one that can be imported, and
+            ``"sync"`` otherwise; never envpool, whose environments and ids are not gymnasium's.
 
     Raises:
         ValueError: an unknown id or vectorization, or one that the environment does not have.
@@ -51,6 +54,8 @@ def make_envs(env: EnvSource, n_envs: int, vectorization: Vectorization = "auto"
         raise ValueError(f"vectorization must be one of {choices}, got {vectorization!r}")
     if callable(env):
         return _from_factories([env] * n_envs, vectorization)
+    if vectorization == "envpool":
+        return PoolVectorEnv(env, n_envs)
     try:
         if vectorization in ("auto", "vector_entry_point"):
             own = _own_vectorised(env, n_envs, vectorization == "vector_entry_point")
@@ -79,9 +84,9 @@ def _own_vectorised(env_id: str, n_envs: int, required: bool) -> VectorEnv | Non
 def _from_factories(
     factories: Sequence[Callable[[], gymnasium.Env[Any, Any]]], vectorization: Vectorization
 ) -> VectorEnv:
-    if vectorization == "vector_entry_point":
+    if vectorization in ("vector_entry_point", "envpool"):
         raise ValueError(
-            "vectorization='vector_entry_point' is for ids: a function makes single environments"
+            f"vectorization={vectorization!r} is for ids: a function makes single environments"
         )
     kind = AsyncVectorEnv if vectorization == "async" else SyncVectorEnv
     return kind(factories, copy=False)
@@ -92,6 +97,7 @@ def describe(envs: VectorEnv) -> str:
     kinds = {
         SyncVectorEnv: "stepped in turn in this process",
         AsyncVectorEnv: "each in a process of its own",
+        PoolVectorEnv: "by envpool",
     }
     name = env_id(envs) or "environments of your own"
     how = kinds.get(type(envs), f"by the vectorised {type(envs).__name__}")

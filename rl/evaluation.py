@@ -8,7 +8,8 @@ from typing import Any, Protocol
 import numpy as np
 from gymnasium.vector import VectorEnv
 
-from .environments import EnvSource, Stepper, make_envs
+from .environments import EnvSource, Stepper, Vectorization, make_envs
+from .pool import PoolVectorEnv
 from .spaces import MASK
 
 
@@ -58,7 +59,8 @@ def evaluate(
 
     Args:
         agent: anything with ``predict(obs, deterministic=...) -> (actions, None)``.
-        env: as for an agent; of an id or a function up to 32 copies run at once.
+        env: as for an agent; of an id or a function up to 32 copies run at once. The id of an
+            agent that learns in envpool's environment is envpool's.
         episodes: number of episodes.
         seed: of the environments' first reset.
         deterministic: take the most likely action instead of drawing one.
@@ -75,7 +77,7 @@ def evaluate(
             "these are the environments the agent trains in, and stepping them would spoil its next"
             " rollout: evaluate in others, for example by id"
         )
-    envs = make_envs(env, min(episodes, 32))
+    envs = make_envs(env, min(episodes, 32), _vectorization(agent, env))
     n, stepper = envs.num_envs, Stepper(envs)
     share = np.array([len(range(i, episodes, n)) for i in range(n)])
     returns: list[float] = []
@@ -100,3 +102,10 @@ def evaluate(
     if not isinstance(env, VectorEnv):
         envs.close()
     return Evaluation(tuple(returns), tuple(lengths))
+
+
+def _vectorization(agent: Predictor, env: EnvSource) -> Vectorization:
+    """Return how copies are stepped: an id means what it means to the agent."""
+    own = getattr(agent, "envs", None)
+    same = isinstance(own, PoolVectorEnv) and own.spec is not None and own.spec.id == env
+    return "envpool" if same else "auto"

@@ -11,19 +11,21 @@ from gymnasium.utils.env_checker import check_env
 from .config import Config
 from .environments import describe, make_envs
 from .model import make_networks, observation_layout
+from .pool import PoolVectorEnv
 
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")  # gymnasium's warnings are yellow
 
 
 def inspect_env(env_id: str, config: Config) -> tuple[list[str], bool]:
-    """Run gymnasium's checker, and say what would be used.
+    """Run gymnasium's checker where the environment is gymnasium's, and say what would be used.
 
     Args:
         env_id: the environment.
         config: options of an agent.
 
     Returns:
-        Lines to read, and whether the environment can be learnt in and passes the checker.
+        Lines to read, and whether the environment can be learnt in and passes the checker if that
+        can be run.
 
     Raises:
         ValueError: there is no such environment.
@@ -53,6 +55,9 @@ def inspect_env(env_id: str, config: Config) -> tuple[list[str], bool]:
         sound = False
     finally:
         envs.close()
+    if isinstance(envs, PoolVectorEnv):
+        lines.append("gymnasium       its checker cannot be run on environments by envpool")
+        return lines, sound
     passed, remarks = _gymnasium_check(env_id)
     lines.append(f"gymnasium       its checker {'passes' if passed else 'fails'}")
     lines += [f"                {remark}" for remark in remarks]
