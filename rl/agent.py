@@ -218,7 +218,8 @@ class Agent(abc.ABC):
 
         """
         batch, single = as_batch(self.envs.single_observation_space, obs)
-        infos = None if action_masks is None else {MASK: np.atleast_2d(action_masks)}
+        masks = [action_masks] if single else action_masks
+        infos = None if action_masks is None else {MASK: masks}
         rows = torch.from_numpy(self.layout.flat(batch, infos))
         if deterministic:
             actions = self.policy.mode(rows)

@@ -25,7 +25,8 @@ def make_envs(env: EnvSource, n_envs: int, vectorization: Vectorization = "auto"
 
     Args:
         env: an environment id; a function that makes one environment; one environment, which is
-            used alone; or a vector environment, which is used as it is.
+            used alone, and stays open when what is returned is closed; or a vector environment,
+            which is used as it is.
         n_envs: number of copies of an id's or a function's environment.
         vectorization: how copies are stepped: ``"sync"``: in turn in this process; ``"async"``: in
             one process each; ``"vector_entry_point"``: by the environment's own vectorised form;
@@ -41,7 +42,7 @@ def make_envs(env: EnvSource, n_envs: int, vectorization: Vectorization = "auto"
     if isinstance(env, VectorEnv):
         return env
     if isinstance(env, gymnasium.Env):
-        return SyncVectorEnv([lambda: env], copy=False)
+        return SyncVectorEnv([lambda: _Borrowed(env)], copy=False)
     if not isinstance(env, str) and not callable(env):
         raise TypeError(
             "env must be an id such as 'CartPole-v1', a function that makes an environment, an"
@@ -67,6 +68,13 @@ def make_envs(env: EnvSource, n_envs: int, vectorization: Vectorization = "auto"
     except (gymnasium.error.Error, ImportError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"cannot make environment {env!r}: {reason}") from error
+
+
+class _Borrowed(gymnasium.Wrapper[Any, Any, Any, Any]):
+    """An environment that stays open when the vector environment around it is closed."""
+
+    def close(self) -> None:
+        """Leave that to whoever made it."""
 
 
 def _own_vectorised(env_id: str, n_envs: int, required: bool) -> VectorEnv | None:

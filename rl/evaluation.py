@@ -60,7 +60,8 @@ def evaluate(
     Args:
         agent: anything with ``predict(obs, deterministic=...) -> (actions, None)``.
         env: as for an agent; of an id or a function up to 32 copies run at once. The id of an
-            agent that learns in envpool's environment is envpool's.
+            agent that learns in envpool's environment is envpool's. An environment that is passed
+            in stays open.
         episodes: number of episodes.
         seed: of the environments' first reset.
         deterministic: take the most likely action instead of drawing one.
@@ -78,6 +79,16 @@ def evaluate(
             " rollout: evaluate in others, for example by id"
         )
     envs = make_envs(env, min(episodes, 32), _vectorization(agent, env))
+    try:
+        return _play(agent, envs, episodes, seed, deterministic)
+    finally:
+        if envs is not env:
+            envs.close()
+
+
+def _play(
+    agent: Predictor, envs: VectorEnv, episodes: int, seed: int, deterministic: bool
+) -> Evaluation:
     n, stepper = envs.num_envs, Stepper(envs)
     share = np.array([len(range(i, episodes, n)) for i in range(n)])
     returns: list[float] = []
@@ -87,7 +98,7 @@ def evaluate(
     masked = layout is not None and layout.info_mask is not None
     obs, infos = stepper.reset(seed)
     while share.any():
-        masks = {"action_masks": np.stack(list(infos[MASK]))} if masked else {}
+        masks = {"action_masks": infos.get(MASK)} if masked else {}
         actions, _ = agent.predict(obs, deterministic=deterministic, **masks)
         step = stepper.step(actions)
         obs, infos = step.observations, step.infos
@@ -99,8 +110,6 @@ def evaluate(
                 returns.append(float(total[i]))
                 lengths.append(int(length[i]))
             total[i], length[i] = 0.0, 0
-    if not isinstance(env, VectorEnv):
-        envs.close()
     return Evaluation(tuple(returns), tuple(lengths))
 
 

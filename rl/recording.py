@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from pathlib import Path
 
 import gymnasium
@@ -53,17 +54,17 @@ def record(
     frames: list[np.ndarray] = []
     returns: list[float] = []
     mask = agent.layout.info_mask
-    for episode in range(episodes):
-        obs, info = env.reset(seed=seed if episode == 0 else None)
-        total, done = 0.0, False
-        while not done and len(frames) < max_frames:
-            frames.append(np.asarray(env.render()))
-            masks = {"action_masks": info[mask.name]} if mask is not None else {}
-            action, _ = agent.predict(obs, deterministic=deterministic, **masks)
-            obs, reward, terminated, truncated, info = env.step(action)
-            total, done = total + float(reward), terminated or truncated
-        returns.append(total)
-    env.close()
+    with closing(env):
+        for episode in range(episodes):
+            obs, info = env.reset(seed=seed if episode == 0 else None)
+            total, done = 0.0, False
+            while not done and len(frames) < max_frames:
+                frames.append(np.asarray(env.render()))
+                masks = {"action_masks": info[mask.name]} if mask is not None else {}
+                action, _ = agent.predict(obs, deterministic=deterministic, **masks)
+                obs, reward, terminated, truncated, info = env.step(action)
+                total, done = total + float(reward), terminated or truncated
+            returns.append(total)
     _write(frames, path, env.metadata.get("render_fps") or _FPS)
     return returns
 
