@@ -71,6 +71,7 @@ class Agent(abc.ABC):
     def _build(self, config: Config, policy: Policy | None, critic: nn.Module | None) -> None:
         self.config = config = replace(config, n_envs=self.envs.num_envs)
         config.check_batch()
+        config.check_device()
         self.env_id = env_id(self.envs)
         self.num_timesteps = 0
         self.iterations = 0
@@ -89,8 +90,8 @@ class Agent(abc.ABC):
             own_policy, own_critic = make_networks(
                 self.layout, self.envs.single_action_space, self.observation_norm, config
             )
-        self.policy = policy or own_policy
-        self.critic = critic or own_critic
+        self.policy = (policy or own_policy).to(config.device)
+        self.critic = (critic or own_critic).to(config.device)
         self.setup()
 
     def setup(self) -> None:
@@ -121,7 +122,7 @@ class Agent(abc.ABC):
         if self.reward_scale is not None:
             scaled = replace(rollout, rewards=self.reward_scale(rollout.rewards))
         critic = self.critic.function() if isinstance(self.critic, Critic) else self.critic
-        batch = make_batch(scaled, self.policy, critic, self.config)
+        batch = make_batch(scaled.to(self.config.device), self.policy, critic, self.config)
         log = self.improve(batch) | self.fit_critic(batch)
         if self.observation_norm is not None:
             self.observation_norm.update(batch.observations[:, self.layout.vector_columns])
@@ -220,13 +221,13 @@ class Agent(abc.ABC):
         batch, single = as_batch(self.envs.single_observation_space, obs)
         masks = [action_masks] if single else action_masks
         infos = None if action_masks is None else {MASK: masks}
-        rows = torch.from_numpy(self.layout.flat(batch, infos))
+        rows = self.layout.flat(batch, infos)
         if deterministic:
-            actions = self.policy.mode(rows)
+            actions = self.policy.mode(torch.from_numpy(rows).to(self.config.device)).cpu().numpy()
         else:
             noise = self.policy.noise(1, len(rows), self._predict_generator)
-            actions = self.policy.act(rows, noise[0])
-        chosen = self.policy.to_env(actions.numpy())
+            actions = self.policy.actor(noise)(0, rows)
+        chosen = self.policy.to_env(actions)
         return (chosen[0] if single else chosen), None
 
     def modules(self) -> dict[str, nn.Module]:
@@ -255,7 +256,14 @@ class Agent(abc.ABC):
         checkpoint.write(Path(path), manifest, tensors)
 
     @classmethod
-    def load(cls, path: str | Path, env: EnvSource | None = None, **networks: Any) -> Self:
+    def load(
+        cls,
+        path: str | Path,
+        env: EnvSource | None = None,
+        *,
+        device: str | None = None,
+        **networks: Any,
+    ) -> Self:
         """Return the agent of a file written by :meth:`save`.
 
         The environments start new episodes, and draws of ``predict`` start over; everything else
@@ -264,6 +272,7 @@ class Agent(abc.ABC):
         Args:
             path: the file.
             env: environments to use instead of those of the saved id.
+            device: one to use instead of the agent's.
             networks: ``policy`` and ``critic``, where the agent was made with its own.
 
         Raises:
@@ -274,6 +283,8 @@ class Agent(abc.ABC):
         """
         manifest, tensors = checkpoint.read(Path(path))
         try:
+            if device is not None:
+                manifest["config"]["device"] = device
             return cls._from_checkpoint(path, env, manifest, tensors, networks)
         except KeyError as error:
             raise checkpoint.CheckpointError(f"{path} is incomplete: no {error}") from error

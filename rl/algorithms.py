@@ -17,7 +17,7 @@ from .vpg import VPG
 ALGORITHMS: dict[str, type[Agent]] = {a.name: a for a in (TRPO, NPG, KLPenalty, PPO, VPG)}
 
 
-def load(path: str | Path, env: EnvSource | None = None, **networks: Any) -> Agent:
+def load(path: str | Path, env: EnvSource | None = None, **options: Any) -> Agent:
     """Return the agent of a file, whichever algorithm wrote it: see :meth:`Agent.load`.
 
     Raises:
@@ -29,4 +29,4 @@ def load(path: str | Path, env: EnvSource | None = None, **networks: Any) -> Age
         raise checkpoint.CheckpointError(
             f"{path} holds an agent of {name!r}, which is none of {', '.join(ALGORITHMS)}"
         )
-    return ALGORITHMS[name].load(path, env, **networks)
+    return ALGORITHMS[name].load(path, env, **options)

@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass, fields
 from difflib import get_close_matches
 from typing import Any, Literal, Self, TypeAlias, get_args
 
+import torch
+
 from .environments import Vectorization
 
 AdvantageName: TypeAlias = Literal["gae", "n_step", "monte_carlo"]
@@ -22,6 +24,9 @@ class Config:
 
     n_envs: int = 8
     """Number of copies of the environment."""
+
+    device: str = "cpu"
+    """Where networks and updates are: cpu, cuda, ...; the environments stay on the CPU."""
 
     steps_per_update: int = 2048
     """Environment steps an update, over all copies."""
@@ -115,6 +120,16 @@ class Config:
             raise ValueError(f"seed must not be negative, got {self.seed}")
         if any(width < 1 for width in self.hidden):
             raise ValueError(f"hidden widths must be at least 1, got {self.hidden}")
+
+    def check_device(self) -> None:
+        """Raise a ValueError unless the device can be computed on."""
+        try:
+            torch.ones(1, device=self.device).item()
+        except (RuntimeError, AssertionError, NotImplementedError) as error:
+            reason = str(error).splitlines()[0]
+            raise ValueError(
+                f"cannot compute on device={self.device!r}: {reason} Take another, such as 'cpu'"
+            ) from error
 
     def check_counts(self, *names: str) -> None:
         """Raise a ValueError where one of the options is less than 1."""

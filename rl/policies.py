@@ -33,13 +33,15 @@ class Policy(nn.Module, abc.ABC):
 
     def act(self, rows: Tensor, noise: Tensor) -> Tensor:
         """Draw one action a row. Here from torch's global state, put back afterwards."""
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[rows.device] if rows.is_cuda else []):
             torch.manual_seed(int(noise))
             return self(rows).sample()
 
     def actor(self, noise: Tensor) -> Actor:
         """Return what acts at the steps of a rollout as :meth:`act` does, up to rounding."""
-        return lambda t, rows: self.act(torch.from_numpy(rows), noise[t]).numpy()
+        device = next((p.device for p in self.parameters()), torch.device("cpu"))
+        noise = noise.to(device)
+        return lambda t, rows: self.act(torch.from_numpy(rows).to(device), noise[t]).cpu().numpy()
 
     def mode(self, rows: Tensor) -> Tensor:
         """Return the most likely action of each row."""

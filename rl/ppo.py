@@ -97,7 +97,9 @@ class PPO(Agent):
         parameters = self.optimizer.param_groups[0]["params"]
         with torch.no_grad():
             old = self.policy(batch.observations)
-        sums = torch.zeros(4)  # objective, value loss, entropy, share of clipped ratios
+        sums = torch.zeros(
+            4, device=c.device
+        )  # objective, value loss, entropy, share of clipped ratios
         kl, passes = 0.0, 0
         for _ in range(c.epochs):
             sums.zero_()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
@@ -48,6 +48,10 @@ class Rollout:
     def done(self) -> Tensor:
         """Where an episode ended, ``(T, N)``."""
         return self.terminated | self.truncated
+
+    def to(self, device: str) -> Rollout:
+        """Return it on a device."""
+        return Rollout(**{f.name: getattr(self, f.name).to(device) for f in fields(self)})
 
     def values(self, critic: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
         """Return the values of the states that actions were taken in and of those they led to.

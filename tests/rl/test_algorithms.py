@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rl import NPG, PPO, TRPO, VPG, KLPenalty, KLPenaltyConfig, NPGConfig, PPOConfig, evaluate
+from rl.algorithms import load
 from rl.objectives import clipped_surrogate, normalise, surrogate
 from toys import Bandit, Clock, vector
 
@@ -224,3 +225,20 @@ def test_options_out_of_range_are_refused(config, options, words):
 
 def test_normalised_advantages_of_a_single_sample_are_zero():
     assert normalise(torch.tensor([3.0])).tolist() == [0.0]
+
+
+@pytest.mark.parametrize("device", ["nonsense", "meta", "cuda:99"])
+def test_a_device_that_is_not_there_is_a_clear_error(device):
+    with pytest.raises(ValueError, match=f"cannot compute on device='{device}'.*such as 'cpu'"):
+        TRPO("CartPole-v1", device=device)
+
+
+@every_algorithm
+def test_the_device_is_kept_or_replaced(algorithm, tmp_path):
+    options = {"steps_per_update": 64, "hidden": (8,), "normalise_observations": True}
+    agent = algorithm("CartPole-v1", device="cpu:0", **options).learn(128, progress=False)
+    agent.save(tmp_path / "agent.zip")
+    for device in (None, "cpu"):
+        again = load(tmp_path / "agent.zip", device=device)
+        assert again.config.device == (device or "cpu:0")
+        again.learn(64, progress=False)
