@@ -40,6 +40,8 @@ from .policies import HeadPolicy as HeadPolicy
 from .policies import Policy as Policy
 from .ppo import PPO as PPO
 from .ppo import PPOConfig as PPOConfig
+from .presets import Preset as Preset
+from .presets import load_preset as load_preset
 from .reporting import CSVLog as CSVLog
 from .reporting import Table as Table
 from .reporting import TensorBoardLog as TensorBoardLog
@@ -67,6 +69,8 @@ __all__ = [
     "KLPenaltyConfig",
     "PPOConfig",
     "VPGConfig",
+    "Preset",
+    "load_preset",
     # running
     "evaluate",
     "Evaluation",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, Generic, TypeVar
@@ -20,6 +20,7 @@ from .environments import describe
 from .evaluation import Evaluation, evaluate
 from .inspection import inspect_env
 from .plots import plot_runs
+from .presets import load_preset
 from .recording import record
 from .reporting import CSVLog, Table, plot_learning_curve, read_csv
 
@@ -39,6 +40,10 @@ class Train(Generic[C]):
     """Environment id, for example CartPole-v1."""
 
     config: tyro.conf.OmitArgPrefixes[C]
+
+    preset: str | None = None
+    """Options to start from, which the command line overrides: "default" for those that come with
+    this package, or a YAML file of your own, in our names or those of rl-baselines3-zoo."""
 
     total_timesteps: int = 100_000
     """Environment steps to train for; whole updates are made, so a few more may be taken."""
@@ -115,6 +120,10 @@ class Check(Generic[C]):
     """Environment id, for example CartPole-v1."""
 
     config: tyro.conf.OmitArgPrefixes[C]
+
+    preset: str | None = None
+    """Options to start from, which the command line overrides: "default" for those that come with
+    this package, or a YAML file of your own, in our names or those of rl-baselines3-zoo."""
 
 
 def train(command: Train[Any], algorithm: type[Agent]) -> int:
@@ -249,8 +258,10 @@ def main(arguments: list[str] | None = None) -> int:
     chooser.add_argument("--algo", choices=ALGORITHMS, default="trpo")
     chosen, rest = chooser.parse_known_args(arguments)
     algorithm = ALGORITHMS[chosen.algo]
-    command = tyro.cli(_commands(algorithm.config_class), prog="python -m rl", args=rest)
+    command = _parse(algorithm, rest)
     try:
+        if isinstance(command, Train | Check) and command.preset is not None:
+            command = _parse(algorithm, rest, default=_from_preset(command, algorithm))
         match command:
             case Eval():
                 return evaluate_run(command)
@@ -267,6 +278,12 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
 
 
+def _parse(algorithm: type[Agent], arguments: list[str], **default: Any) -> Any:
+    """Return the command of a command line; a command as ``default`` has what it leaves out."""
+    commands = _commands(algorithm.config_class)
+    return tyro.cli(commands, prog="python -m rl", args=arguments, **default)
+
+
 def _commands(config: type[Config]) -> Any:
     """Return the type that tyro makes the command line of, for the options of one algorithm."""
     commands: Any = Annotated[Train[config], tyro.conf.subcommand("train")]
@@ -278,6 +295,16 @@ def _commands(config: type[Config]) -> Any:
     ):
         commands = commands | Annotated[kind, tyro.conf.subcommand(name)]
     return commands
+
+
+def _from_preset(command: Train[Any] | Check[Any], algorithm: type[Agent]) -> Any:
+    """Return a command whose options are those of its preset."""
+    file = None if command.preset == "default" else command.preset
+    preset = load_preset(algorithm.name, command.env_id, file)
+    command = replace(command, config=algorithm.config_class(**preset.options))
+    if isinstance(command, Train) and preset.total_timesteps is not None:
+        command = replace(command, total_timesteps=preset.total_timesteps)
+    return command
 
 
 if __name__ == "__main__":

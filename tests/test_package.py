@@ -39,8 +39,9 @@ def test_the_wheel_holds_the_two_packages_and_nothing_else(wheel):
     info = f"torch_trustregion-{trustregion.__version__}.dist-info"
     assert {name.split("/")[0] for name in names} == {"trustregion", "rl", info}
     for package in ("trustregion", "rl"):
-        expected = {str(p.relative_to(ROOT)) for p in (ROOT / package).rglob("*.py")}
-        assert {n for n in names if n.startswith(package)} == expected | {f"{package}/py.typed"}
+        files = [p for kind in ("*.py", "*.yml") for p in (ROOT / package).rglob(kind)]
+        expected = {str(p.relative_to(ROOT)) for p in files} | {f"{package}/py.typed"}
+        assert {n for n in names if n.startswith(package)} == expected
 
 
 @pytest.mark.timeout(240)
@@ -55,7 +56,8 @@ def test_the_wheel_works_in_a_clean_environment_from_another_folder(wheel, tmp_p
     (site / "dependencies.pth").write_text(sysconfig.get_path("purelib"))
     code = (
         "import trustregion, rl; print(trustregion.__file__); print(rl.__file__);"
-        "agent = rl.TRPO('CartPole-v1', steps_per_update=64).learn(64, progress=False)"
+        "options = rl.load_preset('trpo', 'CartPole-v1').options | {'steps_per_update': 64};"
+        "agent = rl.TRPO('CartPole-v1', **options).learn(64, progress=False)"
     )
     result = python(code, executable=str(venv / "bin" / "python"), cwd=tmp_path)
     assert result.returncode == 0, result.stderr
@@ -75,7 +77,7 @@ def test_trustregion_needs_torch_only(tmp_path):
     assert [r for r in requirements if "extra ==" not in r] == ["torch>=2.10"]
 
 
-@pytest.mark.parametrize("module", ["matplotlib", "tyro"])
+@pytest.mark.parametrize("module", ["matplotlib", "tyro", "yaml"])
 def test_heavy_packages_are_imported_late(module, tmp_path):
     code = f"import sys; import rl; print({module!r} in sys.modules)"
     result = python(code, cwd=tmp_path, path=ROOT)
