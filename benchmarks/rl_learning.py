@@ -143,8 +143,8 @@ def train_sb3(name: str, env: str, seed: int, steps: int) -> dict[str, Any]:
         def write(
             self,
             key_values: dict[str, Any],
-            key_excluded: dict[str, tuple[str, ...]],
-            step: int = 0,
+            key_excluded: dict[str, tuple[str, ...]],  # noqa: ARG002 # the protocol's
+            step: int = 0,  # noqa: ARG002 # as above
         ) -> None:
             if "train/kl_divergence_loss" in key_values:
                 kls.append(dims * float(key_values["train/kl_divergence_loss"]))
