@@ -126,9 +126,9 @@ class Config:
         try:
             torch.ones(1, device=self.device).item()
         except (RuntimeError, AssertionError, NotImplementedError) as error:
-            reason = str(error).splitlines()[0]
+            reason = str(error).splitlines()[0].rstrip(".")
             raise ValueError(
-                f"cannot compute on device={self.device!r}: {reason} Take another, such as 'cpu'"
+                f"cannot compute on device={self.device!r}: {reason}; take another, such as 'cpu'"
             ) from error
 
     def check_counts(self, *names: str) -> None:
