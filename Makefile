@@ -11,7 +11,7 @@ READY_TRAINERS := $(TRAINERS)/.ready
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALL := $(PIP) install --quiet --constraint constraints.txt --build-constraint constraints.txt
 
-.PHONY: help demo test lint check slow trainers bench contract mgh curvature cartpole clean
+.PHONY: help demo test lint check slow trainers bench contract mgh curvature cartpole training learning clean
 
 help:
 	@echo "make demo      train TRPO on CartPole-v1 and draw its learning curve"
@@ -25,6 +25,8 @@ help:
 	@echo "make mgh       the table of docs/newton_benchmarks.md"
 	@echo "make curvature the tables of docs/curvature_benchmarks.md, JAX among the peers"
 	@echo "make cartpole  the ten-seed CartPole table of docs/cartpole.md"
+	@echo "make training  the timings of docs/rl_benchmarks.md"
+	@echo "make learning  what is learnt there, against sb3-contrib; hours"
 	@echo "make clean     remove what the targets made"
 
 $(READY): pyproject.toml constraints.txt
@@ -92,6 +94,22 @@ curvature: $(READY_BENCH) $(READY_JAX)
 
 cartpole: $(READY)
 	@$(BIN)/python benchmarks/cartpole.py
+
+training: $(READY_BENCH)
+	@$(INSTALL) --editable ".[mujoco,envpool]"
+	@$(BIN)/python -m benchmarks.rl_update
+	@$(BIN)/python -m benchmarks.rl_speed
+	@$(BIN)/python -m benchmarks.rl_scaling
+	@$(BIN)/python -m benchmarks.critics
+
+learning: $(READY_BENCH)
+	@$(INSTALL) --editable ".[mujoco]" "gymnasium[box2d]"
+	@$(BIN)/python -m benchmarks.rl_learning run
+	@$(BIN)/python -m benchmarks.rl_learning run --seeds 3 --envs InvertedDoublePendulum-v5 Hopper-v5 HalfCheetah-v5
+	@$(BIN)/python -m benchmarks.rl_learning run --sides ours --algorithm ppo --envs CartPole-v1 LunarLander-v3
+	@$(BIN)/python -m benchmarks.rl_learning run --sides ours --algorithm npg --envs CartPole-v1 Pendulum-v1
+	@$(BIN)/python -m benchmarks.rl_learning run --sides ours --algorithm kl_penalty --envs CartPole-v1 Pendulum-v1
+	@$(BIN)/python -m benchmarks.rl_learning table
 
 clean:
 	rm -rf $(VENV) $(JAX) $(TRAINERS) .pytest_cache .ruff_cache .hypothesis .benchmarks build dist
