@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from . import checkpoint
 from .batch import Batch, make_batch
 from .config import Config
-from .environments import EnvSource, Stepper, env_id, make_envs
+from .environments import EnvSource, Stepper, make_envs
 from .model import make_networks, observation_layout, observation_norm
 from .normalisation import RewardScale
 from .policies import Policy
@@ -43,8 +43,8 @@ class Agent(abc.ABC):
         layout: what lies where in a row of observations.
 
     Raises:
-        TypeError: an unknown option.
-        ValueError: an option out of range, an unknown environment, an unsupported space.
+        ValueError: an option that is unknown or out of range, an unknown environment, an
+            unsupported space.
 
     """
 
@@ -59,8 +59,9 @@ class Agent(abc.ABC):
         critic: nn.Module | None = None,
         **options: Any,
     ) -> None:
-        config = self.config_class(**options)
+        config = self.config_class.from_dict(options)
         self.envs = make_envs(env, config.n_envs, config.vectorization)
+        self.env_id = env if isinstance(env, str) else None
         try:
             self._build(config, policy, critic)
         except Exception:
@@ -72,7 +73,6 @@ class Agent(abc.ABC):
         self.config = config = replace(config, n_envs=self.envs.num_envs)
         config.check_batch()
         config.check_device()
-        self.env_id = env_id(self.envs)
         self.num_timesteps = 0
         self.iterations = 0
         self._progress_made = 0.0  # of the call of learn()
@@ -87,17 +87,23 @@ class Agent(abc.ABC):
         )
         with torch.random.fork_rng(devices=[]):  # leave the user's random state alone
             torch.manual_seed(config.seed)
-            own_policy, own_critic = make_networks(
-                self.layout, self.envs.single_action_space, self.observation_norm, config
+            networks = make_networks(
+                self.layout,
+                self.envs.single_action_space,
+                self.observation_norm,
+                config,
+                policy,
+                critic,
             )
-        self.policy = (policy or own_policy).to(config.device)
-        self.critic = (critic or own_critic).to(config.device)
+        self.policy, self.critic = networks[0].to(config.device), networks[1].to(config.device)
         self.setup()
 
     def setup(self) -> None:
         """Make the optimizers: here the critic's, of what the policy does not share with it."""
         learnt = {id(p) for p in self.policy.parameters()}
         own = [p for p in self.critic.parameters() if id(p) not in learnt]
+        if not own:
+            raise ValueError("the critic has no parameters of its own to fit")
         self.critic_fit = FITS[self.config.critic_fit](self.critic, own, self.config)
 
     @abc.abstractmethod
@@ -116,18 +122,19 @@ class Agent(abc.ABC):
     def update(self, rollout: Rollout) -> Log:
         """Improve policy and critic from one rollout; return what to log.
 
-        Running moments move afterwards, so that one update sees the same observations throughout.
+        The moments of observations move afterwards, so that the surrogate sees those that the
+        actions were chosen from. Those of rewards move first: the critic is to know their scale
+        from its first fit on.
         """
         scaled = rollout
         if self.reward_scale is not None:
+            self.reward_scale.update(rollout.rewards, rollout.done, rollout.valid)
             scaled = replace(rollout, rewards=self.reward_scale(rollout.rewards))
         critic = self.critic.function() if isinstance(self.critic, Critic) else self.critic
         batch = make_batch(scaled.to(self.config.device), self.policy, critic, self.config)
         log = self.improve(batch) | self.fit_critic(batch)
         if self.observation_norm is not None:
             self.observation_norm.update(batch.observations[:, self.layout.vector_columns])
-        if self.reward_scale is not None:
-            self.reward_scale.update(rollout.rewards, rollout.done, rollout.valid)
         return log | {
             "train/explained_variance": explained_variance(batch.values, batch.returns),
         }
@@ -179,7 +186,8 @@ class Agent(abc.ABC):
                 bar.update(min(steps, total_timesteps - bar.n))
                 elapsed = time.perf_counter() - started
                 log = self._progress(self.num_timesteps - first, elapsed) | log
-                if False in [call(self, log) for call in callbacks]:
+                answers = [call(self, log) for call in callbacks]
+                if any(isinstance(answer, bool | np.bool_) and not answer for answer in answers):
                     break
         return self
 
@@ -219,6 +227,11 @@ class Agent(abc.ABC):
 
         """
         batch, single = as_batch(self.envs.single_observation_space, obs)
+        if action_masks is not None and self.layout.info_mask is None:
+            raise ValueError(
+                "action_masks are for environments that give them in their infos, and this one does"
+                " not: forbidden actions could not be told apart in training"
+            )
         masks = [action_masks] if single else action_masks
         infos = None if action_masks is None else {MASK: masks}
         rows = self.layout.flat(batch, infos)

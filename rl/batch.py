@@ -46,6 +46,11 @@ def make_batch(
 ) -> Batch:
     """Estimate advantages and returns, and keep the transitions that count."""
     values, following = rollout.values(critic)
+    if values.shape != rollout.rewards.shape:
+        raise ValueError(
+            f"the critic must return one value a row: {rollout.rewards.shape} of"
+            f" {rollout.observations[:-1].shape}, got {values.shape}"
+        )
     arguments = rollout.rewards, values, following, rollout.terminated, rollout.truncated
     match config.advantages:
         case "gae":
@@ -62,6 +67,10 @@ def make_batch(
             rollout.truncated,
             gamma=config.gamma,
             trace=config.td_lambda,
+        )
+    if not bool(advantages.isfinite().all() & returns.isfinite().all()):
+        raise ValueError(
+            "advantages or returns are not finite, as the critic's values are: nothing was updated"
         )
     valid = rollout.valid
     observations, actions = rollout.observations[:-1][valid], rollout.actions[valid]

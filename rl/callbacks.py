@@ -15,6 +15,8 @@ from .agent import Agent, Callback, Log
 from .environments import EnvSource
 from .evaluation import evaluate
 
+_EVALUATED, _TRAINED = "eval/mean_reward", "rollout/ep_rew_mean"
+
 Callbacks: TypeAlias = "Callback | Sequence[Callback]"
 
 
@@ -38,14 +40,15 @@ class Every:
         if steps < 1:
             raise ValueError(f"steps must be at least 1, got {steps}")
         self.steps, self.callback = steps, callback
-        self._next: int | None = None
+        self._agent: Agent | None = None
+        self._next = 0
 
     def __call__(self, agent: Agent, log: Log) -> bool | None:
         """Call it if it is due."""
         done = agent.num_timesteps
+        if agent is not self._agent:  # agents go on counting where they were
+            self._agent, self._next = agent, done - log["time/steps"] + self.steps
         due = self._next
-        if due is None:  # agents go on counting where they were
-            due = done - log["time/steps"] + self.steps
         late = (done - due) // self.steps + 1  # calls that are due: an update may have many steps
         self._next = due + self.steps * max(late, 0)
         if done < due:
@@ -93,7 +96,7 @@ class EvaluateBest:
     def __call__(self, agent: Agent, log: Log) -> None:
         """Evaluate it."""
         result = evaluate(agent, self.env, self.episodes, seed=self.seed)
-        log["eval/mean_reward"] = result.mean
+        log[_EVALUATED] = result.mean
         log["eval/mean_ep_length"] = sum(result.lengths) / len(result.lengths)
         if result.mean > self.best_mean:
             self.best_mean = result.mean
@@ -102,7 +105,7 @@ class EvaluateBest:
 
 
 class StopOnReward:
-    """Ends the training at a mean return, of an evaluation if there was one, else of training.
+    """Ends the training at a mean return: of evaluations where there are any, else of training.
 
     Args:
         threshold: the mean return at which to stop.
@@ -111,8 +114,10 @@ class StopOnReward:
 
     def __init__(self, threshold: float) -> None:
         self.threshold = threshold
+        self._evaluated = False  # in some update, though perhaps not in each
 
     def __call__(self, agent: Agent, log: Log) -> bool:  # noqa: ARG002 # the protocol's
         """Say whether to go on."""
-        reached = log.get("eval/mean_reward", log["rollout/ep_rew_mean"])
+        self._evaluated |= _EVALUATED in log
+        reached = log.get(_EVALUATED if self._evaluated else _TRAINED, -math.inf)
         return not reached >= self.threshold

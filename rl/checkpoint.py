@@ -34,7 +34,7 @@ class CheckpointError(ValueError):
 def write(path: Path, manifest: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
     """Write a checkpoint atomically, replacing ``path`` only once everything is on disk."""
     blob = safetensors.torch.save(
-        {k: t.detach().clone() for k, t in tensors.items()}
+        {k: t.detach().clone(memory_format=torch.contiguous_format) for k, t in tensors.items()}
     )  # it shares none
     head = {"format": FORMAT, "version": VERSION, "sha256": hashlib.sha256(blob).hexdigest()}
     text = json.dumps({**manifest, **head}, indent=2)

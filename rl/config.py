@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import asdict, dataclass, fields
 from difflib import get_close_matches
+from numbers import Integral
 from typing import Any, Literal, Self, TypeAlias, get_args
 
 import torch
@@ -116,10 +117,16 @@ class Config:
             if value not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
         self.check_positive("critic_lr", "critic_delta")
+        self.check_not_negative("critic_damping")
+        if not isinstance(self.seed, Integral):
+            raise ValueError(f"seed must be a whole number, got {self.seed!r}")
         if self.seed < 0:
             raise ValueError(f"seed must not be negative, got {self.seed}")
-        if any(width < 1 for width in self.hidden):
-            raise ValueError(f"hidden widths must be at least 1, got {self.hidden}")
+        widths = self.hidden if isinstance(self.hidden, tuple) else (0,)
+        if not all(isinstance(width, Integral) and width > 0 for width in widths):
+            raise ValueError(
+                f"hidden must be widths of at least 1, such as (64, 64), got {self.hidden!r}"
+            )
 
     def check_device(self) -> None:
         """Raise a ValueError unless the device can be computed on."""
@@ -132,10 +139,20 @@ class Config:
             ) from error
 
     def check_counts(self, *names: str) -> None:
-        """Raise a ValueError where one of the options is less than 1."""
+        """Raise a ValueError where one of the options is not a whole number from 1 on."""
         for name in names:
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+            value = getattr(self, name)
+            if not isinstance(value, Integral):
+                raise ValueError(f"{name} must be a whole number, got {value!r}")
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+
+    def check_not_negative(self, *names: str) -> None:
+        """Raise a ValueError where one of the options is neither None nor finite and at least 0."""
+        for name in names:
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < math.inf:
+                raise ValueError(f"{name} must be finite and not negative, got {value}")
 
     def check_positive(self, *names: str) -> None:
         """Raise a ValueError where one of the options is neither None nor positive and finite."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, get_args
@@ -13,6 +14,7 @@ from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, Vecto
 from gymnasium.vector.utils import concatenate, create_empty_array
 
 from .pool import PoolVectorEnv
+from .spaces import MASK
 
 EnvSource: TypeAlias = (
     "str | VectorEnv | gymnasium.Env[Any, Any] | Callable[[], gymnasium.Env[Any, Any]]"
@@ -80,7 +82,10 @@ class _Borrowed(gymnasium.Wrapper[Any, Any, Any, Any]):
 def _own_vectorised(env_id: str, n_envs: int, required: bool) -> VectorEnv | None:
     """Return an environment's own vectorised form, or None where there is none to be had."""
     try:
-        if not required and gymnasium.spec(env_id).vector_entry_point is None:
+        module, _, name = env_id.rpartition(":")
+        if module:
+            importlib.import_module(module)  # which registers the id
+        if not required and gymnasium.spec(name).vector_entry_point is None:
             return None
         return gymnasium.make_vec(env_id, n_envs, "vector_entry_point")
     except ImportError:
@@ -96,8 +101,14 @@ def _from_factories(
         raise ValueError(
             f"vectorization={vectorization!r} is for ids: a function makes single environments"
         )
-    kind = AsyncVectorEnv if vectorization == "async" else SyncVectorEnv
-    return kind(factories, copy=False)
+    if vectorization == "async":
+        return AsyncVectorEnv(factories, copy=False)
+    envs = SyncVectorEnv(factories, copy=False)
+    if len({id(env.unwrapped) for env in envs.envs}) < len(envs.envs):
+        raise ValueError(
+            "the function returned the same environment twice: it must make a new one each time"
+        )
+    return envs
 
 
 def describe(envs: VectorEnv) -> str:
@@ -188,7 +199,11 @@ class Stepper:
                 finals = take(space, infos["final_obs"], ended)
             else:
                 finals = take(space, observations, ended)  # a copy: the reset may write to it
-                observations, infos = self.envs.reset(options={"reset_mask": done})
+                observations, fresh = self.envs.reset(options={"reset_mask": done})
+                if MASK in infos and MASK in fresh:  # those that go on have theirs in the step's
+                    both = zip(done, fresh[MASK], infos[MASK], strict=True)
+                    fresh = fresh | {MASK: [new if ended else old for ended, new, old in both]}
+                infos = fresh
         return Transition(observations, rewards, terminated, truncated, valid, infos, finals)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import gymnasium
 import numpy as np
 from gymnasium.vector import VectorEnv
 
@@ -73,7 +74,9 @@ def evaluate(
     """
     if episodes < 1:
         raise ValueError(f"episodes must be at least 1, got {episodes}")
-    if env is getattr(agent, "envs", None):
+    training = getattr(agent, "envs", None)
+    inner = {id(each.unwrapped) for each in getattr(training, "envs", ())}
+    if env is training or (isinstance(env, gymnasium.Env) and id(env.unwrapped) in inner):
         raise ValueError(
             "these are the environments the agent trains in, and stepping them would spoil its next"
             " rollout: evaluate in others, for example by id"

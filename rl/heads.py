@@ -227,7 +227,7 @@ class GaussianHead(ActionHead):
         """Return that for arrays."""
         if self.log_std is None:
             return super().drawer(noise)
-        deviations = (self.log_std.exp() * noise).numpy()
+        deviations = (self.log_std.detach().exp() * noise).numpy()
         return lambda t, means: means + deviations[t]
 
     def mode(self, outputs: Tensor) -> Tensor:

@@ -35,6 +35,8 @@ class KLPenaltyConfig(Config):
         """Check the ranges."""
         super().__post_init__()
         self.check_positive("penalty", "kl_target")
+        self.check_not_negative("damping")
+        self.check_counts("cg_max_iter")
 
 
 class KLPenalty(Agent):

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 from gymnasium import Space
 from gymnasium.vector import VectorEnv
+from torch import nn
 
 from .config import Config
 from .heads import make_head
 from .networks import Encoder
 from .normalisation import ObservationNorm
-from .policies import HeadPolicy
+from .policies import HeadPolicy, Policy
 from .spaces import MASK, ObservationLayout
 from .value import Critic
 
@@ -26,7 +28,7 @@ def observation_layout(envs: VectorEnv) -> ObservationLayout:
     _, infos = envs.reset(seed=0)
     masks = infos.get(MASK)
     return ObservationLayout(
-        envs.single_observation_space, mask=0 if masks is None else masks[0].size
+        envs.single_observation_space, mask=0 if masks is None else np.size(masks[0])
     )
 
 
@@ -41,18 +43,29 @@ def make_networks(
     action_space: Space[Any],
     norm: ObservationNorm | None,
     config: Config,
-) -> tuple[HeadPolicy, Critic]:
+    policy: Policy | None = None,
+    critic: nn.Module | None = None,
+) -> tuple[Policy, nn.Module]:
     """Return a policy and a critic, which are the same up to their last layers if so asked.
+
+    One that is given is taken as it is, and only the other made.
 
     Raises:
         ValueError: actions that have no distribution, or a mask that does not fit them.
 
     """
-    head = make_head(
-        action_space, squash=config.squash_actions, state_dependent_std=config.state_dependent_std
-    )
-    encoder = Encoder(layout, config.hidden, norm)
-    mask = next(iter(layout.of_kind("mask")), None)
-    policy = HeadPolicy(encoder, head, mask)
-    critic = Critic(encoder if config.shared_encoder else Encoder(layout, config.hidden, norm))
+    if policy is None:
+        head = make_head(
+            action_space,
+            squash=config.squash_actions,
+            state_dependent_std=config.state_dependent_std,
+        )
+        mask = next(iter(layout.of_kind("mask")), None)
+        policy = HeadPolicy(Encoder(layout, config.hidden, norm), head, mask)
+    if critic is None:
+        if config.shared_encoder and isinstance(policy, HeadPolicy):
+            encoder = policy.encoder
+        else:
+            encoder = Encoder(layout, config.hidden, norm)
+        critic = Critic(encoder)
     return policy, critic

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -87,7 +89,7 @@ class ObservationNorm(nn.Module):
         self.moments = RunningMoments((dim,))
         self.register_buffer("shift", torch.zeros(dim), persistent=False)
         self.register_buffer("scale", torch.ones(dim), persistent=False)
-        self.register_load_state_dict_post_hook(lambda module, _: module._refresh())
+        self.register_load_state_dict_post_hook(_refresh)
 
     def update(self, observations: Tensor) -> None:
         """Add observations, shape ``(B, dim)``."""
@@ -96,6 +98,8 @@ class ObservationNorm(nn.Module):
 
     def _refresh(self) -> None:
         if self.moments.count == 0:
+            self.shift.zero_()
+            self.scale.fill_(1.0)
             return
         variance = self.moments.variance
         spread = torch.where(variance > 0, variance, 1.0).sqrt()  # a constant entry becomes 0
@@ -111,6 +115,10 @@ class ObservationNorm(nn.Module):
         centred = observations - self.shift.numpy()
         centred *= self.scale.numpy()
         return centred.clip(-self.clip, self.clip, out=centred)
+
+
+def _refresh(norm: ObservationNorm, _: Any) -> None:
+    norm._refresh()
 
 
 class RewardScale(nn.Module):

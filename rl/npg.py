@@ -11,7 +11,7 @@ from trustregion import FisherOperator, Identity, ParameterVector, cg, kl_ball_s
 from .agent import Agent, Log
 from .batch import Batch
 from .config import Config
-from .objectives import normalise, surrogate
+from .objectives import normalise, old_distribution, surrogate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +34,8 @@ class NPGConfig(Config):
         """Check the ranges."""
         super().__post_init__()
         self.check_positive("delta", "step_size")
+        self.check_not_negative("damping")
+        self.check_counts("cg_max_iter")
 
 
 class NPG(Agent):
@@ -57,13 +59,14 @@ class NPG(Agent):
 
     def improve(self, batch: Batch) -> Log:
         """Take the step."""
-        c, vector = self.config, ParameterVector(self.policy.parameters())
+        c = self.config
+        parameters = [p for p in self.policy.parameters() if p.requires_grad]
+        vector = ParameterVector(parameters)
         advantages = normalise(batch.advantages)
-        old = self.policy(batch.observations)
-        objective = surrogate(old.log_prob(batch.actions), batch.old_log_prob, advantages)
-        parameters = list(self.policy.parameters())
+        old, now = old_distribution(self.policy, batch), self.policy(batch.observations)
+        objective = surrogate(now.log_prob(batch.actions), batch.old_log_prob, advantages)
         g = vector.ravel(torch.autograd.grad(objective, parameters, retain_graph=True))
-        F = FisherOperator(old, parameters)
+        F = FisherOperator(now, parameters)
         solve = cg(F + c.damping * Identity(F.shape[0]), g, rtol=1e-3, max_iter=c.cg_max_iter)
         if c.step_size is None:
             step = kl_ball_step(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import torch
@@ -33,6 +34,16 @@ def surrogate(log_prob: Tensor, old_log_prob: Tensor, advantages: Tensor) -> Ten
     Schulman et al., Trust Region Policy Optimization, 2015, eq. 14. All arguments ``(B,)``.
     """
     return ((log_prob - old_log_prob).exp() * advantages).mean()
+
+
+@torch.no_grad()
+def old_distribution(policy: Policy, batch: Batch) -> Distribution:
+    """Return the distribution before an update, which writing to the policy does not change.
+
+    It is that of a copy: a distribution may hold parameters of its policy, and not only what was
+    computed from them.
+    """
+    return copy.deepcopy(policy)(batch.observations)
 
 
 def surrogate_closure(policy: Policy, batch: Batch) -> Callable[[], tuple[Tensor, Distribution]]:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
+_STEPS = "time/total_timesteps"
 _RETURN, _KL = "rollout/ep_rew_mean", "train/kl_divergence_loss"
 
 
@@ -94,7 +95,11 @@ def plot_runs(folders: Sequence[Path], path: Path) -> dict[str, int]:
         log = folder / "progress.csv"
         if not log.exists():
             raise ValueError(f"{folder} is no run folder: it has no progress.csv")
-        groups.setdefault(run_label(folder), []).append(read_csv(log))
+        columns = read_csv(log)
+        missing = [key for key in (_STEPS, _RETURN, _KL) if not columns.get(key)]
+        if missing:
+            raise ValueError(f"{log} has no {', '.join(missing)}: it is empty, or no log of a run")
+        groups.setdefault(run_label(folder), []).append(columns)
     figure = Figure(figsize=(8, 6), layout="constrained")
     FigureCanvasAgg(figure)
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=[2, 1])
@@ -118,7 +123,7 @@ def plot_runs(folders: Sequence[Path], path: Path) -> dict[str, int]:
 def _draw_returns(
     axes: Axes, label: str, runs: Sequence[Mapping[str, list[float]]], colour: str
 ) -> None:
-    curves = [(np.array(r["time/total_timesteps"]), np.array(r[_RETURN])) for r in runs]
+    curves = [(np.array(r[_STEPS]), np.array(r[_RETURN])) for r in runs]
     for steps, returns in curves:
         axes.plot(steps, returns, color=colour, linewidth=0.7, alpha=0.4 if len(runs) > 1 else 1)
     if len(runs) == 1:
@@ -126,6 +131,9 @@ def _draw_returns(
         return
     # where all have a return: before the first episode ends there is none
     known = [(s[np.isfinite(r)], r[np.isfinite(r)]) for s, r in curves]
+    if not all(len(s) for s, _ in known):
+        axes.plot([], [], color=colour, label=f"{label}: a run ended no episode")
+        return
     start, end = max(s[0] for s, _ in known), min(s[-1] for s, _ in known)
     grid = np.linspace(start, end, 200)
     scores = np.stack([np.interp(grid, s, r) for s, r in known])
@@ -140,4 +148,4 @@ def _draw_kl(axes: Axes, runs: Sequence[Mapping[str, list[float]]], colour: str)
         shares = [
             kl / d if math.isfinite(d) else math.nan for kl, d in zip(run[_KL], bounds, strict=True)
         ]
-        axes.plot(run["time/total_timesteps"], shares, ".", color=colour, markersize=3)
+        axes.plot(run[_STEPS], shares, ".", color=colour, markersize=3)

@@ -41,7 +41,12 @@ class Policy(nn.Module, abc.ABC):
         """Return what acts at the steps of a rollout as :meth:`act` does, up to rounding."""
         device = next((p.device for p in self.parameters()), torch.device("cpu"))
         noise = noise.to(device)
-        return lambda t, rows: self.act(torch.from_numpy(rows).to(device), noise[t]).cpu().numpy()
+
+        @torch.inference_mode()
+        def act(t: int, rows: np.ndarray) -> np.ndarray:
+            return self.act(torch.from_numpy(rows).to(device), noise[t]).cpu().numpy()
+
+        return act
 
     def mode(self, rows: Tensor) -> Tensor:
         """Return the most likely action of each row."""

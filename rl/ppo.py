@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import copy
+import math
 from dataclasses import dataclass
 from itertools import chain
+from typing import Any
 
 import torch
+from torch import Tensor
+from torch.distributions import Distribution
 
 from trustregion import mean_kl
 
 from .agent import Agent, Log
 from .batch import Batch
 from .config import Config
-from .objectives import clipped_surrogate, normalise
+from .objectives import clipped_surrogate, normalise, old_distribution
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +60,8 @@ class PPOConfig(Config):
     def __post_init__(self) -> None:
         """Check the ranges."""
         super().__post_init__()
-        self.check_positive("clip", "lr", "max_grad_norm")
+        self.check_positive("clip", "lr", "max_grad_norm", "kl_limit")
+        self.check_not_negative("final_lr", "value_coef", "entropy_coef", "final_entropy_coef")
         self.check_counts("epochs", "batch_size")
 
 
@@ -90,13 +96,20 @@ class PPO(Agent):
 
     def improve(self, batch: Batch) -> Log:
         """Make the passes."""
+        kept = self._copies()
+        try:
+            return self._passes(batch)
+        except FloatingPointError as error:
+            self._restore(*kept)
+            raise ValueError(f"{error}: PPO diverged. Lower lr, or scale the rewards") from error
+
+    def _passes(self, batch: Batch) -> Log:
         c = self.config
         entropy_coef = self.scheduled(c.entropy_coef, c.final_entropy_coef)
         for group in self.optimizer.param_groups:
             group["lr"] = self.scheduled(c.lr, c.final_lr)
         parameters = self.optimizer.param_groups[0]["params"]
-        with torch.no_grad():
-            old = self.policy(batch.observations)
+        old = old_distribution(self.policy, batch)
         sums = torch.zeros(
             4, device=c.device
         )  # objective, value loss, entropy, share of clipped ratios
@@ -111,21 +124,23 @@ class PPO(Agent):
                 )
                 values = self.critic(batch.observations[rows])
                 value_loss = (values - batch.returns[rows]).square().mean()
-                entropy = distribution.entropy().mean()
+                entropy = _entropy(distribution, entropy_coef)
                 loss = -objective + c.value_coef * value_loss - entropy_coef * entropy
-                if not loss.isfinite():
-                    raise ValueError(
-                        f"PPO's loss is {loss.item()}: it diverged. Lower lr, or scale the rewards"
-                    )
                 self.optimizer.zero_grad()
                 loss.backward()
-                torch.nn.utils.clip_grad_norm_(parameters, c.max_grad_norm)
+                norm = torch.nn.utils.clip_grad_norm_(parameters, c.max_grad_norm)
+                if not (loss + norm).isfinite():
+                    raise FloatingPointError(
+                        f"loss {loss.item()}, norm of its gradient {norm.item()}"
+                    )
                 self.optimizer.step()
                 with torch.no_grad():
                     sums += len(rows) * torch.stack([objective, value_loss, entropy, clipped])
             passes += 1
             with torch.no_grad():
                 kl = mean_kl(old, self.policy(batch.observations)).item()
+            if math.isnan(kl):
+                raise FloatingPointError("the KL of the policy is not a number")
             if c.kl_limit is not None and kl > c.kl_limit:
                 break
         objective, value_loss, entropy, clipped = (sums / len(batch)).tolist()
@@ -139,6 +154,29 @@ class PPO(Agent):
             "train/n_updates": passes,
         }
 
+    def _copies(self) -> tuple[list[Tensor], dict[str, Any]]:
+        parameters = self.optimizer.param_groups[0]["params"]
+        copies = [p.detach().clone() for p in parameters]
+        return copies, copy.deepcopy(self.optimizer.state_dict())
+
+    @torch.no_grad()
+    def _restore(self, copies: list[Tensor], state: dict[str, Any]) -> None:
+        for p, old in zip(self.optimizer.param_groups[0]["params"], copies, strict=True):
+            p.copy_(old)
+        self.optimizer.load_state_dict(state)
+
     def fit_critic(self, batch: Batch) -> Log:  # noqa: ARG002 # the passes have done it
         """Do nothing more."""
         return {}
+
+
+def _entropy(distribution: Distribution, coefficient: float) -> Tensor:
+    """Return the mean entropy; zero of a family that has none, where it does not count."""
+    try:
+        return distribution.entropy().mean()
+    except NotImplementedError as error:
+        if coefficient:
+            raise ValueError(
+                f"{type(distribution).__name__} has no entropy: set entropy_coef to 0"
+            ) from error
+        return torch.zeros(())

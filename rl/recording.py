@@ -56,6 +56,8 @@ def record(
     mask = agent.layout.info_mask
     with closing(env):
         for episode in range(episodes):
+            if len(frames) >= max_frames:
+                break
             obs, info = env.reset(seed=seed if episode == 0 else None)
             total, done = 0.0, False
             while not done and len(frames) < max_frames:
@@ -64,7 +66,8 @@ def record(
                 action, _ = agent.predict(obs, deterministic=deterministic, **masks)
                 obs, reward, terminated, truncated, info = env.step(action)
                 total, done = total + float(reward), terminated or truncated
-            returns.append(total)
+            if done:  # and not cut off
+                returns.append(total)
     _write(frames, path, env.metadata.get("render_fps") or _FPS)
     return returns
 

@@ -156,7 +156,7 @@ def plot_learning_curve(columns: dict[str, list[float]], path: Path, *, title: s
     bound = [d for d in columns.get("trust/delta", []) if math.isfinite(d)]
     if bound:
         below.axhline(bound[-1], linestyle="--", color="#d55e00", label="delta")
-    below.set_ylim(0, 1.35 * max([*kl, *bound, 1e-8]))
+    below.set_ylim(0, 1.35 * max([x for x in (*kl, *bound) if math.isfinite(x)], default=1e-8))
     below.set_ylabel("KL [nats]")
     below.set_xlabel("environment steps")
     below.legend(loc="upper right", ncols=2, frameon=False)

@@ -112,24 +112,23 @@ class Collector:
         finals: list[np.ndarray] = []
         rows[0] = self._reset() if self._row is None else self._row
         self._row = None  # until the rollout is whole
-        with torch.inference_mode():
-            act = policy.actor(policy.noise(steps, n, self.generator))
-            for t in range(steps):
-                action = act(t, rows[t])
-                try:
-                    step = self.stepper.step(policy.to_env(action))
-                except Exception as error:
-                    error.add_note(
-                        f"an environment raised this at step {t} of a rollout: nothing was updated,"
-                        " and the next rollout starts new episodes"
-                    )
-                    raise
-                actions.append(action)
-                layout.write(step.observations, rows[t + 1], step.infos)
-                rewards[t], valid[t] = step.rewards, step.valid
-                terminated[t], truncated[t] = step.terminated, step.truncated
-                if step.finals is not None:
-                    finals.append(layout.flat(step.finals, mask=False))
+        act = policy.actor(policy.noise(steps, n, self.generator))
+        for t in range(steps):
+            action = act(t, rows[t])
+            try:
+                step = self.stepper.step(policy.to_env(action))
+            except Exception as error:
+                error.add_note(
+                    f"an environment raised this at step {t} of a rollout: nothing was updated,"
+                    " and the next rollout starts new episodes, if the environments still can"
+                )
+                raise
+            actions.append(action)
+            layout.write(step.observations, rows[t + 1], step.infos)
+            rewards[t], valid[t] = step.rewards, step.valid
+            terminated[t], truncated[t] = step.terminated, step.truncated
+            if step.finals is not None:
+                finals.append(layout.flat(step.finals, mask=False))
         rollout = Rollout(
             torch.from_numpy(rows),
             torch.from_numpy(np.concatenate([np.empty((0, layout.width), layout.dtype), *finals])),

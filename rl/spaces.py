@@ -205,6 +205,8 @@ def _shape(space: Space[Any]) -> tuple[int, ...] | None:
 def _is_image(space: Space[Any]) -> bool:
     if not isinstance(space, spaces.Box) or space.dtype != np.uint8:
         return False
+    if space.low.any() or (space.high != 255).any():  # a board, not brightness
+        return False
     sides = sorted(space.shape)[-2:]  # without the colours, first or last
     return len(space.shape) in (2, 3) and min(sides) >= _SMALLEST_IMAGE
 

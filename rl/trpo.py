@@ -35,6 +35,8 @@ class TRPOConfig(Config):
     def __post_init__(self) -> None:
         """Check the ranges."""
         super().__post_init__()
+        self.check_not_negative("damping")
+        self.check_counts("cg_max_iter")
         if not 0 < self.curvature_fraction <= 1:
             raise ValueError(
                 f"curvature_fraction must lie in (0, 1], got {self.curvature_fraction}"

@@ -50,8 +50,8 @@ def squared_error(
 ) -> Callable[[Tensor], float]:
     r"""Return the function :math:`E[(V - R)^2]` of positions in a batch.
 
-    Each call leaves its gradient in the parameters' ``grad``. What does not change while only
-    these parameters do is computed once.
+    Each call leaves its gradient in the ``grad`` of the parameters that require one. What does not
+    change while only these do is computed once.
 
     Args:
         critic: rows to values.
@@ -60,6 +60,7 @@ def squared_error(
         returns: targets, ``(B,)``.
 
     """
+    parameters = [p for p in parameters if p.requires_grad]
     dense = critic.encoder.dense(critic.linear) if isinstance(critic, Critic) else None
     if dense is not None:
         prepare, network = dense
@@ -70,7 +71,7 @@ def squared_error(
 
     def error(positions: Tensor) -> float:
         value = (critic(rows[positions]) - returns[positions]).square().mean()
-        gradient = torch.autograd.grad(value, parameters)
+        gradient = torch.autograd.grad(value, parameters, allow_unused=True)
         for p, g in zip(parameters, gradient, strict=True):
             p.grad = g
         return value.item()
@@ -232,10 +233,15 @@ class LBFGSFit(CriticFit):
         """Run the iterations; put the weights back where they end in a worse error."""
         kept, everywhere = self.copies(), torch.arange(len(returns))
         error = squared_error(self.critic, self.parameters, rows, returns)
-        first = self._lbfgs.step(lambda: error(everywhere))
-        self._lbfgs.state.clear()  # the curvature is that of this batch
+        try:
+            first = self._lbfgs.step(lambda: error(everywhere))
+        except BaseException:  # amid a line search
+            self.restore(kept)
+            raise
+        finally:
+            self._lbfgs.state.clear()  # the curvature is that of this batch
         last = error(everywhere)
-        if not last <= first:
+        if not (math.isfinite(first) and last <= first):
             self.restore(kept)
         if not math.isfinite(first):
             raise ValueError(f"the critic's loss is {first}: the returns or values are not finite")

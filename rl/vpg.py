@@ -11,7 +11,7 @@ from trustregion import mean_kl
 from .agent import Agent, Log
 from .batch import Batch
 from .config import Config
-from .objectives import normalise, surrogate
+from .objectives import normalise, old_distribution, surrogate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,8 +53,8 @@ class VPG(Agent):
 
     def improve(self, batch: Batch) -> Log:
         """Take the step."""
-        old = self.policy(batch.observations)
-        log_prob = old.log_prob(batch.actions)
+        old = old_distribution(self.policy, batch)
+        log_prob = self.policy(batch.observations).log_prob(batch.actions)
         objective = surrogate(log_prob, batch.old_log_prob, normalise(batch.advantages))
         self.policy_optimizer.zero_grad()
         (-objective).backward()
