@@ -15,8 +15,6 @@ from .agent import Agent, Callback, Log
 from .environments import EnvSource
 from .evaluation import evaluate
 
-_EVALUATED, _TRAINED = "eval/mean_reward", "rollout/ep_rew_mean"
-
 Callbacks: TypeAlias = "Callback | Sequence[Callback]"
 
 
@@ -96,7 +94,7 @@ class EvaluateBest:
     def __call__(self, agent: Agent, log: Log) -> None:
         """Evaluate it."""
         result = evaluate(agent, self.env, self.episodes, seed=self.seed)
-        log[_EVALUATED] = result.mean
+        log["eval/mean_reward"] = result.mean
         log["eval/mean_ep_length"] = sum(result.lengths) / len(result.lengths)
         if result.mean > self.best_mean:
             self.best_mean = result.mean
@@ -105,19 +103,18 @@ class EvaluateBest:
 
 
 class StopOnReward:
-    """Ends the training at a mean return: of evaluations where there are any, else of training.
+    """Ends the training at a mean return.
 
     Args:
         threshold: the mean return at which to stop.
+        key: of the log; ``"eval/mean_reward"`` for what an :class:`EvaluateBest` before this one
+            found. Updates that have no such key do not stop.
 
     """
 
-    def __init__(self, threshold: float) -> None:
-        self.threshold = threshold
-        self._evaluated = False  # in some update, though perhaps not in each
+    def __init__(self, threshold: float, key: str = "rollout/ep_rew_mean") -> None:
+        self.threshold, self.key = threshold, key
 
     def __call__(self, agent: Agent, log: Log) -> bool:  # noqa: ARG002 # the protocol's
         """Say whether to go on."""
-        self._evaluated |= _EVALUATED in log
-        reached = log.get(_EVALUATED if self._evaluated else _TRAINED, -math.inf)
-        return not reached >= self.threshold
+        return not log.get(self.key, -math.inf) >= self.threshold

@@ -86,7 +86,9 @@ def test_training_ends_at_the_return():
     agent.learn(100_000, False, [StopOnReward(0.8), lambda _, log: logs.append(log)])
     assert logs[-1]["rollout/ep_rew_mean"] >= 0.8 > logs[-2]["rollout/ep_rew_mean"]
     early = agent_of(Bandit)
-    early.learn(10_000, False, [EvaluateBest(Bandit, episodes=4), StopOnReward(-1.0)])
+    early.learn(
+        10_000, False, [EvaluateBest(Bandit, episodes=4), StopOnReward(-1.0, "eval/mean_reward")]
+    )
     assert early.iterations == 1
 
 

@@ -311,11 +311,10 @@ def test_false_stops(answer):
 
 def test_training_returns_do_not_stop_what_is_evaluated():
     """The agent is evaluated where nothing is paid, and trained where the threshold is passed."""
-    poor = EvaluateBest(lambda: Paid(0.0), episodes=1)
-    agent = TRPO(Paid, **SMALL)
-    agent.learn(400, False, [poor, Every(150, poor), StopOnReward(1.0)])
-    assert agent.num_timesteps >= 400
-    assert TRPO(Paid, **SMALL).learn(400, False, StopOnReward(1.0)).num_timesteps < 400
+    poor = Every(150, EvaluateBest(lambda: Paid(0.0), episodes=1))
+    for key, stops in (("eval/mean_reward", False), ("rollout/ep_rew_mean", True)):
+        agent = TRPO(Paid, **SMALL).learn(400, False, [poor, StopOnReward(1.0, key)])
+        assert (agent.num_timesteps < 400) is stops
 
 
 def test_every_starts_anew_with_another_agent():
