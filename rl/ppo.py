@@ -110,9 +110,8 @@ class PPO(Agent):
             group["lr"] = self.scheduled(c.lr, c.final_lr)
         parameters = self.optimizer.param_groups[0]["params"]
         old = old_distribution(self.policy, batch)
-        sums = torch.zeros(
-            4, device=c.device
-        )  # objective, value loss, entropy, share of clipped ratios
+        # of objective, value loss, entropy and share of clipped ratios
+        sums = torch.zeros(4, device=c.device)
         kl, passes = 0.0, 0
         for _ in range(c.epochs):
             sums.zero_()
