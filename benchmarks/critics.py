@@ -18,6 +18,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from threadpoolctl import threadpool_limits
 
 from rl import TRPO
 from rl.agent import Log
@@ -76,6 +77,7 @@ def main() -> None:
     args = parser.parse_args()
     warnings.simplefilter("ignore")  # MuJoCo's of its own models
     torch.set_num_threads(1)
+    threadpool_limits(1)
     header = ["fit"]
     cells: dict[str, list[str]] = {name: [] for name in SETTINGS}
     for env in args.envs:
