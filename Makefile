@@ -105,7 +105,8 @@ training: $(READY_BENCH)
 learning: $(READY_BENCH)
 	@$(INSTALL) --editable ".[mujoco]" "gymnasium[box2d]"
 	@$(BIN)/python -m benchmarks.rl_learning run
-	@$(BIN)/python -m benchmarks.rl_learning run --seeds 3 --envs InvertedDoublePendulum-v5 Hopper-v5 HalfCheetah-v5
+	@$(BIN)/python -m benchmarks.rl_learning run --seeds 3 --envs InvertedDoublePendulum-v5 Hopper-v5
+	@$(BIN)/python -m benchmarks.rl_learning run --envs HalfCheetah-v5
 	@$(BIN)/python -m benchmarks.rl_learning run --sides ours --algorithm ppo --envs CartPole-v1 LunarLander-v3
 	@$(BIN)/python -m benchmarks.rl_learning run --sides ours --algorithm npg --envs CartPole-v1 Pendulum-v1
 	@$(BIN)/python -m benchmarks.rl_learning run --sides ours --algorithm kl_penalty --envs CartPole-v1 Pendulum-v1

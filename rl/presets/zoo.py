@@ -87,8 +87,8 @@ def translate(key: str, value: Any, target: Target) -> dict[str, Any]:
             )
         return {name: convert(key, kind, value.removeprefix("lin_")), f"final_{name}": 0.0}
     number = convert(key, kind, value)
-    if key == "target_kl" and number is not None:
-        number *= _kl_factor(name, target.env_id)
+    if key in ("target_kl", "cg_damping") and number is not None:
+        number *= _kl_factor(name, target.env_id)  # a damping is relative to the KL's curvature
     return {name: number}
 
 

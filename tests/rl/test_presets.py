@@ -69,7 +69,7 @@ atari:
 default:
   n_timesteps: !!float 1e6
   policy: 'MlpPolicy'
-Ant-v5: &mujoco
+MountainCarContinuous-v0: &mujoco
   normalize: true
   n_envs: 2
   n_timesteps: !!float 1e6
@@ -109,7 +109,7 @@ def test_a_zoo_file_for_trpo_by_hand(tmp_path):
         "critic_epochs": 20,
         "critic_lr": 0.001,
     }
-    assert load_preset("trpo", "Ant-v5", file) == Preset(ant, 1_000_000)
+    assert load_preset("trpo", "MountainCarContinuous-v0", file) == Preset(ant, 1_000_000)
     pendulum = ant | {"gamma": 0.9, "delta": 0.04, "hidden": (256, 128)}  # of one action
     assert load_preset("trpo", "Pendulum-v1", str(file)) == Preset(pendulum, 1_000_000)
     assert load_preset("trpo", "CartPole-v1", file) == Preset({}, 1_000_000)  # the default
@@ -217,6 +217,7 @@ def test_target_kl_is_of_each_component_in_trpo(load, monkeypatch, space, factor
     assert len(made) == 1  # and closed
     assert load({"target_kl": 0.01}, "ppo").options["kl_limit"] == pytest.approx(0.015)
     assert len(made) == 1
+    assert load({"cg_damping": 0.1}).options["damping"] == pytest.approx(0.1 * factor)
 
 
 def test_numbers_without_a_point_are_numbers(load):
