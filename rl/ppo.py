@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +16,7 @@ from .agent import Agent, Log
 from .batch import Batch
 from .config import Config
 from .objectives import clipped_surrogate, normalise, old_distribution
+from .undo import Undo
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,11 +95,11 @@ class PPO(Agent):
 
     def improve(self, batch: Batch) -> Log:
         """Make the passes."""
-        kept = self._copies()
+        undo = Undo(self.optimizer.param_groups[0]["params"], self.optimizer)
         try:
             return self._passes(batch)
         except FloatingPointError as error:
-            self._restore(*kept)
+            undo()
             raise ValueError(f"{error}: PPO diverged. Lower lr, or scale the rewards") from error
 
     def _passes(self, batch: Batch) -> Log:
@@ -152,17 +151,6 @@ class PPO(Agent):
             "train/learning_rate": self.optimizer.param_groups[0]["lr"],
             "train/n_updates": passes,
         }
-
-    def _copies(self) -> tuple[list[Tensor], dict[str, Any]]:
-        parameters = self.optimizer.param_groups[0]["params"]
-        copies = [p.detach().clone() for p in parameters]
-        return copies, copy.deepcopy(self.optimizer.state_dict())
-
-    @torch.no_grad()
-    def _restore(self, copies: list[Tensor], state: dict[str, Any]) -> None:
-        for p, old in zip(self.optimizer.param_groups[0]["params"], copies, strict=True):
-            p.copy_(old)
-        self.optimizer.load_state_dict(state)
 
     def fit_critic(self, batch: Batch) -> Log:  # noqa: ARG002 # the passes have done it
         """Do nothing more."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import abc
-import copy
 import math
 from collections.abc import Callable, Sequence
 
@@ -17,6 +16,7 @@ from trustregion import NaturalTrustRegion
 from .config import Config
 from .dense import DenseNetwork
 from .networks import Encoder, mlp
+from .undo import Undo
 
 
 class Critic(nn.Module):
@@ -134,16 +134,6 @@ class CriticFit(abc.ABC):
         """Return the mean squared error."""
         return (self.critic(rows) - returns).square().mean()
 
-    def copies(self) -> list[Tensor]:
-        """Return copies of the parameters' values."""
-        return [p.detach().clone() for p in self.parameters]
-
-    @torch.no_grad()
-    def restore(self, copies: list[Tensor]) -> None:
-        """Put copies back."""
-        for p, old in zip(self.parameters, copies, strict=True):
-            p.copy_(old)
-
 
 class AdamFit(CriticFit):
     """Epochs of shuffled minibatches. The error is the mean over the last epoch, as it went."""
@@ -154,7 +144,7 @@ class AdamFit(CriticFit):
 
     def fit(self, rows: Tensor, returns: Tensor, generator: torch.Generator) -> float:
         """Run the epochs."""
-        kept, state = self.copies(), copy.deepcopy(self.optimizer.state_dict())
+        undo = Undo(self.parameters, self.optimizer)
         error = squared_error(self.critic, self.parameters, rows, returns)
         total = 0.0
         for epoch in range(self.config.critic_epochs):
@@ -163,8 +153,7 @@ class AdamFit(CriticFit):
             for positions in order.split(self.config.critic_batch_size):
                 value = error(positions)
                 if not math.isfinite(value):
-                    self.restore(kept)
-                    self.optimizer.load_state_dict(state)
+                    undo()
                     raise ValueError(
                         f"the critic's loss is {value} in pass {epoch}: it diverged. Lower"
                         " critic_lr, or scale the rewards"
@@ -231,18 +220,18 @@ class LBFGSFit(CriticFit):
 
     def fit(self, rows: Tensor, returns: Tensor, generator: torch.Generator) -> float:  # noqa: ARG002 # it shuffles nothing
         """Run the iterations; put the weights back where they end in a worse error."""
-        kept, everywhere = self.copies(), torch.arange(len(returns))
+        undo, everywhere = Undo(self.parameters), torch.arange(len(returns))
         error = squared_error(self.critic, self.parameters, rows, returns)
         try:
             first = self._lbfgs.step(lambda: error(everywhere))
         except BaseException:  # amid a line search
-            self.restore(kept)
+            undo()
             raise
         finally:
             self._lbfgs.state.clear()  # the curvature is that of this batch
         last = error(everywhere)
         if not (math.isfinite(first) and last <= first):
-            self.restore(kept)
+            undo()
         if not math.isfinite(first):
             raise ValueError(f"the critic's loss is {first}: the returns or values are not finite")
         return min(first, last)
