@@ -196,3 +196,20 @@ class Config:
                 raise ValueError(f"{cls.__name__} has no option {name!r}{hint}")
         lists = {key: tuple(v) for key, v in options.items() if isinstance(v, list)}
         return cls(**{**options, **lists})
+
+
+@dataclass(frozen=True, kw_only=True)
+class NaturalConfig(Config):
+    """Options of the algorithms that solve for a natural gradient."""
+
+    damping: float = 0.1
+    """Tikhonov term of the natural-gradient solve."""
+
+    cg_max_iter: int = 10
+    """Limit on conjugate-gradient iterations."""
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        super().__post_init__()
+        self.check_not_negative("damping")
+        self.check_counts("cg_max_iter")

@@ -11,12 +11,12 @@ from trustregion import NaturalTrustRegion
 
 from .agent import Agent, Log
 from .batch import Batch
-from .config import Config
+from .config import NaturalConfig
 from .objectives import normalise, step_log, surrogate_closure
 
 
 @dataclass(frozen=True, kw_only=True)
-class KLPenaltyConfig(Config):
+class KLPenaltyConfig(NaturalConfig):
     """Options of KL-penalised policy iteration."""
 
     penalty: float = 5.0
@@ -25,18 +25,10 @@ class KLPenaltyConfig(Config):
     kl_target: float | None = 0.01
     """KL(old || new) that C is to lead to; None to keep C."""
 
-    damping: float = 0.1
-    """Tikhonov term of the natural-gradient solve."""
-
-    cg_max_iter: int = 10
-    """Limit on conjugate-gradient iterations."""
-
     def __post_init__(self) -> None:
         """Check the ranges."""
         super().__post_init__()
         self.check_positive("penalty", "kl_target")
-        self.check_not_negative("damping")
-        self.check_counts("cg_max_iter")
 
 
 class KLPenalty(Agent):

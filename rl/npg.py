@@ -10,12 +10,12 @@ from trustregion import FisherOperator, Identity, ParameterVector, cg, kl_ball_s
 
 from .agent import Agent, Log
 from .batch import Batch
-from .config import Config
+from .config import NaturalConfig
 from .objectives import normalise, old_distribution, surrogate
 
 
 @dataclass(frozen=True, kw_only=True)
-class NPGConfig(Config):
+class NPGConfig(NaturalConfig):
     """Options of the natural policy gradient."""
 
     delta: float = 0.01
@@ -24,18 +24,10 @@ class NPGConfig(Config):
     step_size: float | None = None
     """Factor on the natural gradient; where given, it takes the place of delta."""
 
-    damping: float = 0.1
-    """Tikhonov term of the natural-gradient solve."""
-
-    cg_max_iter: int = 10
-    """Limit on conjugate-gradient iterations."""
-
     def __post_init__(self) -> None:
         """Check the ranges."""
         super().__post_init__()
         self.check_positive("delta", "step_size")
-        self.check_not_negative("damping")
-        self.check_counts("cg_max_iter")
 
 
 class NPG(Agent):

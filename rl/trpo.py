@@ -12,22 +12,16 @@ from trustregion import NaturalTrustRegion, subsample
 
 from .agent import Agent, Log
 from .batch import Batch
-from .config import Config
+from .config import NaturalConfig
 from .objectives import step_log, surrogate_closure
 
 
 @dataclass(frozen=True, kw_only=True)
-class TRPOConfig(Config):
+class TRPOConfig(NaturalConfig):
     """Options of TRPO."""
 
     delta: float = 0.01
     """Bound on KL(old || new) in nats: joint over action dimensions, mean over states."""
-
-    damping: float = 0.1
-    """Tikhonov term of the natural-gradient solve."""
-
-    cg_max_iter: int = 10
-    """Limit on conjugate-gradient iterations."""
 
     curvature_fraction: float = 1.0
     """Share of the states, drawn anew for each update, whose mean is the Fisher matrix."""
@@ -35,8 +29,6 @@ class TRPOConfig(Config):
     def __post_init__(self) -> None:
         """Check the ranges."""
         super().__post_init__()
-        self.check_not_negative("damping")
-        self.check_counts("cg_max_iter")
         if not 0 < self.curvature_fraction <= 1:
             raise ValueError(
                 f"curvature_fraction must lie in (0, 1], got {self.curvature_fraction}"
