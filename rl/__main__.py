@@ -29,12 +29,8 @@ _CHECKPOINT = "checkpoint.zip"
 
 
 @dataclass(frozen=True)
-class Train(Generic[C]):
-    """Train an agent on a gymnasium environment and keep the run in a folder.
-
-    --algo NAME chooses the algorithm, and with it the options: trpo, which is the default, npg,
-    kl_penalty, ppo or vpg.
-    """
+class Configured(Generic[C]):
+    """What commands have that make an agent."""
 
     env_id: tyro.conf.Positional[str]
     """Environment id, for example CartPole-v1."""
@@ -44,6 +40,15 @@ class Train(Generic[C]):
     preset: str | None = None
     """Options to start from, which the command line overrides: "default" for those that come with
     this package, or a YAML file of your own, in our names or those of rl-baselines3-zoo."""
+
+
+@dataclass(frozen=True)
+class Train(Configured[C]):
+    """Train an agent on a gymnasium environment and keep the run in a folder.
+
+    --algo NAME chooses the algorithm, and with it the options: trpo, which is the default, npg,
+    kl_penalty, ppo or vpg.
+    """
 
     total_timesteps: int = 100_000
     """Environment steps to train for; whole updates are made, so a few more may be taken."""
@@ -113,17 +118,8 @@ class Record:
 
 
 @dataclass(frozen=True)
-class Check(Generic[C]):
+class Check(Configured[C]):
     """Check an environment, and say what would be used to learn in it."""
-
-    env_id: tyro.conf.Positional[str]
-    """Environment id, for example CartPole-v1."""
-
-    config: tyro.conf.OmitArgPrefixes[C]
-
-    preset: str | None = None
-    """Options to start from, which the command line overrides: "default" for those that come with
-    this package, or a YAML file of your own, in our names or those of rl-baselines3-zoo."""
 
 
 def train(command: Train[Any], algorithm: type[Agent]) -> int:
@@ -297,7 +293,7 @@ def _commands(config: type[Config]) -> Any:
     return commands
 
 
-def _from_preset(command: Train[Any] | Check[Any], algorithm: type[Agent]) -> Any:
+def _from_preset(command: Configured[Any], algorithm: type[Agent]) -> Any:
     """Return a command whose options are those of its preset."""
     file = None if command.preset == "default" else command.preset
     preset = load_preset(algorithm.name, command.env_id, file)
