@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Categorical
 
-from trustregion import BatchedOperator, FisherOperator
+from trustregion import FisherOperator
+from trustregion.operators import BatchedOperator
 
 
 def peak() -> float:

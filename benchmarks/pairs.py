@@ -28,16 +28,13 @@ from benchmarks.report import cells, row
 from benchmarks.solver_peers import Counted
 from benchmarks.solvers import one_thread
 from benchmarks.systems import dense
-from trustregion import (
-    FunctionMap,
-    cg,
+from trustregion import cg, gltr, multishift_cg, steihaug
+from trustregion.operators import FunctionMap
+from trustregion.solvers import (
     constrained_kl_ball_step,
     dual_solve,
     fixed_cg,
-    gltr,
     lsqr,
-    multishift_cg,
-    steihaug,
     trust_region_dense,
 )
 

@@ -38,18 +38,8 @@ from benchmarks.quality import (
     row,
 )
 from rl.batch import Batch as Transitions
-from trustregion import (
-    KFAC,
-    FisherOperator,
-    Identity,
-    Jacobi,
-    LinearOperator,
-    Nystrom,
-    Preconditioner,
-    Recycled,
-    Status,
-    cg,
-)
+from trustregion import KFAC, FisherOperator, Identity, Jacobi, LinearOperator, Nystrom, Status, cg
+from trustregion.preconditioners import Preconditioner, Recycled
 
 ITERATIONS = 10
 PROBES = (4, 16)

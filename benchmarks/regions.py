@@ -31,7 +31,8 @@ from tests.trustregion.test_region_cases import (
     numbers,
     random_entry,
 )
-from trustregion import SubproblemSolution, gltr, steihaug, trust_region_dense
+from trustregion import SubproblemSolution, gltr, steihaug
+from trustregion.solvers import trust_region_dense
 
 SOLVED = 1e-6
 NEAR = {"3d near hard", "gradient of 1e-6", "gradient of 1e-15", "minus identity"}

@@ -14,16 +14,8 @@ import torch
 from scipy.optimize import minimize, rosen, rosen_der, rosen_hess_prod
 from torch import Tensor
 
-from trustregion import (
-    SubproblemSolution,
-    classic_radius,
-    forcing_sequence,
-    gltr,
-    gould_radius,
-    lanczos,
-    reduction_ratio,
-    steihaug,
-)
+from trustregion import SubproblemSolution, gltr, lanczos, steihaug
+from trustregion.solvers import classic_radius, forcing_sequence, gould_radius, reduction_ratio
 
 TOLERANCE, MAX_ITER, STARTS = 1e-8, 5000, 20
 

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from trustregion import FisherOperator, Identity, ParameterVector, cg, kl_ball_step, mean_kl
+from trustregion import FisherOperator, Identity, cg, kl_ball_step, mean_kl
+from trustregion.operators import ParameterVector
 
 from .agent import Agent, Log
 from .batch import Batch

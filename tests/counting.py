@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from trustregion import DenseOperator
+from trustregion.operators import DenseOperator
 
 
 class Counting(DenseOperator):

@@ -14,15 +14,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from replica_models import MODELS, network
-from trustregion import (
-    KFAC,
-    Jacobi,
-    NaturalTrustRegion,
-    NewtonTrustRegion,
-    Nystrom,
-    Recycled,
-)
+from trustregion import KFAC, Jacobi, NaturalTrustRegion, NewtonTrustRegion, Nystrom
 from trustregion.operators.gauss_newton import GaussNewtonOperator
+from trustregion.preconditioners import Recycled
 
 EVEN, ODD = (50, 50), (1, 99)
 FOLLOW = ("delta", "radius", "damping", "penalty")  # options that may follow the steps

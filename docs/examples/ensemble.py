@@ -25,7 +25,8 @@ from torch import Tensor, nn
 from torch.func import functional_call, jvp, stack_module_state, vjp, vmap
 from tqdm import tqdm
 
-from trustregion import cg, fixed_cg
+from trustregion import cg
+from trustregion.solvers import fixed_cg
 
 NOISE, DELTA, DAMPING, ITERATIONS = 0.1, 0.3, 1.0, 10
 LENGTHS = (1.0, 0.5, 0.25, 0.125, 0.0)

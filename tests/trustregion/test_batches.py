@@ -18,16 +18,9 @@ from torch.utils.data import (
     TensorDataset,
 )
 
-from trustregion import (
-    DenseOperator,
-    FisherOperator,
-    FunctionOperator,
-    Identity,
-    cg,
-    subsample,
-    to_dense,
-)
+from trustregion import FisherOperator, Identity, cg, subsample, to_dense
 from trustregion.distributions import Weighted
+from trustregion.operators import DenseOperator, FunctionOperator
 from trustregion.operators.batches import BatchedOperator, _memory
 from trustregion.operators.ggn import GGNOperator
 from trustregion.operators.hessian import HessianOperator

@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 import oracles
 from counting import Counting
 from strategies import DTYPES, POSITIVE, systems
-from trustregion import DenseOperator, FunctionOperator, Identity, Status, cg, forcing_sequence
+from trustregion import Identity, Status, cg
+from trustregion.operators import DenseOperator, FunctionOperator
+from trustregion.solvers import forcing_sequence
 
 
 def iterates(system, k=12, **options):

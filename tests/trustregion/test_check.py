@@ -13,7 +13,7 @@ from torch import distributions as td
 from torch import nn
 
 from trustregion import Family, NaturalTrustRegion, check_closure, register_distribution
-from trustregion.optim.slopes import Curve, judge
+from trustregion.check.slopes import Curve, judge
 
 REPEATS = {"the loss repeats", "the distribution repeats"}
 GRADIENT, SECOND = "the gradient of the loss", "the Fisher matrix is the KL's"

@@ -15,14 +15,9 @@ from torch import distributions as td
 import oracles
 from cases import cases
 from strategies import DTYPES
-from trustregion import (
-    DenseOperator,
-    FisherOperator,
-    FunctionMap,
-    Status,
-    dual_is_cheaper,
-    dual_solve,
-)
+from trustregion import FisherOperator, Status
+from trustregion.operators import DenseOperator, FunctionMap
+from trustregion.solvers import dual_is_cheaper, dual_solve
 
 METHODS = ["dual", "primal"]
 each_method = pytest.mark.parametrize("method", METHODS)

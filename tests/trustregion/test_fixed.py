@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from torch.func import functional_call, jvp, vjp, vmap
 
 from strategies import DTYPES, POSITIVE, systems
-from trustregion import Status, cg, fixed_cg
+from trustregion import Status, cg
+from trustregion.solvers import fixed_cg
 
 # torch 2.13 uses its own deprecated torch.jit.script when it first needs a jvp, and to compile
 script_is_deprecated = pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")

@@ -11,8 +11,9 @@ from torch.utils.checkpoint import checkpoint
 
 import oracles
 from cases import cases
-from trustregion import FisherOperator, ParameterVector, subsample, to_dense
+from trustregion import FisherOperator, subsample, to_dense
 from trustregion.linearise.functional import under_transform
+from trustregion.operators import ParameterVector
 from trustregion.operators.ggn import GGNOperator
 from trustregion.operators.hessian import HessianOperator
 

@@ -15,19 +15,16 @@ from counting import Counting
 from strategies import DTYPES, systems
 from trustregion import (
     KFAC,
-    DenseOperator,
     FisherOperator,
-    FunctionOperator,
-    Gated,
     Identity,
     Jacobi,
     NaturalTrustRegion,
     Nystrom,
-    Preconditioner,
-    Recycled,
     Status,
     cg,
 )
+from trustregion.operators import DenseOperator, FunctionOperator
+from trustregion.preconditioners import Gated, Preconditioner, Recycled
 
 N = 40
 

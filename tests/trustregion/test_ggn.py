@@ -8,7 +8,8 @@ from torch.nn import functional as nnf
 
 import oracles
 from laws import check_operator
-from trustregion import FisherOperator, Identity, ParameterVector, to_dense
+from trustregion import FisherOperator, Identity, to_dense
+from trustregion.operators import ParameterVector
 from trustregion.operators.ggn import GGNOperator
 
 F64 = torch.float64

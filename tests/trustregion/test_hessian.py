@@ -9,7 +9,8 @@ from torch.nn import functional as nnf
 import oracles
 from cases import cases
 from laws import check_operator
-from trustregion import FisherOperator, KLHessianOperator, ParameterVector, minres, to_dense
+from trustregion import FisherOperator, KLHessianOperator, minres, to_dense
+from trustregion.operators import ParameterVector
 from trustregion.operators.hessian import HessianOperator
 
 F64 = torch.float64

@@ -14,17 +14,10 @@ from torch import nn
 import oracles
 from cases import cases
 from strategies import DTYPES
-from trustregion import (
-    FisherOperator,
-    FunctionOperator,
-    Identity,
-    Status,
-    cg,
-    check_symmetric,
-    to_dense,
-)
+from trustregion import FisherOperator, Identity, Status, cg, to_dense
 from trustregion.distributions import Weighted
 from trustregion.linearise import linearise
+from trustregion.operators import FunctionOperator, check_symmetric
 from trustregion.operators.gauss_newton import GaussNewtonOperator
 from trustregion.operators.ggn import GGNOperator
 from trustregion.operators.sampled import MonteCarloFisherOperator

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trustregion import BallTrial, backtracking, ball_search
+from trustregion.solvers import BallTrial, backtracking, ball_search
 
 
 @given(st.floats(0.05, 0.95), st.integers(0, 20), st.integers(0, 25))

@@ -12,7 +12,6 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from trustregion import ParameterVector
 from trustregion.linearise import (
     GraphLinearisation,
     TapeLinearisation,
@@ -24,6 +23,7 @@ from trustregion.linearise import (
 from trustregion.linearise.arithmetic import Elementwise, MatrixProduct
 from trustregion.linearise.rules import Rule, UnreadableGraph
 from trustregion.linearise.shapes import Permute
+from trustregion.operators import ParameterVector
 
 DTYPES = [torch.float32, torch.float64]
 

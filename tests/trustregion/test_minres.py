@@ -11,7 +11,8 @@ from scipy.sparse.linalg import minres as scipy_minres
 import oracles
 from counting import Counting
 from strategies import DTYPES, POSITIVE, systems
-from trustregion import DenseOperator, FunctionOperator, Status, cg, minres
+from trustregion import Status, cg, minres
+from trustregion.operators import DenseOperator, FunctionOperator
 from trustregion.vector import ldexp
 
 REGULAR = [*POSITIVE, "sign-mixed"]

@@ -15,15 +15,8 @@ from hypothesis import strategies as st
 from torch import distributions as td
 from torch import nn
 
-from trustregion import (
-    FisherOperator,
-    FunctionOperator,
-    NaturalTrustRegion,
-    Status,
-    kl_ball_step,
-    mean_kl,
-    to_dense,
-)
+from trustregion import FisherOperator, NaturalTrustRegion, Status, kl_ball_step, mean_kl, to_dense
+from trustregion.operators import FunctionOperator
 
 
 def problem(dtype=torch.float32, seed=0, n=64):

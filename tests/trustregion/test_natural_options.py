@@ -15,14 +15,12 @@ from trustregion import (
     Jacobi,
     NaturalTrustRegion,
     Status,
-    classic_radius,
     kl_ball_step,
-    kl_penalty_step,
-    levenberg_marquardt_damping,
     mean_kl,
     subsample,
     to_dense,
 )
+from trustregion.solvers import classic_radius, kl_penalty_step, levenberg_marquardt_damping
 
 
 def problem(dtype=torch.float64, seed=0, n=64):

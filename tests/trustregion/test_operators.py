@@ -6,14 +6,8 @@ from torch.nn.functional import scaled_dot_product_attention
 import oracles
 from cases import N, cases
 from laws import check_operator
-from trustregion import (
-    DenseOperator,
-    FisherOperator,
-    FunctionOperator,
-    Identity,
-    KLHessianOperator,
-    to_dense,
-)
+from trustregion import FisherOperator, Identity, KLHessianOperator, to_dense
+from trustregion.operators import DenseOperator, FunctionOperator
 from trustregion.operators.map import DenseMap, FunctionMap, as_map, wide_mv, wide_rmv
 
 CASES = {case.name: case for case in cases()}

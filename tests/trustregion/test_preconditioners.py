@@ -12,19 +12,17 @@ from torch import nn
 
 from strategies import DTYPES, POSITIVE, systems
 from trustregion import (
-    DenseOperator,
     FisherOperator,
-    FunctionOperator,
     Identity,
     Jacobi,
     LinearOperator,
     Nystrom,
-    Preconditioner,
-    Recycled,
     Status,
     cg,
     to_dense,
 )
+from trustregion.operators import DenseOperator, FunctionOperator
+from trustregion.preconditioners import Preconditioner, Recycled
 from trustregion.preconditioners.base import product_work
 
 KINDS = (*POSITIVE, "rank-deficient", "sign-mixed")

@@ -8,7 +8,7 @@ import torch
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
-from trustregion.radius import (
+from trustregion.solvers.radius import (
     classic_radius,
     gould_radius,
     initial_radius,

@@ -12,7 +12,8 @@ from scipy.optimize._trlib import get_trlib_quadratic_subproblem
 from scipy.optimize._trustregion_exact import IterativeSubproblem
 from scipy.optimize._trustregion_ncg import CGSteihaugSubproblem
 
-from trustregion import Status, gltr, lanczos, steihaug, trust_region_dense
+from trustregion import Status, gltr, lanczos, steihaug
+from trustregion.solvers import trust_region_dense
 
 EPS = torch.finfo(torch.float64).eps
 RTOL = 1e-12  # asked of our solvers; scipy's tests ask 1e-8 inside and 1e-6 on the boundary

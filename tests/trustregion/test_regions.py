@@ -10,15 +10,8 @@ from hypothesis import strategies as st
 import oracles
 from counting import Counting
 from strategies import DTYPES, POSITIVE, systems
-from trustregion import (
-    Status,
-    cg,
-    forcing_sequence,
-    gltr,
-    lanczos,
-    steihaug,
-    trust_region_dense,
-)
+from trustregion import Status, cg, gltr, lanczos, steihaug
+from trustregion.solvers import forcing_sequence, trust_region_dense
 
 ALL = [*POSITIVE, "rank-deficient", "sign-mixed"]
 SOLVERS = [steihaug, gltr, trust_region_dense]

@@ -9,8 +9,9 @@ from torch.nn import functional as nnf
 import oracles
 from cases import N, cases
 from laws import check_operator
-from trustregion import FisherOperator, ParameterVector, to_dense
+from trustregion import FisherOperator, to_dense
 from trustregion.distributions import Weighted
+from trustregion.operators import ParameterVector
 from trustregion.operators.sampled import EmpiricalFisherOperator, MonteCarloFisherOperator
 
 F64 = torch.float64

@@ -13,15 +13,9 @@ from scipy.sparse.linalg import eigsh
 
 from counting import Counting
 from strategies import DTYPES, POSITIVE, systems
-from trustregion import (
-    DenseOperator,
-    FunctionOperator,
-    Status,
-    diagonal,
-    largest_eigenvalues,
-    to_scipy,
-    trace,
-)
+from trustregion import Status, to_scipy
+from trustregion.operators import DenseOperator, FunctionOperator
+from trustregion.solvers import diagonal, largest_eigenvalues, trace
 
 KINDS = (*POSITIVE, "rank-deficient", "sign-mixed")
 

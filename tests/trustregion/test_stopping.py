@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trustregion import eisenstat_walker, forcing_sequence
+from trustregion.solvers import eisenstat_walker, forcing_sequence
 from trustregion.solvers.stopping import Progress
 
 

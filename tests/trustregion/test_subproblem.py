@@ -10,8 +10,9 @@ from torch import Tensor
 
 import oracles
 from strategies import DTYPES, System, systems
-from trustregion import DenseOperator, Status, cg, kl_ball_step
-from trustregion.subproblem import constrained_kl_ball_step
+from trustregion import Status, cg, kl_ball_step
+from trustregion.operators import DenseOperator
+from trustregion.solvers.constrained import constrained_kl_ball_step
 
 
 def solve(system, damping=0.0, rtol=1e-6):

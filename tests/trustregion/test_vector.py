@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from trustregion import ParameterVector
+from trustregion.operators import ParameterVector
 
 
 def params():

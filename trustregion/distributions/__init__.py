@@ -10,11 +10,17 @@ a KL of 1e-8 is wrong by 10 to 50 % and can be negative, and in float64 the text
 1e-12 is wrong in its fourth digit.
 """
 
-from .family import Family as Family
+from .family import Family
 from .family import Tensors as Tensors
 from .joint import Joint as Joint
-from .prediction import Prediction as Prediction
-from .prediction import Weighted as Weighted
+from .prediction import Prediction, Weighted, mean_kl
 from .prediction import joint_of as joint_of
-from .prediction import mean_kl as mean_kl
-from .registry import register_distribution as register_distribution
+from .registry import register_distribution
+
+__all__ = [
+    "Family",
+    "Prediction",
+    "Weighted",
+    "mean_kl",
+    "register_distribution",
+]

@@ -1,21 +1,46 @@
 """Symmetric linear maps on flat vectors."""
 
-from .base import DenseOperator as DenseOperator
-from .base import FunctionOperator as FunctionOperator
-from .base import Identity as Identity
-from .base import LinearOperator as LinearOperator
+from ..subsample import subsample
+from ..vector import ParameterVector
+from .base import (
+    DenseOperator,
+    FunctionOperator,
+    Identity,
+    LinearOperator,
+    check_symmetric,
+    to_dense,
+)
 from .base import as_operator as as_operator
-from .base import check_symmetric as check_symmetric
-from .base import to_dense as to_dense
-from .batches import BatchedOperator as BatchedOperator
-from .fisher import FisherOperator as FisherOperator
-from .gauss_newton import GaussNewtonOperator as GaussNewtonOperator
-from .ggn import GGNOperator as GGNOperator
-from .hessian import HessianOperator as HessianOperator
-from .hessian import KLHessianOperator as KLHessianOperator
-from .map import DenseMap as DenseMap
-from .map import FunctionMap as FunctionMap
-from .map import LinearMap as LinearMap
-from .root import FisherRoot as FisherRoot
-from .sampled import EmpiricalFisherOperator as EmpiricalFisherOperator
-from .sampled import MonteCarloFisherOperator as MonteCarloFisherOperator
+from .batches import BatchedOperator
+from .fisher import FisherOperator
+from .gauss_newton import GaussNewtonOperator
+from .ggn import GGNOperator
+from .hessian import HessianOperator, KLHessianOperator
+from .map import DenseMap, FunctionMap, LinearMap
+from .root import FisherRoot
+from .sampled import EmpiricalFisherOperator, MonteCarloFisherOperator
+from .scipy import to_scipy
+
+__all__ = [
+    "DenseOperator",
+    "FunctionOperator",
+    "Identity",
+    "LinearOperator",
+    "check_symmetric",
+    "to_dense",
+    "BatchedOperator",
+    "FisherOperator",
+    "GaussNewtonOperator",
+    "GGNOperator",
+    "HessianOperator",
+    "KLHessianOperator",
+    "DenseMap",
+    "FunctionMap",
+    "LinearMap",
+    "FisherRoot",
+    "EmpiricalFisherOperator",
+    "MonteCarloFisherOperator",
+    "to_scipy",
+    "subsample",
+    "ParameterVector",
+]

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from ..arguments import finite
 from ..operators.base import (
     FunctionOperator,
     Identity,
@@ -22,7 +23,6 @@ from ..operators.ggn import GGNOperator
 from ..operators.hessian import HessianOperator
 from ..preconditioners import Gated
 from ..preconditioners.gate import between
-from ..solvers.arguments import finite
 from ..solvers.cg import cg
 from ..solvers.stopping import forcing_sequence
 from ..status import Status

@@ -9,15 +9,15 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from ..kl_ball import Step, kl_ball_step, kl_penalty_step
 from ..operators.base import Identity, LinearOperator, OperatorLike
 from ..preconditioners import Gated
 from ..preconditioners.gate import between
 from ..solvers.cg import cg
+from ..solvers.constrained import constrained_kl_ball_step
+from ..solvers.kl_ball import Step, kl_ball_step, kl_penalty_step
 from ..solvers.lanczos import lanczos
 from ..solvers.solution import LinearSolution
 from ..status import Status
-from ..subproblem import constrained_kl_ball_step
 from ..vector import exponent, ldexp, norm, scalar_ldexp
 from .info import StepInfo
 from .problem import CurvatureClosure, Problem

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..operators.base import OperatorLike
 from ..preconditioners import Gated, Preconditioner
-from ..radius import classic_radius, levenberg_marquardt_damping
+from ..solvers.radius import classic_radius, levenberg_marquardt_damping
 from ..status import Status
 from .base import TrustRegionOptimizer, uncompiled
 from .closure import Calls, Closure, Evaluation, comparable_kernels, read_prediction

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..distributions import Prediction
 from ..operators.base import OperatorLike
 from ..preconditioners import Gated, Preconditioner
-from ..radius import classic_radius, gould_radius, levenberg_marquardt_damping
+from ..solvers.radius import classic_radius, gould_radius, levenberg_marquardt_damping
 from ..status import Status
 from .base import TrustRegionOptimizer, uncompiled
 from .closure import Calls, Judgement, comparable_kernels, read_judgement

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..distributions import Joint
-from ..line_search import BallSearch, BallTrial, ball_search
+from ..solvers.line_search import BallSearch, BallTrial, ball_search
 from ..status import Status
 from ..vector import ParameterVector
 from .closure import Calls, read_prediction, why_not_reproducible

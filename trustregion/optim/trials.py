@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ..distributions import Joint
-from ..line_search import backtracking
-from ..radius import reduction_ratio
+from ..solvers.line_search import backtracking
+from ..solvers.radius import reduction_ratio
 from ..status import Status
 from ..vector import ParameterVector
 from .closure import Calls, read_judgement, why_not_reproducible

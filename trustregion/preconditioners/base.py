@@ -7,9 +7,9 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from ..arguments import check_count, is_number, shown
 from ..operators.base import LinearOperator
 from ..operators.gauss_newton import GaussNewtonOperator
-from ..solvers.arguments import check_count, is_number, shown
 from ..solvers.solution import LinearSolution
 
 

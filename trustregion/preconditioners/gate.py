@@ -54,7 +54,8 @@ class Gated:
         ValueError: ``retest`` is not a positive integer.
 
     Example:
-        >>> from trustregion import DenseOperator, Jacobi
+        >>> from trustregion import Jacobi
+        >>> from trustregion.operators import DenseOperator
         >>> A, b = DenseOperator(torch.diag(torch.logspace(0, 4, 30))), torch.ones(30)
         >>> gated = Gated(Jacobi(1.0, probes="exact", every=100))
         >>> gated.solve(A, b, 0.0, max_iter=10).iterations, str(gated)

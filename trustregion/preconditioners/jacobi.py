@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..arguments import finite, is_number, shown
 from ..operators.base import FunctionOperator, Identity, LinearOperator
 from ..operators.gauss_newton import GaussNewtonOperator
-from ..solvers.arguments import finite, is_number, shown
-from ..spectrum import diagonal
+from ..solvers.spectrum import diagonal
 from ..vector import exponent, ldexp
 from .base import Preconditioner, check_damping, check_positive
 from .kfac_noise import Samples, cotangents
@@ -46,7 +46,8 @@ class Jacobi(Preconditioner):
         ValueError: an argument out of its range.
 
     Example:
-        >>> from trustregion import DenseOperator, Identity, cg
+        >>> from trustregion import Identity, cg
+        >>> from trustregion.operators import DenseOperator
         >>> A, b = DenseOperator(torch.diag(torch.arange(1.0, 6.0))), torch.ones(5)
         >>> M = Jacobi(1.0, probes="exact").build(A, damping=0.5)
         >>> cg(A + 0.5 * Identity(5), b, M=M).iterations

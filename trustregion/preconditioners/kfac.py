@@ -9,10 +9,10 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from ..arguments import check_count, finite, is_number, shown
 from ..linearise import linearise
 from ..operators.base import LinearOperator
 from ..operators.gauss_newton import GaussNewtonOperator
-from ..solvers.arguments import check_count, finite, is_number, shown
 from ..vector import ParameterVector
 from .base import Preconditioner, check_damping, check_positive, product_work
 from .kfac_layers import Factors, Layer, dense_layers, measure, recorded_layers

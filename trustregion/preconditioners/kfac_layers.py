@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 from torch.nn.functional import pad, unfold
 
+from ..arguments import REAL
 from ..autodiff import differentiate
 from ..operators.gauss_newton import GaussNewtonOperator, Tensors
-from ..solvers.arguments import REAL
 from ..vector import exponent, ldexp
 
 Node: TypeAlias = Any  # a node of the autograd graph; what it saved has no static type

@@ -9,11 +9,11 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
+from ..arguments import finite
 from ..operators.fisher import FisherOperator
 from ..operators.gauss_newton import GaussNewtonOperator, Tensors
 from ..operators.root import factor_blocks
 from ..operators.sampled import MonteCarloFisherOperator
-from ..solvers.arguments import finite
 
 Samples: TypeAlias = 'int | Literal["exact"]'
 Root: TypeAlias = Callable[[Tensors], Tensors]

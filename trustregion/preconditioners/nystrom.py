@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..arguments import finite
 from ..operators.base import FunctionOperator, Identity, LinearOperator
-from ..solvers.arguments import finite
 from ..vector import exponent, ldexp
 from .base import Preconditioner, check_damping, check_positive, product_work
 
@@ -40,7 +40,8 @@ class Nystrom(Preconditioner):
         ValueError: an argument that is not a positive integer.
 
     Example:
-        >>> from trustregion import DenseOperator, Identity, cg
+        >>> from trustregion import Identity, cg
+        >>> from trustregion.operators import DenseOperator
         >>> A, b = DenseOperator(torch.diag(torch.tensor([9.0, 4.0, 0.0]))), torch.ones(3)
         >>> M = Nystrom(2).build(A, damping=0.1)
         >>> cg(A + 0.1 * Identity(3), b, M=M).iterations

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..arguments import finite
 from ..operators.base import FunctionOperator, Identity, LinearOperator
-from ..solvers.arguments import finite
 from ..solvers.solution import LinearSolution
 from ..vector import exponent, ldexp
 from .base import Preconditioner, check_damping, check_positive, product_work
@@ -38,7 +38,8 @@ class Recycled(Preconditioner):
         ValueError: ``rank`` is not a positive integer.
 
     Example:
-        >>> from trustregion import DenseOperator, cg
+        >>> from trustregion import cg
+        >>> from trustregion.operators import DenseOperator
         >>> A, b = DenseOperator(torch.diag(torch.tensor([50.0, 10.0, 1.0, 2.0]))), torch.ones(4)
         >>> recycled, iterations = Recycled(4), []
         >>> for _ in range(2):

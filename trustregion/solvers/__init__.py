@@ -1,20 +1,68 @@
 """Krylov kernels and trust-region solvers: pure functions of an operator and a vector."""
 
-from .cg import cg as cg
-from .dense import trust_region_dense as trust_region_dense
-from .dual import DualSolution as DualSolution
-from .dual import dual_is_cheaper as dual_is_cheaper
-from .dual import dual_solve as dual_solve
-from .fixed import FixedSolution as FixedSolution
-from .fixed import fixed_cg as fixed_cg
-from .gltr import gltr as gltr
-from .krylov import KrylovSpace as KrylovSpace
-from .lanczos import lanczos as lanczos
-from .least_squares import lsqr as lsqr
-from .minres import minres as minres
-from .multishift import multishift_cg as multishift_cg
-from .solution import LinearSolution as LinearSolution
-from .solution import SubproblemSolution as SubproblemSolution
-from .steihaug import steihaug as steihaug
-from .stopping import eisenstat_walker as eisenstat_walker
-from .stopping import forcing_sequence as forcing_sequence
+from .cg import cg
+from .constrained import ConstrainedStep, constrained_kl_ball_step
+from .dense import trust_region_dense
+from .dual import DualSolution, dual_is_cheaper, dual_solve
+from .fixed import FixedSolution, fixed_cg
+from .gltr import gltr
+from .kl_ball import Step, kl_ball_step, kl_penalty_step
+from .krylov import KrylovSpace
+from .lanczos import lanczos
+from .least_squares import lsqr
+from .line_search import BallSearch, BallTrial, LineSearch, backtracking, ball_search
+from .minres import minres
+from .multishift import multishift_cg
+from .radius import (
+    InitialRadius,
+    classic_radius,
+    gould_radius,
+    initial_radius,
+    levenberg_marquardt_damping,
+    reduction_ratio,
+)
+from .solution import LinearSolution, SubproblemSolution
+from .spectrum import Eigenvalues, diagonal, largest_eigenvalues, trace
+from .steihaug import steihaug
+from .stopping import eisenstat_walker, forcing_sequence
+
+__all__ = [
+    "cg",
+    "ConstrainedStep",
+    "constrained_kl_ball_step",
+    "trust_region_dense",
+    "DualSolution",
+    "dual_is_cheaper",
+    "dual_solve",
+    "FixedSolution",
+    "fixed_cg",
+    "gltr",
+    "Step",
+    "kl_ball_step",
+    "kl_penalty_step",
+    "KrylovSpace",
+    "lanczos",
+    "lsqr",
+    "BallSearch",
+    "BallTrial",
+    "LineSearch",
+    "backtracking",
+    "ball_search",
+    "minres",
+    "multishift_cg",
+    "InitialRadius",
+    "classic_radius",
+    "gould_radius",
+    "initial_radius",
+    "levenberg_marquardt_damping",
+    "reduction_ratio",
+    "LinearSolution",
+    "SubproblemSolution",
+    "Eigenvalues",
+    "diagonal",
+    "largest_eigenvalues",
+    "trace",
+    "steihaug",
+    "eisenstat_walker",
+    "forcing_sequence",
+]

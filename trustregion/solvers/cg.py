@@ -8,9 +8,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ..arguments import check_count, check_start, check_tolerances, check_vector
 from ..operators.base import LinearOperator, OperatorLike, as_operator
 from ..status import Status
-from .arguments import check_count, check_start, check_tolerances, check_vector
 from .recurrence import Recurrence, Rules
 from .solution import LinearSolution
 from .stopping import Progress

@@ -8,10 +8,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ..arguments import check_radius, check_tolerances, check_vector, finite
 from ..operators.base import OperatorLike, as_operator, to_dense
 from ..status import Status
 from ..vector import dot, exponent, ldexp, norm
-from .arguments import check_radius, check_tolerances, check_vector, finite
 from .region import no_step, region
 from .secular import minimize_in_eigenbasis
 from .solution import SubproblemSolution

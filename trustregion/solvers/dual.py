@@ -10,11 +10,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ..arguments import check_count, check_radius, check_tolerances, check_vector, finite
 from ..operators.base import LinearOperator, OperatorLike, as_operator, to_dense
 from ..operators.map import DenseMap, LinearMap, as_map, wide_mv, wide_rmv
 from ..status import Status
 from ..vector import dot, exponent, ldexp, norm, scalar_ldexp
-from .arguments import check_count, check_radius, check_tolerances, check_vector, finite
 from .cg import cg
 from .solution import LinearSolution
 from .verified import Goal

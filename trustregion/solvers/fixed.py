@@ -7,8 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..arguments import check_count, check_start, check_vector
 from ..operators.base import LinearOperator, OperatorLike, as_operator
-from .arguments import check_count, check_start, check_vector
 
 
 class FixedSolution(NamedTuple):

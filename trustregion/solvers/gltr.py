@@ -8,8 +8,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from ..arguments import check_count, check_radius, check_tolerances, check_vector
 from ..operators.base import OperatorLike
-from .arguments import check_count, check_radius, check_tolerances, check_vector
 from .krylov import KrylovSpace
 from .multishift import next_block
 from .solution import SubproblemSolution

@@ -8,16 +8,16 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..operators.base import OperatorLike, as_operator, product
-from ..status import Status
-from ..vector import dot, norm, scalar_ldexp
-from .arguments import (
+from ..arguments import (
     check_count,
     check_number,
     check_radius,
     check_tolerances,
     finite,
 )
+from ..operators.base import OperatorLike, as_operator, product
+from ..status import Status
+from ..vector import dot, norm, scalar_ldexp
 from .point import Point
 from .region import Region, no_step, region
 from .secular import EPS, minimize_in_eigenbasis

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..arguments import check_count, check_vector
 from ..operators.base import OperatorLike
-from .arguments import check_count, check_vector
 from .krylov import KrylovSpace
 
 

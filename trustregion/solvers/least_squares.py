@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..arguments import check_count, check_tolerances, check_vector, finite
 from ..operators.map import LinearMap, as_map
 from ..status import Status
 from ..vector import dot, exponent, ldexp, norm, scalar_ldexp
-from .arguments import check_count, check_tolerances, check_vector, finite
 from .solution import LinearSolution
 from .verified import SAFETY, Goal
 

@@ -9,10 +9,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from ..arguments import check_count, check_start, check_tolerances, check_vector, finite
 from ..operators.base import LinearOperator, OperatorLike, as_operator, product
 from ..status import Status
 from ..vector import dot, exponent, ldexp, norm, scalar_ldexp
-from .arguments import check_count, check_start, check_tolerances, check_vector, finite
 from .solution import LinearSolution
 from .verified import Asking, Goal, Observer, Run, drive, solve
 

@@ -8,8 +8,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from ..arguments import check_count, check_number, check_tolerances, check_vector
 from ..operators.base import OperatorLike
-from .arguments import check_count, check_number, check_tolerances, check_vector
 from .cg import join
 from .krylov import KrylovSpace
 from .solution import LinearSolution

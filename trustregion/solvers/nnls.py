@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..arguments import check_count, check_vector, finite
 from ..status import Status
 from ..vector import dot, exponent, ldexp, norm, scalar_ldexp
-from .arguments import check_count, check_vector, finite
 
 EPS, LARGEST = torch.finfo(torch.float64).eps, torch.finfo(torch.float64).max
 VERIFIED = 1e-10  # relative: the point found meets every bound

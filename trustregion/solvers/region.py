@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from ..arguments import finite
 from ..status import Status
 from ..vector import exponent, ldexp, scalar_ldexp
-from .arguments import finite
 from .solution import SubproblemSolution
 
 

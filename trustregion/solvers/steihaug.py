@@ -8,10 +8,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ..arguments import check_count, check_radius, check_tolerances, check_vector, finite
 from ..operators.base import LinearOperator, OperatorLike, as_operator, product
 from ..status import Status
 from ..vector import dot, norm
-from .arguments import check_count, check_radius, check_tolerances, check_vector, finite
 from .recurrence import Recurrence, Rules
 from .region import Region, region
 from .solution import SubproblemSolution

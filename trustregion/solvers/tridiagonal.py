@@ -7,10 +7,10 @@ import math
 import torch
 from torch import Tensor
 
+from ..arguments import finite
 from ..operators.base import LinearOperator, product
 from ..status import Status
 from ..vector import dot, exponent, ldexp, norm
-from .arguments import finite
 from .basis import Basis, orthogonalise
 from .verified import why_no_direction
 

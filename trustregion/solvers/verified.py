@@ -14,10 +14,10 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from ..arguments import finite
 from ..operators.base import LinearOperator, product
 from ..status import Status
 from ..vector import dot, exponent, ldexp, norm, scalar_ldexp
-from .arguments import finite
 from .solution import LinearSolution
 
 # The estimate of the gap between the recurred and the true residual holds within a factor of 3 on

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .solvers.arguments import check_radius, finite
-from .status import Status
-from .vector import dot, norm
+from ..arguments import check_radius, finite
+from ..status import Status
+from ..vector import dot, norm
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ..operators.fisher import FisherOperator
+from ..optim.closure import gradient
 from ..vector import dot, norm
-from .closure import gradient
 from .report import ClosureCheck
 from .slopes import Curve, Verdict, judge
 from .subject import Subject

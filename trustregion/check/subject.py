@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from ..autodiff import differentiate, edge_of
+from ..optim.closure import Calls, Closure, Evaluation, read_prediction
 from ..vector import ParameterVector
-from .closure import Calls, Closure, Evaluation, read_prediction
 from .restore import random_states
 
 

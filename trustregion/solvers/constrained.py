@@ -8,12 +8,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .operators.base import Identity, OperatorLike, as_operator
-from .solvers.arguments import REAL, check_radius, check_vector, finite
-from .solvers.cg import cg
-from .solvers.nnls import TOUCHING, BallPoint, lowest_in_ball
-from .status import Status
-from .vector import dot, exponent, ldexp, norm, scalar_ldexp
+from ..arguments import REAL, check_radius, check_vector, finite
+from ..operators.base import Identity, OperatorLike, as_operator
+from ..status import Status
+from ..vector import dot, exponent, ldexp, norm, scalar_ldexp
+from .cg import cg
+from .nnls import TOUCHING, BallPoint, lowest_in_ball
 
 EPS, TINY = torch.finfo(torch.float64).eps, 2.0**-500
 

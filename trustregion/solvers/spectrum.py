@@ -5,20 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from .operators.base import LinearOperator, product
-from .solvers.arguments import check_count, check_tolerances
-from .solvers.tridiagonal import Tridiagonalisation
-from .solvers.verified import shows
-from .status import Status
-from .vector import exponent, ldexp, norm
-
-if TYPE_CHECKING:
-    from scipy.sparse.linalg import LinearOperator as ScipyOperator
+from ..arguments import check_count, check_tolerances
+from ..operators.base import LinearOperator, product
+from ..status import Status
+from ..vector import exponent, ldexp, norm
+from .tridiagonal import Tridiagonalisation
+from .verified import shows
 
 _BLOCK = 64  # unit vectors at a time: memory of 64 n
 _CHECK = 5  # vectors from one look at the Ritz values to the next
@@ -42,7 +38,7 @@ def diagonal(A: LinearOperator, *, probes: int | None = None, seed: int = 0) -> 
         ValueError: ``probes`` is not a positive integer.
 
     Example:
-        >>> from trustregion import DenseOperator
+        >>> from trustregion.operators import DenseOperator
         >>> A = DenseOperator(torch.tensor([[2.0, 1.0], [1.0, 3.0]]))
         >>> diagonal(A), diagonal(A, probes=1000)
         (tensor([2., 3.]), tensor([2.0260, 3.0260]))
@@ -85,7 +81,7 @@ def trace(A: LinearOperator, *, probes: int | None = None, seed: int = 0) -> flo
         ValueError: ``probes`` is not a positive integer.
 
     Example:
-        >>> from trustregion import DenseOperator
+        >>> from trustregion.operators import DenseOperator
         >>> trace(DenseOperator(torch.tensor([[2.0, 1.0], [1.0, 3.0]])))
         5.0
 
@@ -147,7 +143,7 @@ def largest_eigenvalues(
         ValueError: ``k`` or ``max_iter`` is not positive, or ``k`` is larger than ``n``.
 
     Example:
-        >>> from trustregion import DenseOperator
+        >>> from trustregion.operators import DenseOperator
         >>> top = largest_eigenvalues(DenseOperator(torch.diag(torch.arange(9.0))), 2)
         >>> top.values.round(decimals=3), top.status
         (tensor([8., 7.], dtype=torch.float64), <Status.CONVERGED: 'converged'>)
@@ -224,40 +220,6 @@ def _too_small(space: Tridiagonalisation, k: int, rtol: float) -> bool:
     theta, U = space.spectrum(space.size)
     bounds = space.betas[-1] * U[-1].abs()[-k:]
     return bool((bounds > rtol * theta[-k:].abs().max()).any())
-
-
-def to_scipy(A: LinearOperator) -> ScipyOperator:
-    """Return ``A`` as a :class:`scipy.sparse.linalg.LinearOperator`.
-
-    It takes and gives numpy arrays in the dtype of ``A``; the products run where ``A`` lives.
-
-    Args:
-        A: a symmetric operator.
-
-    Raises:
-        ImportError: scipy is not installed.
-
-    Example:
-        >>> from scipy.sparse.linalg import eigsh
-        >>> from trustregion import DenseOperator
-        >>> A = to_scipy(DenseOperator(torch.diag(torch.arange(5.0))))
-        >>> float(eigsh(A, k=1, return_eigenvectors=False)[0].round(4))
-        4.0
-
-    """
-    try:
-        from scipy.sparse.linalg import LinearOperator as Operator
-    except ImportError as error:
-        raise ImportError("to_scipy needs scipy: pip install scipy") from error
-    numpy_dtype = torch.empty(0, dtype=A.dtype).numpy().dtype
-
-    def multiply(x: Any) -> Any:
-        given = torch.tensor(x, dtype=A.dtype, device=A.device)  # a copy: scipy lends its own
-        return (A @ given).detach().cpu().numpy()
-
-    products = dict.fromkeys(("matvec", "rmatvec", "matmat", "rmatmat"), multiply)
-    make: Any = Operator  # scipy is not typed
-    return make(A.shape, dtype=numpy_dtype, **products)
 
 
 def _check_probes(probes: object) -> None:

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from ..operators.fisher import FisherOperator
-from .closure import Closure, comparable_kernels
+from ..optim.closure import Closure, comparable_kernels
+from ..optim.natural import NaturalTrustRegion
+from ..optim.start import entry_values
 from .derivatives import Derivatives
-from .natural import NaturalTrustRegion
 from .report import ClosureCheck, ClosureReport
 from .restore import REWOUND, restored
-from .start import entry_values
 from .subject import Subject, values_of
 
 
