@@ -1,10 +1,10 @@
-"""The processes that take one step together, each with samples of its own."""
+"""Means over the samples of all processes that take one step together."""
 
 from __future__ import annotations
 
 import zlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -13,21 +13,23 @@ from torch import Tensor
 from ..operators.base import LinearOperator
 
 if dist.is_available():
-    # The first derivative would import it. Its default arguments hold the default group of that
-    # moment for ever, and with it threads that make the exit of Python abort, at times.
+    # The first derivative would import this module. Its default arguments keep the default group of
+    # that moment alive for ever, along with threads that can make the exit of Python abort.
     import torch.distributed.nn.functional
 
-ProcessGroup = Any  # torch.distributed may be absent from a build, and its class with it
+ProcessGroup = Any  # A build of torch may lack torch.distributed, and with it the class.
+T = TypeVar("T")
 
 
-class Replicas:
-    """Means over the samples of all processes, by which all of them take the same decisions.
+class Processes:
+    """The processes that take one step together, each with samples of its own.
 
-    Every process computes its part and adds it to one reduction. What one of them raises, the
-    others are told in the same reduction: none waits for one that has left the step.
+    Every process computes its part of a mean and adds it to one reduction, so all of them take the
+    same decisions. A process that fails says so in that reduction, so none waits for one that has
+    left the step.
 
     Args:
-        group: the process group; None for one process.
+        group: The process group, or None for a single process.
 
     """
 
@@ -37,8 +39,8 @@ class Replicas:
         self.size = 1 if group is None else dist.get_world_size(group)
 
     @classmethod
-    def of(cls, given: ProcessGroup | bool | None) -> Replicas:
-        """Return those of a group, of torch's default group for None, or of none for False."""
+    def of(cls, given: ProcessGroup | bool | None) -> Processes:
+        """Return the processes of a group; None means torch's default group, False means none."""
         known = dist.is_available()
         if given is False or (given is None and not (known and dist.is_initialized())):
             return cls(None)
@@ -56,33 +58,49 @@ class Replicas:
         return cls(group if dist.get_world_size(group) > 1 else None)
 
     def mean(self, compute: Callable[[], Tensor], like: Tensor, share: float) -> Tensor:
-        """Return the sum over the processes of ``share`` times what each computes.
+        """Return the sum over the processes of ``share`` times what each one computes.
 
         Args:
-            compute: the part of this process, a tensor like ``like``.
-            like: a vector of the shape, dtype and device of the result.
-            share: the samples here over the samples of all.
+            compute: Computes the part of this process, a tensor shaped like ``like``.
+            like: A vector with the shape, dtype and device of the result.
+            share: The number of samples here over the number in all processes.
 
         """
         if self.size == 1:
             return compute()
-        return self._joined(lambda: share * compute(), like, dist.ReduceOp.SUM)
+        return self._reduced(lambda: share * compute(), like, dist.ReduceOp.SUM)
 
-    def total(self, compute: Callable[[], Tensor], like: Tensor) -> Tensor:
-        """Return the sum over the processes."""
-        return self.mean(compute, like, 1.0)
+    def total(self, compute: Callable[[], tuple[T, Tensor]], like: Tensor) -> tuple[T, Tensor]:
+        """Compute something here, and return it with a sum over the processes.
 
-    def largest(self, compute: Callable[[], Tensor], like: Tensor) -> Tensor:
-        """Return the maximum over the processes; NaN where one of them has a NaN."""
+        Args:
+            compute: Returns the local result and the part of this process in the sum.
+            like: A vector with the shape, dtype and device of the sum.
+
+        """
         if self.size == 1:
             return compute()
-        return self._joined(lambda: compute().nan_to_num(nan=torch.inf), like, dist.ReduceOp.MAX)
+        local: list[T] = []
+
+        def part() -> Tensor:
+            result, addend = compute()
+            local.append(result)
+            return addend
+
+        total = self._reduced(part, like, dist.ReduceOp.SUM)
+        return local[0], total
+
+    def largest(self, compute: Callable[[], Tensor], like: Tensor) -> Tensor:
+        """Return the maximum over the processes; a NaN in one of them counts as infinity."""
+        if self.size == 1:
+            return compute()
+        return self._reduced(lambda: compute().nan_to_num(nan=torch.inf), like, dist.ReduceOp.MAX)
 
     def require_same(self, theta: Tensor, settings: str) -> None:
-        """Raise unless parameters and settings are the same in all processes, bit for bit.
+        """Raise unless parameters and settings agree bit for bit in all processes.
 
-        Cost: one reduction. Steps from different places would end in different ones, and different
-        settings in processes that wait for each other.
+        Steps from different parameters would end at different ones, and different settings would
+        leave processes waiting for each other. Cost: one reduction.
         """
         if self.size == 1:
             return
@@ -103,15 +121,15 @@ class Replicas:
             )
 
     def operator(self, A: LinearOperator, share: float) -> LinearOperator:
-        """Return the mean of the operators of all processes. Cost: one reduction a product."""
+        """Return the mean of the operators of all processes; each product costs one reduction."""
         return A if self.size == 1 else _Mean(self, A, share)
 
-    def _joined(self, compute: Callable[[], Tensor], like: Tensor, op: Any) -> Tensor:
+    def _reduced(self, compute: Callable[[], Tensor], like: Tensor, op: Any) -> Tensor:
         failure: BaseException | None = None
-        packed = like.new_zeros(like.numel() + 1)  # the last one says that a process failed
+        packed = like.new_zeros(like.numel() + 1)  # The last entry says that a process failed.
         try:
             packed[:-1] = compute().reshape(-1)
-        except BaseException as error:  # raised again below
+        except BaseException as error:  # It is raised again below.
             failure = error
             packed[-1] = 1.0
         self._reduce(packed, op)
@@ -119,8 +137,8 @@ class Replicas:
             raise failure
         if packed[-1].item() > 0:
             raise RuntimeError(
-                "another process of the group raised an error in this step, which is printed there;"
-                " the parameters of this one are as they were before it"
+                "another process of the group raised an error in this step and reports it there;"
+                " the parameters of this process are as they were before the step"
             )
         return packed[:-1].view(like.shape)
 
@@ -129,8 +147,8 @@ class Replicas:
             work = dist.all_reduce(packed, op, group=self._group, async_op=True)
             if work is not None:
                 work.wait()
-            # Held until the next one has ended: who drops the last reference needs Python's lock,
-            # and gloo's thread, with the next reduction behind it, would wait 5 ms for that.
+            # The handle is kept until the next reduction has ended. Dropping the last reference
+            # takes Python's lock, and gloo's thread would make the next reduction wait 5 ms for it.
             self._work = work
         except RuntimeError as error:
             raise RuntimeError(
@@ -141,18 +159,18 @@ class Replicas:
 
 
 class _Mean(LinearOperator):
-    def __init__(self, replicas: Replicas, A: LinearOperator, share: float) -> None:
+    def __init__(self, processes: Processes, A: LinearOperator, share: float) -> None:
         super().__init__(A.shape[0], A.dtype, A.device)
-        self._replicas, self._A, self._share = replicas, A, share
+        self._processes, self._A, self._share = processes, A, share
 
     def mv(self, v: Tensor) -> Tensor:
-        return self._replicas.mean(lambda: self._A.mv(v), v, self._share)
+        return self._processes.mean(lambda: self._A.mv(v), v, self._share)
 
 
 def _checksum(values: Tensor) -> Tensor:
-    """Return a sum over all bits that knows their places, shape ``(1,)``, int64.
+    """Return a position-weighted sum over all bits, shape ``(1,)``, int64, which wraps around.
 
-    It wraps around. A change of one number always changes it: the weights are odd.
+    The weights are odd, so changing any one number changes the sum.
     """
     bits = values.view(torch.int64 if values.dtype == torch.float64 else torch.int32).long()
     weights = torch.arange(1, 2 * len(bits), 2, device=bits.device)
