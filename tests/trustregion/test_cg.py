@@ -1,4 +1,4 @@
-"""Laws of conjugate gradients; numbers P1.. are those of the property list in the research."""
+"""Laws of conjugate gradients."""
 
 import math
 from itertools import pairwise
@@ -53,7 +53,7 @@ def test_iterates_minimise_over_krylov_spaces(system):
 
 
 @given(systems())
-def test_p1_the_quadratic_decreases(system):
+def test_the_quadratic_decreases(system):
     before = 0.0
     for x in iterates(system):
         after = energy(system, x)
@@ -64,7 +64,7 @@ def test_p1_the_quadratic_decreases(system):
 
 
 @given(systems())
-def test_p2_the_error_in_the_energy_norm_does_not_grow(system):
+def test_the_error_in_the_energy_norm_does_not_grow(system):
     exact = torch.linalg.solve(system.exact, system.b.double())
     errors = [(x - exact) @ system.exact @ (x - exact) for x in iterates(system)]
     start = exact @ system.exact @ exact
@@ -73,7 +73,7 @@ def test_p2_the_error_in_the_energy_norm_does_not_grow(system):
 
 
 @given(systems())
-def test_p3_the_iterates_grow(system):
+def test_the_norm_of_the_iterates_grows(system):
     norms = [0.0] + [x.norm().item() for x in iterates(system, k=3)]
     for before, after in pairwise(norms):
         # while orthogonality lasts: a few iterations
@@ -81,7 +81,7 @@ def test_p3_the_iterates_grow(system):
 
 
 @given(systems())
-def test_p4_the_recurred_residual_is_the_true_one(system):
+def test_the_recurred_residual_is_the_true_one(system):
     solution = cg(system.A, system.b, rtol=0.0, max_iter=12)
     true = (system.b.double() - system.exact @ solution.x.double()).norm().item()
     b, x = system.b.double().norm(), solution.x.double().norm()
@@ -91,7 +91,7 @@ def test_p4_the_recurred_residual_is_the_true_one(system):
 
 @pytest.mark.parametrize("power", [-40, -7, 3, 40])
 @given(system=systems(max_n=20))
-def test_p6_scaling_by_powers_of_two_is_exact(system, power):
+def test_scaling_by_powers_of_two_is_exact(system, power):
     factor = 2.0**power
     x = cg(system.A, system.b).x
     assert torch.equal(cg(system.A, system.b * factor).x, x * factor)
@@ -114,13 +114,13 @@ def test_no_scale_of_the_right_hand_side_is_out_of_reach(power, dtype):
 
 
 @given(systems(max_log_condition=3, dtypes=[torch.float64], kinds=["clustered"]))
-def test_p7_as_many_iterations_as_distinct_eigenvalues(system):
+def test_there_are_as_many_iterations_as_distinct_eigenvalues(system):
     # three clusters; rounding may ask for one or two more at condition 1e3
     assert cg(system.A, system.b, rtol=1e-7).iterations <= 5
 
 
 @given(systems(dtypes=[torch.float64], kinds=["log-uniform"], max_log_condition=4))
-def test_p8_chebyshev_bound(system):
+def test_the_chebyshev_bound_holds(system):
     exact = torch.linalg.solve(system.exact, system.b)
     start = (exact @ system.exact @ exact).sqrt()
     rate = (math.sqrt(system.condition) - 1) / (math.sqrt(system.condition) + 1)
@@ -130,21 +130,21 @@ def test_p8_chebyshev_bound(system):
 
 
 @given(systems())
-def test_p9_every_iterate_is_a_descent_direction(system):
+def test_every_iterate_is_a_descent_direction(system):
     for x in iterates(system):
         assert x @ system.b.double() > 0
         assert x @ system.exact @ x > 0
 
 
 @given(systems(), st.integers(1, 12))
-def test_p10_curvature_is_that_of_the_returned_x(system, k):
+def test_the_curvature_is_that_of_the_returned_x(system, k):
     solution = cg(system.A, system.b, rtol=0.0, max_iter=k)
     x = solution.x.double()
     bound = 50 * system.eps * (system.b.double().norm() + system.scale * x.norm()) * x.norm()
     assert abs(solution.curvature - x @ system.exact @ x) <= bound
 
 
-def test_p10_the_shortcut_would_be_wrong():
+def test_the_curvature_taken_from_the_right_hand_side_would_be_wrong():
     """The case for computing x'Ax: float32 at condition 1e5, where x'b is off by 1e-4 and more."""
     worst_shortcut = worst_ours = 0.0
     for seed in range(20):
@@ -161,7 +161,7 @@ def test_p10_the_shortcut_would_be_wrong():
 
 
 @given(systems(max_log_condition=3))
-def test_p12_an_exact_preconditioner_needs_one_iteration(system):
+def test_an_exact_preconditioner_needs_one_iteration(system):
     inverse = torch.linalg.inv(system.exact).to(system.A.dtype)
     # the inverse is exact to eps * condition
     rtol = max(1e-6, 50 * system.eps * system.condition)
@@ -169,14 +169,14 @@ def test_p12_an_exact_preconditioner_needs_one_iteration(system):
 
 
 @given(systems(dtypes=[torch.float64]))
-def test_p12_the_identity_changes_nothing(system):
+def test_the_identity_as_preconditioner_changes_nothing(system):
     plain = cg(system.A, system.b, max_iter=10)
     preconditioned = cg(system.A, system.b, M=lambda v: v, max_iter=10)
     assert torch.equal(plain.x, preconditioned.x)
 
 
 @given(systems(dtypes=[torch.float32], max_log_condition=2))
-def test_p12_the_identity_changes_a_float32_solve_by_its_rounding_only(system):
+def test_the_identity_as_preconditioner_changes_a_float32_solve_by_its_rounding_only(system):
     plain = cg(system.A, system.b, rtol=1e-3)
     preconditioned = cg(system.A, system.b, M=lambda v: v, rtol=1e-3)
     # both solve to 1e-3: each error is at most condition * 1e-3
@@ -185,7 +185,7 @@ def test_p12_the_identity_changes_a_float32_solve_by_its_rounding_only(system):
 
 
 @given(systems(), st.integers(-20, 20))
-def test_p12_the_scale_of_the_preconditioner_changes_nothing(system, power):
+def test_the_scale_of_the_preconditioner_changes_nothing(system, power):
     plain = cg(system.A, system.b, M=lambda v: v, max_iter=10)
     scaled = cg(system.A, system.b, M=lambda v: 2.0**power * v, max_iter=10)
     assert torch.equal(plain.x, scaled.x)
@@ -200,7 +200,7 @@ def test_jacobi_preconditioning_solves_the_same_system(system):
 
 
 @given(systems(kinds=["sign-mixed"]))
-def test_p13_indefinite_operators_are_found_out(system):
+def test_indefinite_operators_are_detected(system):
     solution = cg(system.A, system.b)
     assert solution.x.isfinite().all()
     assert solution.status in (Status.NEGATIVE_CURVATURE, Status.ZERO_CURVATURE, Status.CONVERGED)
@@ -215,7 +215,7 @@ def test_p13_indefinite_operators_are_found_out(system):
 
 
 @given(systems(kinds=["rank-deficient"], dtypes=[torch.float64], max_log_condition=3))
-def test_p14_consistent_singular_systems_give_the_minimum_norm_solution(system):
+def test_consistent_singular_systems_give_the_minimum_norm_solution(system):
     solution = cg(system.A, system.b, rtol=1e-10)
     assert solution.x.isfinite().all()
     if solution.status is Status.CONVERGED:
@@ -223,7 +223,7 @@ def test_p14_consistent_singular_systems_give_the_minimum_norm_solution(system):
         assert (solution.x - expected).norm() <= 1e-6 * expected.norm()
 
 
-def test_p14_inconsistent_systems_end_without_claiming_success():
+def test_inconsistent_systems_end_without_claiming_success():
     A = torch.diag(torch.tensor([1.0, 0.0]))
     solution = cg(A, torch.ones(2))
     assert solution.status is Status.ZERO_CURVATURE
@@ -507,7 +507,7 @@ class Recording(DenseOperator):
 
 
 @given(systems(max_log_condition=5))
-def test_p5_neighbours_are_orthogonal_and_conjugate(system):
+def test_consecutive_residuals_and_directions_are_orthogonal_and_conjugate(system):
     A, points = Recording(system.A), []
     rtol = max(system.eps**0.5, system.eps * system.condition)
     solution = cg(A, system.b, rtol=rtol, max_iter=12, callback=points.append)
@@ -528,7 +528,7 @@ def test_p5_neighbours_are_orthogonal_and_conjugate(system):
 
 
 @given(systems(max_log_condition=2, max_n=20), st.integers(0, 2**31))
-def test_p11_a_permutation_permutes_the_solution(system, seed):
+def test_a_permutation_permutes_the_solution(system, seed):
     order = torch.randperm(len(system.b), generator=torch.Generator().manual_seed(seed))
     plain = cg(system.A, system.b, max_iter=3).x
     moved = cg(system.A[order][:, order], system.b[order], max_iter=3).x
@@ -537,7 +537,7 @@ def test_p11_a_permutation_permutes_the_solution(system, seed):
 
 
 @given(systems(max_log_condition=2, dtypes=[torch.float64], max_n=12), st.integers(0, 2**31))
-def test_p19_a_reparametrised_system_has_the_reparametrised_solution(system, seed):
+def test_a_reparametrised_system_has_the_reparametrised_solution(system, seed):
     n = len(system.b)
     R = torch.randn(n, n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     T = torch.eye(n, dtype=torch.float64) + 0.3 * R / n

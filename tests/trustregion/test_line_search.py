@@ -8,7 +8,7 @@ from trustregion.solvers import BallTrial, backtracking, ball_search
 
 
 @given(st.floats(0.05, 0.95), st.integers(0, 20), st.integers(0, 25))
-def test_p26_the_first_acceptable_scale_is_taken(factor, limit, first_good):
+def test_the_first_acceptable_scale_is_taken(factor, limit, first_good):
     tried = []
 
     def evaluate(scale):

@@ -1,4 +1,4 @@
-"""Laws of the trust-region solvers; P15 to P17 are those of the property list."""
+"""Laws of the trust-region solvers."""
 
 import math
 
@@ -47,7 +47,7 @@ def cauchy(system, radius):
 
 @every
 @given(system=systems(kinds=ALL, max_n=20), factor=radii)
-def test_p15_inside_the_radius_and_no_worse_than_cauchy(solver, system, factor):
+def test_the_step_lies_inside_the_radius_and_no_worse_than_cauchy(solver, system, factor):
     radius = factor * natural(system)
     step = solver(system.A, -system.b, radius)
     size = step.s.double().norm().item()
@@ -66,7 +66,7 @@ def test_p15_inside_the_radius_and_no_worse_than_cauchy(solver, system, factor):
 
 @pytest.mark.parametrize("solver", [gltr, trust_region_dense])
 @given(system=systems(kinds=ALL, max_n=15, dtypes=[torch.float64]), factor=radii)
-def test_p16_the_exact_solvers_satisfy_the_optimality_conditions(solver, system, factor):
+def test_the_exact_solvers_satisfy_the_optimality_conditions(solver, system, factor):
     radius = factor * natural(system)
     step = solver(system.A, -system.b, radius, rtol=1e-9)
     assert step.status in (Status.CONVERGED, Status.STAGNATED)
@@ -84,7 +84,7 @@ def test_p16_the_exact_solvers_satisfy_the_optimality_conditions(solver, system,
 
 
 @given(systems(max_n=20, max_log_condition=4), radii)
-def test_p16_steihaug_gains_at_least_half(system, factor):
+def test_steihaug_gains_at_least_half(system, factor):
     radius = factor * natural(system)
     step = steihaug(system.A, -system.b, radius)
     best = oracles.trust_region(system.exact, -system.b.double(), radius)
@@ -93,7 +93,7 @@ def test_p16_steihaug_gains_at_least_half(system, factor):
 
 
 @given(systems(kinds=ALL, max_n=15, dtypes=[torch.float64]), radii)
-def test_p16_a_larger_region_gains_no_less(system, factor):
+def test_a_larger_region_gains_no_less(system, factor):
     radius = factor * natural(system)
     for solver in (gltr, trust_region_dense):
         gains = [
@@ -105,7 +105,7 @@ def test_p16_a_larger_region_gains_no_less(system, factor):
 
 @every
 @given(system=systems(max_n=15, max_log_condition=3))
-def test_p16_inside_it_is_the_newton_step(solver, system):
+def test_inside_the_radius_the_step_is_the_newton_step(solver, system):
     direct = cg(system.A, system.b, rtol=1e-5)
     radius = 2 * direct.x.double().norm().item()
     step = solver(system.A, -system.b, radius, rtol=1e-5)
@@ -153,7 +153,7 @@ def test_the_metric_of_the_preconditioner(solver, system, factor):
     st.sampled_from([1.0, 1 - 1e-9, 1 - 2**-53]),
 )
 @example(0.0, 0.0, 1.0, 0.0, 1.0)
-def test_p17_the_way_to_the_edge(log_radius, log_length, near, cosine, most):
+def test_both_step_lengths_to_the_edge_end_on_it(log_radius, log_length, near, cosine, most):
     """|x + tau p| = radius at both roots, whatever the scales, also with x on the edge."""
     from trustregion.solvers.recurrence import Recurrence, Rules
 

@@ -22,7 +22,7 @@ def solve(system, damping=0.0, rtol=1e-6):
 
 
 @given(systems(), st.floats(-6, 2))
-def test_p18_without_damping_the_step_ends_on_the_ball(system, log_delta):
+def test_without_damping_the_step_ends_on_the_ball(system, log_delta):
     delta, solution = 10**log_delta, solve(system)
     step = kl_ball_step(solution.x, system.b, delta, damped_curvature=solution.curvature, damping=0)
     s = step.s.double()
@@ -55,7 +55,7 @@ def test_the_step_is_the_minimiser_over_the_ball(system):
 
 
 @given(systems(max_n=10), st.integers(-10, 10))
-def test_p18_invariances_are_exact(system, power):
+def test_the_step_is_invariant_under_scaling_to_the_bit(system, power):
     """s ignores the scale of g; F -> 4^k F divides it by 2^k; delta -> 4 delta doubles it."""
 
     def step(A_factor=1.0, g_factor=1.0, delta=0.01):
