@@ -584,30 +584,19 @@ def test_reorthogonalisation_undoes_the_delay_of_float32():
         assert full.products < 0.8 * plain.products
 
 
-class Blocks(Counting):
-    """Counts the vectors of block products too, and how many blocks there were."""
-
-    calls = 0
-
-    def mm(self, V):
-        self.calls += 1
-        self.products += V.shape[1]
-        return self.matrix @ V
-
-
 @given(systems(kinds=[*POSITIVE, "sign-mixed"], max_n=20), st.integers(1, 5), st.booleans())
 def test_columns_are_solved_as_if_alone(system, k, warm):
     n, g = len(system.b), torch.Generator().manual_seed(k)
     B = torch.randn(n, k, generator=g, dtype=torch.float64) * torch.logspace(-6, 6, k).double()
     B = torch.cat([B.to(system.b.dtype), system.b[:, None], torch.zeros_like(system.b[:, None])], 1)
     X0 = torch.ones_like(B) if warm else None
-    A = Blocks(system.A)
+    A = Counting(system.A)
     M = torch.diag(torch.logspace(0, 1, n).to(system.b.dtype))
     rtol = max(1e-5, 10 * system.eps * system.condition)
     solution = cg(A, B, X0, M=M, rtol=rtol)
     assert solution.x.shape == B.shape
     assert A.products == solution.products == sum(c.products for c in solution.columns)
-    assert A.calls == max(c.products for c in solution.columns)  # as many blocks as the longest
+    assert A.blocks == max(c.products for c in solution.columns)  # as many blocks as the longest
     for i, column in enumerate(solution.columns):
         # the same vectors one by one: a block product rounds differently, no more than that
         alone = cg(
@@ -821,9 +810,9 @@ def test_a_product_may_differentiate():
 
 
 def test_sums_and_multiples_of_operators_keep_their_block_products():
-    A = Blocks(torch.diag(torch.tensor([1.0, 2.0, 4.0])))
+    A = Counting(torch.diag(torch.tensor([1.0, 2.0, 4.0])))
     solution = cg(2.0 * A + 0.5 * Identity(3), torch.eye(3))
-    assert A.calls == max(c.products for c in solution.columns)
+    assert A.blocks == max(c.products for c in solution.columns)
     torch.testing.assert_close(solution.x.diagonal(), 1 / torch.tensor([2.5, 4.5, 8.5]))
 
 

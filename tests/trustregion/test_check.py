@@ -12,25 +12,12 @@ from hypothesis import strategies as st
 from torch import distributions as td
 from torch import nn
 
+from problems import closure_of, data
 from trustregion import Family, NaturalTrustRegion, check_closure, register_distribution
 from trustregion.check.slopes import Curve, judge
 
 REPEATS = {"the loss repeats", "the distribution repeats"}
 GRADIENT, SECOND = "the gradient of the loss", "the Fisher matrix is the KL's"
-
-
-def problem(dtype=torch.float64, *, seed=0, n=48, extra=()):
-    torch.manual_seed(seed)
-    model = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), *extra, nn.Linear(8, 3)).to(dtype)
-    return model, torch.randn(n, 5, dtype=dtype), torch.randint(3, (n,))
-
-
-def classifier(model, x, y):
-    def closure():
-        distribution = td.Categorical(logits=model(x))
-        return -distribution.log_prob(y).mean(), distribution
-
-    return closure
 
 
 def outcome(report, passed):
@@ -51,16 +38,16 @@ def advice(report):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @given(st.integers(0, 10_000))
 def test_a_good_closure_passes_everything(dtype, seed):
-    model, x, y = problem(dtype, seed=seed)
-    report = check_closure(classifier(model, x, y), model.parameters(), seed=seed)
+    model, x, y = data(dtype, seed=seed)
+    report = check_closure(closure_of(model, x, y), model.parameters(), seed=seed)
     assert {check.passed for check in report.checks} == {True}, str(report)
     assert report.ok
     report.raise_for_failure()
 
 
 def test_in_float64_the_slopes_are_exact():
-    model, x, y = problem()
-    report = check_closure(classifier(model, x, y), model.parameters())
+    model, x, y = data()
+    report = check_closure(closure_of(model, x, y), model.parameters())
     assert value(report, GRADIENT) == pytest.approx(2, abs=0.01)
     assert value(report, SECOND) == pytest.approx(3, abs=0.01)
 
@@ -71,7 +58,7 @@ def test_kinks_are_no_mistake(dtype, seed):
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Linear(5, 64), nn.ReLU(), nn.Linear(64, 3)).to(dtype)
     x, y = torch.randn(16, 5, dtype=dtype), torch.randint(3, (16,))
-    report = check_closure(classifier(model, x, y), model.parameters(), seed=seed)
+    report = check_closure(closure_of(model, x, y), model.parameters(), seed=seed)
     assert report.ok, str(report)
 
 
@@ -92,7 +79,7 @@ def test_models_that_are_exact_pass_without_a_slope(dtype):
 
 
 def test_constraints_are_tested_as_the_loss_is():
-    model, x, y = problem()
+    model, x, y = data()
 
     def closure(wrong=False):
         distribution = td.Categorical(logits=model(x))
@@ -109,7 +96,7 @@ def test_constraints_are_tested_as_the_loss_is():
 
 
 def test_low_precision_is_unknown_and_not_failed():
-    model, x, y = problem(torch.float32)
+    model, x, y = data(torch.float32)
 
     def closure():
         with torch.autocast("cpu", torch.bfloat16):
@@ -126,11 +113,11 @@ def test_low_precision_is_unknown_and_not_failed():
 
 @pytest.mark.parametrize("draws", ["dropout", "batch"])
 def test_random_numbers_of_torch_repeat_in_every_call_of_a_step(draws):
-    model, x, y = problem(extra=[nn.Dropout(0.5)] if draws == "dropout" else [])
+    model, x, y = data(extra=[nn.Dropout(0.5)] if draws == "dropout" else [])
 
     def closure():
         rows = torch.randperm(48)[:32] if draws == "batch" else torch.arange(48)
-        return classifier(model, x[rows], y[rows])()
+        return closure_of(model, x[rows], y[rows])()
 
     report = check_closure(closure, model.parameters())
     assert report.ok, str(report)
@@ -152,12 +139,12 @@ def test_random_numbers_of_torch_repeat_in_every_call_of_a_step(draws):
     ids=["generator", "counter", "random", "numpy"],
 )
 def test_a_fresh_batch_in_each_call(draw, words):
-    model, x, y = problem()
+    model, x, y = data()
     numbers, generator = count(), torch.Generator().manual_seed(0)
 
     def closure():
         rows = draw(next(numbers), generator)
-        return classifier(model, x[rows], y[rows])()
+        return closure_of(model, x[rows], y[rows])()
 
     report = check_closure(closure, model.parameters())
     others = {"random numbers repeat"} if words.startswith("draw from") else set()
@@ -167,12 +154,12 @@ def test_a_fresh_batch_in_each_call(draw, words):
 
 
 def test_a_batch_of_another_size():
-    model, x, y = problem()
+    model, x, y = data()
     numbers = count(10)
 
     def closure():
         n = next(numbers)
-        return classifier(model, x[:n], y[:n])()
+        return closure_of(model, x[:n], y[:n])()
 
     report = check_closure(closure, model.parameters())
     assert outcome(report, False) == REPEATS
@@ -180,11 +167,11 @@ def test_a_batch_of_another_size():
 
 
 def test_a_noisy_loss_on_a_fixed_distribution():
-    model, x, y = problem()
+    model, x, y = data()
     numbers = count()
 
     def closure():
-        loss, distribution = classifier(model, x, y)()
+        loss, distribution = closure_of(model, x, y)()
         return loss + 1e-3 * next(numbers), distribution
 
     report = check_closure(closure, model.parameters())
@@ -214,10 +201,10 @@ class WrongBackward(torch.autograd.Function):
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("mistake", ["backward", "detached"])
 def test_a_wrong_gradient(dtype, seed, mistake):
-    model, x, y = problem(dtype, seed=seed)
+    model, x, y = data(dtype, seed=seed)
 
     def closure():
-        loss, distribution = classifier(model, x, y)()
+        loss, distribution = closure_of(model, x, y)()
         if mistake == "backward":
             return WrongBackward.apply(loss), distribution
         return loss + 0.3 * distribution.entropy().mean().detach(), distribution
@@ -297,24 +284,24 @@ def test_a_family_that_is_wrong(dtype, family, failed):
 
 
 def test_a_loss_without_parameters():
-    model, x, y = problem()
-    other, _, _ = problem(seed=1)
+    model, x, y = data()
+    other, _, _ = data(seed=1)
 
     def closure(loss_of):
-        loss, distribution = classifier(model, x, y)()
+        loss, distribution = closure_of(model, x, y)()
         return loss_of(loss), distribution
 
-    for loss_of in (torch.Tensor.detach, lambda _: classifier(other, x, y)()[0]):
+    for loss_of in (torch.Tensor.detach, lambda _: closure_of(other, x, y)()[0]):
         report = check_closure(lambda loss_of=loss_of: closure(loss_of), model.parameters())
         assert outcome(report, False) == {"the loss depends on the parameters"}
         assert outcome(report, None) == {"the derivatives"}
 
 
 def test_a_distribution_without_parameters():
-    model, x, y = problem()
+    model, x, y = data()
 
     def closure():
-        loss, distribution = classifier(model, x, y)()
+        loss, distribution = closure_of(model, x, y)()
         return loss, td.Categorical(logits=distribution.logits.detach())
 
     report = check_closure(closure, model.parameters())
@@ -323,11 +310,11 @@ def test_a_distribution_without_parameters():
 
 
 def test_parameters_that_no_kl_bounds_and_idle_ones_are_named():
-    model, x, y = problem()
+    model, x, y = data()
     head, spare = nn.Linear(5, 1).double(), nn.Linear(5, 1).double()
 
     def closure():
-        loss, distribution = classifier(model, x, y)()
+        loss, distribution = closure_of(model, x, y)()
         return loss + head(x).square().mean(), distribution
 
     named = [*model.named_parameters(), ("head.weight", head.weight), ("head.bias", head.bias)]
@@ -338,18 +325,18 @@ def test_parameters_that_no_kl_bounds_and_idle_ones_are_named():
         NaturalTrustRegion(named).step(closure)
 
     named = [*model.named_parameters(), ("spare.weight", spare.weight)]
-    report = check_closure(classifier(model, x, y), named)
+    report = check_closure(closure_of(model, x, y), named)
     assert outcome(report, False) == {"no parameter is idle"}
     assert "parameter spare.weight," in advice(report)
     frozen = spare.weight.requires_grad_(False)
-    assert check_closure(classifier(model, x, y), [*model.parameters(), frozen]).ok
+    assert check_closure(closure_of(model, x, y), [*model.parameters(), frozen]).ok
 
 
 def test_a_loss_that_is_not_finite():
-    model, x, y = problem()
+    model, x, y = data()
 
     def closure():
-        loss, distribution = classifier(model, x, y)()
+        loss, distribution = closure_of(model, x, y)()
         return loss * math.inf, distribution
 
     report = check_closure(closure, model.parameters())
@@ -357,8 +344,8 @@ def test_a_loss_that_is_not_finite():
 
 
 def test_what_is_no_closure_raises_as_in_a_step():
-    model, x, y = problem()
-    closure = classifier(model, x, y)
+    model, x, y = data()
+    closure = closure_of(model, x, y)
     cases = [
         (lambda: closure()[0], TypeError, "must return the tuple"),
         (lambda: (closure()[0].item(), closure()[1]), TypeError, "the loss must be a tensor"),
@@ -392,7 +379,7 @@ def same(a, b):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("fails_at", [None, 1, 2, 3, 20])
 def test_the_world_is_restored(dtype, fails_at):
-    model, x, y = problem(dtype, extra=[nn.Dropout(0.2)])
+    model, x, y = data(dtype, extra=[nn.Dropout(0.2)])
     with torch.no_grad():
         model[0].bias[0] = -0.0
     model[0].weight.grad = torch.full_like(model[0].weight, 0.5)
@@ -406,7 +393,7 @@ def test_the_world_is_restored(dtype, fails_at):
             p.grad = torch.ones_like(p) if p.grad is None else p.grad.add_(1)
         if next(calls) == fails_at:
             raise KeyboardInterrupt
-        return classifier(model, x, y)()
+        return closure_of(model, x, y)()
 
     if fails_at is None:
         check_closure(closure, model.parameters())
@@ -419,12 +406,12 @@ def test_the_world_is_restored(dtype, fails_at):
 
 
 def test_the_closure_runs_under_grad_once_and_37_times():
-    model, x, y = problem()
+    model, x, y = data()
     modes = []
 
     def closure():
         modes.append(torch.is_grad_enabled())
-        return classifier(model, x, y)()
+        return closure_of(model, x, y)()
 
     with torch.no_grad():
         check_closure(closure, model.parameters())
@@ -432,8 +419,8 @@ def test_the_closure_runs_under_grad_once_and_37_times():
 
 
 def test_the_seed_chooses_the_direction():
-    model, x, y = problem()
-    closure = classifier(model, x, y)
+    model, x, y = data()
+    closure = closure_of(model, x, y)
     one, two, other = (check_closure(closure, model.parameters(), seed=s) for s in (1, 1, 2))
     assert one == two
     assert one != other
@@ -443,8 +430,8 @@ def test_the_seed_chooses_the_direction():
 
 
 def test_the_report_is_a_table():
-    model, x, y = problem()
-    closure = classifier(model, x, y)
+    model, x, y = data()
+    closure = closure_of(model, x, y)
 
     def drawing():
         random.random()

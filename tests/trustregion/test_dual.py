@@ -14,9 +14,10 @@ from torch import distributions as td
 
 import oracles
 from cases import cases
+from counting import Counting
 from strategies import DTYPES
 from trustregion import FisherOperator, Status
-from trustregion.operators import DenseOperator, FunctionMap
+from trustregion.operators import FunctionMap
 from trustregion.solvers import dual_is_cheaper, dual_solve
 
 METHODS = ["dual", "primal"]
@@ -228,21 +229,10 @@ def counting(matrix):
     return FunctionMap(forward, adjoint, tuple(matrix.shape), matrix.dtype), calls
 
 
-class CountingMetric(DenseOperator):
-    products = 0
-
-    def mv(self, v):
-        self.products += 1
-        return super().mv(v)
-
-    def mm(self, V):
-        return torch.stack([self.mv(v) for v in V.T], dim=1)
-
-
 @given(damped(metrics=["full"]))
 def test_products_of_the_dual_method(system):
     J, calls = counting(system.J)
-    H = CountingMetric(system.H)
+    H = Counting(system.H)
     arguments = {"metric": H, "damping": system.damping, "scale": system.scale}
     solution = dual_solve(J, system.u, method="dual", **arguments)
     m = len(system.u)
@@ -257,7 +247,7 @@ def test_products_of_the_dual_method(system):
 @given(damped(metrics=["full"]), st.integers(0, 6))
 def test_products_of_the_primal_method(system, k):
     J, calls = counting(system.J)
-    H = CountingMetric(system.H)
+    H = Counting(system.H)
     arguments = {"metric": H, "damping": system.damping, "scale": system.scale}
     solution = dual_solve(J, system.u, method="primal", max_iter=k, rtol=0.0, **arguments)
     assert solution.products == len(calls) == 2 * calls.count("J") + 1

@@ -8,10 +8,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import distributions as td
-from torch import nn
 
 from counting import Counting
+from problems import badly_scaled_problem, closure_of
 from strategies import DTYPES, systems
 from trustregion import (
     KFAC,
@@ -355,21 +354,6 @@ def test_retest_is_a_positive_integer(retest):
 # -- the optimizer
 
 
-def problem(dtype=torch.float64, seed=0):
-    torch.manual_seed(seed)
-    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4)).to(dtype)
-    x = torch.randn(300, 6, dtype=dtype) * torch.logspace(-1, 1, 6, dtype=dtype)
-    return model, closure_of(model, x, x.sum(1).sign().long() + 1)
-
-
-def closure_of(model, x, y):
-    def closure():
-        distribution = td.Categorical(logits=model(x))
-        return -distribution.log_prob(y).mean(), distribution
-
-    return closure
-
-
 OURS = {
     "KFAC": KFAC,
     "Jacobi": lambda _: Jacobi(),
@@ -381,7 +365,7 @@ OURS = {
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", OURS)
 def test_the_optimizer_takes_steps_with_it(name, dtype):
-    model, closure = problem(dtype)
+    model, closure = badly_scaled_problem(dtype)
     optimizer = NaturalTrustRegion(model.parameters(), preconditioner=OURS[name](model))
     losses = []
     for _ in range(6):
@@ -398,7 +382,7 @@ def test_the_optimizer_takes_steps_with_it(name, dtype):
 
 @pytest.mark.parametrize("name", OURS)
 def test_the_products_of_a_step_are_those_of_its_operator(name, monkeypatch):
-    model, closure = problem()
+    model, closure = badly_scaled_problem()
     optimizer = NaturalTrustRegion(model.parameters(), preconditioner=OURS[name](model))
     spent, multiply = [], FisherOperator.mv
     monkeypatch.setattr(FisherOperator, "mv", lambda F, v: spent.append(v) or multiply(F, v))
@@ -409,9 +393,9 @@ def test_the_products_of_a_step_are_those_of_its_operator(name, monkeypatch):
 
 
 def test_a_harmful_one_is_switched_off_in_the_optimizer():
-    model, closure = problem()
+    model, closure = badly_scaled_problem()
     n = sum(p.numel() for p in model.parameters())
-    plain, other = problem()
+    plain, other = badly_scaled_problem()
     optimizer = NaturalTrustRegion(
         model.parameters(), preconditioner=Given(spread(6.0, seed=5, n=n))
     )
@@ -426,7 +410,7 @@ def test_a_harmful_one_is_switched_off_in_the_optimizer():
 @pytest.mark.parametrize("rate", [0.1, 0.0])
 @pytest.mark.parametrize("name", OURS)
 def test_groups_with_their_own_rates(name, rate):
-    model, closure = problem()
+    model, closure = badly_scaled_problem()
     groups = [
         {"params": list(model[0].parameters()), "lr": rate},
         {"params": list(model[2].parameters()), "lr": 1.0},
@@ -443,7 +427,7 @@ def test_groups_with_their_own_rates(name, rate):
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
 @pytest.mark.parametrize("name", OURS)
 def test_copies_of_model_and_optimizer_take_the_same_step(name, duplicate):
-    model, closure = problem()
+    model, closure = badly_scaled_problem()
     optimizer = NaturalTrustRegion(model.parameters(), preconditioner=OURS[name](model))
     for _ in range(3):
         optimizer.step(closure)
@@ -461,7 +445,7 @@ def test_copies_of_model_and_optimizer_take_the_same_step(name, duplicate):
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
 def test_a_copy_of_the_optimizer_alone_has_a_module_of_its_own(duplicate):
-    model, closure = problem()
+    model, closure = badly_scaled_problem()
     optimizer = NaturalTrustRegion(model.parameters(), preconditioner=KFAC(model))
     optimizer.step(closure)
     twin, kept = duplicate(optimizer), [p.detach().clone() for p in model.parameters()]
@@ -477,8 +461,8 @@ def test_a_copy_of_the_optimizer_alone_has_a_module_of_its_own(duplicate):
 
 
 def test_kfac_of_another_module_is_an_error_in_words():
-    model, _ = problem()
-    other, closure = problem(seed=1)
+    model, _ = badly_scaled_problem()
+    other, closure = badly_scaled_problem(seed=1)
     wrong = NaturalTrustRegion(other.parameters(), preconditioner=KFAC(model))
     with pytest.raises(ValueError, match="give KFAC the module whose parameters are trained"):
         wrong.step(closure)
@@ -495,13 +479,13 @@ STATEFUL = {
 @pytest.mark.parametrize("name", STATEFUL)
 def test_a_saved_optimizer_goes_on_bit_for_bit(name, tmp_path):
     """Saved after two of five steps, loaded into a new optimizer of a new model."""
-    model, closure = problem()
+    model, closure = badly_scaled_problem()
     optimizer = NaturalTrustRegion(model.parameters(), preconditioner=STATEFUL[name](model))
     for _ in range(2):
         optimizer.step(closure)
     torch.save((model.state_dict(), optimizer.state_dict()), tmp_path / "saved.pt")
     weights, state = torch.load(tmp_path / "saved.pt", weights_only=True)
-    twin, on_twin = problem()
+    twin, on_twin = badly_scaled_problem()
     twin.load_state_dict(weights)
     resumed = NaturalTrustRegion(twin.parameters(), preconditioner=STATEFUL[name](twin))
     resumed.load_state_dict(state)
@@ -514,7 +498,7 @@ def test_a_saved_optimizer_goes_on_bit_for_bit(name, tmp_path):
 
 
 def test_a_state_without_a_preconditioner_lets_it_start_anew():
-    model, closure = problem()
+    model, closure = badly_scaled_problem()
     plain = NaturalTrustRegion(model.parameters())
     plain.step(closure)
     assert set(plain.state_dict()) == {"state", "param_groups"}

@@ -9,23 +9,12 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from counting import CountingMap
 from strategies import DTYPES
 from trustregion import Status, cg
 from trustregion.operators.map import DenseMap, FunctionMap
 from trustregion.solvers.least_squares import lsqr
 from trustregion.vector import ldexp
-
-
-class Counting(DenseMap):
-    forward = adjoint = 0
-
-    def mv(self, v):
-        self.forward += 1
-        return super().mv(v)
-
-    def rmv(self, u):
-        self.adjoint += 1
-        return super().rmv(u)
 
 
 @dataclass(frozen=True)
@@ -237,7 +226,7 @@ def test_no_scale_is_out_of_reach(power, dtype, which):
 
 @given(problems(), st.integers(0, 12), st.sampled_from([1e-2, 1e-5, 0.0]))
 def test_products_are_counted(problem, k, rtol):
-    J = Counting(problem.J)
+    J = CountingMap(problem.J)
     solution = lsqr(J, problem.b, damping=problem.damping, rtol=rtol, max_iter=k)
     assert J.forward + J.adjoint == solution.products
     assert solution.iterations <= k
@@ -246,13 +235,13 @@ def test_products_are_counted(problem, k, rtol):
 
 
 def test_two_products_an_iteration_and_one_at_the_start():
-    J = Counting(torch.diag(torch.linspace(1, 2, 40, dtype=torch.float64)))
+    J = CountingMap(torch.diag(torch.linspace(1, 2, 40, dtype=torch.float64)))
     b = torch.ones(40).double()
     solution = lsqr(J, b, rtol=1e-4)
     assert (solution.status, solution.true_residual_norm) == (Status.CONVERGED, None)
     assert (J.forward, J.adjoint) == (solution.iterations, solution.iterations + 1)
     assert solution.products == 2 * solution.iterations + 1
-    J = Counting(J.matrix)
+    J = CountingMap(J.matrix)
     solution = lsqr(J, b, rtol=1e-15)  # measured once, at the rounding
     assert solution.true_residual_norm is not None
     assert (J.forward, J.adjoint) == (solution.iterations + 1, solution.iterations + 2)
@@ -278,7 +267,7 @@ def test_max_iter_is_named_and_defaults_to_ten_times_the_smaller_side():
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_zeros(dtype):
-    J = Counting(torch.eye(3, 2, dtype=dtype))
+    J = CountingMap(torch.eye(3, 2, dtype=dtype))
     solution = lsqr(J, torch.zeros(3, dtype=dtype))
     assert torch.equal(solution.x, torch.zeros(2, dtype=dtype))
     assert (solution.status, solution.products) == (Status.CONVERGED, 0)

@@ -15,30 +15,9 @@ from hypothesis import strategies as st
 from torch import distributions as td
 from torch import nn
 
+from problems import bits, problem, unchanged
 from trustregion import FisherOperator, NaturalTrustRegion, Status, kl_ball_step, mean_kl, to_dense
 from trustregion.operators import FunctionOperator
-
-
-def problem(dtype=torch.float32, seed=0, n=64):
-    """A small classifier, its data, and a closure."""
-    torch.manual_seed(seed)
-    model = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 3)).to(dtype)
-    x, y = torch.randn(n, 5, dtype=dtype), torch.randint(3, (n,))
-
-    def closure():
-        distribution = td.Categorical(logits=model(x))
-        return -distribution.log_prob(y).mean(), distribution
-
-    return model, closure
-
-
-def bits(model):
-    return [p.detach().clone() for p in model.parameters()]
-
-
-def unchanged(model, kept):
-    return all(torch.equal(p, k) for p, k in zip(model.parameters(), kept, strict=True))
-
 
 # -- what a step does
 

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import distributions as td
 from torch import nn
 
+from problems import learnable_problem, theta
 from trustregion import (
     FisherOperator,
     Jacobi,
@@ -21,24 +22,6 @@ from trustregion import (
     to_dense,
 )
 from trustregion.solvers import classic_radius, kl_penalty_step, levenberg_marquardt_damping
-
-
-def problem(dtype=torch.float64, seed=0, n=64):
-    """A small classifier, its data, and a closure."""
-    torch.manual_seed(seed)
-    model = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 3)).to(dtype)
-    x = torch.randn(n, 5, dtype=dtype)
-    y = (2 * x @ torch.randn(5, 3, dtype=dtype)).argmax(1)  # to be learnt: the loss has far to fall
-
-    def closure():
-        distribution = td.Categorical(logits=model(x))
-        return -distribution.log_prob(y).mean(), distribution
-
-    return model, closure, x
-
-
-def theta(model):
-    return torch.cat([p.detach().reshape(-1) for p in model.parameters()])
 
 
 def derivatives(model, closure):
@@ -64,7 +47,7 @@ EXACT = {"cg_max_iter": 300, "cg_rtol": 1e-13}
 @pytest.mark.parametrize("delta", [1e-6, 1e-3, 1e-2])
 @pytest.mark.parametrize("lr", [1.0, 0.5, 2.0])
 def test_an_accepted_step_uses_nine_tenths_of_the_ball_within_three_trials(delta, lr):
-    model, closure, _ = problem()
+    model, closure, _ = learnable_problem()
     optimizer = NaturalTrustRegion(model.parameters(), delta, lr=lr)
     for _ in range(3):  # far from the minimum, where the loss allows it
         optimizer.step(closure)
@@ -79,7 +62,7 @@ def test_an_accepted_step_uses_nine_tenths_of_the_ball_within_three_trials(delta
 
 def test_several_dampings_cost_the_products_of_one_and_the_best_loss_is_taken():
     dampings, scales = (1e-4, 1e-2, 1.0), (0.5, 1.0)
-    model, closure, _ = problem()
+    model, closure, _ = learnable_problem()
     start, (loss, old) = theta(model), closure()
     outcomes = {}
     g, F = derivatives(model, closure)
@@ -106,7 +89,7 @@ def test_several_dampings_cost_the_products_of_one_and_the_best_loss_is_taken():
 
 
 def test_candidates_that_all_fail_are_followed_by_a_search():
-    model, closure, _ = problem()
+    model, closure, _ = learnable_problem()
     far = NaturalTrustRegion(model.parameters(), 1e-4, damping=(1e-3, 1e-2), scales=(40.0, 50.0))
     far.step(closure)
     assert far.info.accepted
@@ -115,7 +98,7 @@ def test_candidates_that_all_fail_are_followed_by_a_search():
 
 
 def test_several_dampings_and_a_preconditioner_are_refused_in_words():
-    model, closure, _ = problem()
+    model, closure, _ = learnable_problem()
     optimizer = NaturalTrustRegion(
         model.parameters(), damping=(1e-3, 1e-2), preconditioner=Jacobi()
     )
@@ -129,7 +112,7 @@ def test_several_dampings_and_a_preconditioner_are_refused_in_words():
 
 
 def test_no_sample_moves_more_than_its_cap():
-    model, closure, _ = problem()
+    model, closure, _ = learnable_problem()
     optimizer = NaturalTrustRegion(model.parameters(), 0.05, max_kl=0.06)
     for _ in range(3):
         _, old = closure()
@@ -155,7 +138,7 @@ def test_no_sample_moves_more_than_its_cap():
 @given(st.integers(0, 1000), st.floats(0, 4))
 def test_the_penalised_step_is_the_solution_over_the_penalty(seed, log_penalty):
     penalty = 10**log_penalty
-    model, closure, _ = problem(seed=seed)
+    model, closure, _ = learnable_problem(seed=seed)
     g, F = derivatives(model, closure)
     x = -torch.linalg.solve(F + 0.1 * torch.eye(len(g), dtype=g.dtype), g)
     _, old = closure()
@@ -174,7 +157,7 @@ def test_the_penalised_step_is_the_solution_over_the_penalty(seed, log_penalty):
 
 
 def test_delta_bounds_the_penalised_step_too():
-    model, closure, _ = problem()
+    model, closure, _ = learnable_problem()
     optimizer = NaturalTrustRegion(model.parameters(), 1e-3, penalty=1e-3)
     optimizer.step(closure)
     assert optimizer.info.accepted
@@ -182,7 +165,7 @@ def test_delta_bounds_the_penalised_step_too():
 
 
 def test_the_penalty_follows_the_measured_kl():
-    model, closure, _ = problem()
+    model, closure, _ = learnable_problem()
     target = 1e-3
     optimizer = NaturalTrustRegion(model.parameters(), math.inf, penalty=1e-2, kl_target=target)
     for _ in range(12):
@@ -203,7 +186,7 @@ def test_the_penalty_follows_the_measured_kl():
 
 
 def test_the_radius_follows_rho():
-    model, closure, _ = problem()
+    model, closure, _ = learnable_problem()
     optimizer = NaturalTrustRegion(model.parameters(), 1e-4, max_delta=1.0)
     seen = set()
     for _ in range(40):
@@ -224,7 +207,7 @@ def test_the_radius_follows_rho():
 
 
 def test_the_damping_follows_rho():
-    model, closure, _ = problem()
+    model, closure, _ = learnable_problem()
     optimizer = NaturalTrustRegion(model.parameters(), 0.3, adapt_damping=True)
     for _ in range(15):
         damping = optimizer.param_groups[0]["damping"]
@@ -236,8 +219,8 @@ def test_the_damping_follows_rho():
 
 
 def test_a_warm_start_goes_on_from_the_last_solution():
-    cold, warm = problem()[0], problem()[0]
-    x, residuals = problem()[2], {}
+    cold, warm = learnable_problem()[0], learnable_problem()[0]
+    x, residuals = learnable_problem()[2], {}
     y = torch.randint(3, (64,))
 
     def closure_of(model):
@@ -267,7 +250,7 @@ def test_a_warm_start_goes_on_from_the_last_solution():
     ],
 )
 def test_a_resumed_optimizer_goes_on_bit_for_bit(options):
-    model, closure, _ = problem(torch.float32)
+    model, closure, _ = learnable_problem(torch.float32)
     optimizer = NaturalTrustRegion(model.parameters(), 0.05, **options)
     for _ in range(3):
         optimizer.step(closure)
@@ -275,7 +258,7 @@ def test_a_resumed_optimizer_goes_on_bit_for_bit(options):
     torch.save((optimizer.state_dict(), model.state_dict()), file)
     file.seek(0)
     saved, weights = torch.load(file, weights_only=True)
-    other, resumed, _ = problem(torch.float32)
+    other, resumed, _ = learnable_problem(torch.float32)
     other.load_state_dict(weights)
     fresh = NaturalTrustRegion(other.parameters(), 0.05, **options)
     fresh.load_state_dict(saved)
@@ -290,7 +273,7 @@ def test_a_resumed_optimizer_goes_on_bit_for_bit(options):
 
 
 def test_curvature_comes_from_the_samples_it_is_given():
-    model, closure, x = problem()
+    model, closure, x = learnable_problem()
     keep = subsample(len(x), 0.25)
     g, _ = derivatives(model, closure)
     F = to_dense(FisherOperator(td.Categorical(logits=model(x[keep])), model.parameters()))
@@ -344,7 +327,7 @@ def test_dropout_draws_one_mask_a_step():
 
 def constrained(limit):
     """A policy over three arms for each state, with a bound on how often arm 0 is used."""
-    model, _, x = problem()
+    model, _, x = learnable_problem()
     reward = torch.tensor([1.0, 0.3, 0.0], dtype=torch.float64)
 
     def closure():
@@ -481,7 +464,7 @@ def test_constraints_that_no_trial_keeps_are_named():
 
 
 def test_a_penalised_step_is_judged_with_its_penalty_and_not_stretched():
-    model, closure, _ = problem()
+    model, closure, _ = learnable_problem()
     options = {"penalty": 30.0, "damping": 0.1}
     one = NaturalTrustRegion(model.parameters(), 1.0, **options)
     one.step(closure)
@@ -510,7 +493,7 @@ def test_the_penalised_step_is_the_shorter_of_two(penalty):
 
 
 def test_a_failed_grid_is_searched_below_its_shortest_and_most_damped_candidate():
-    model, closure, _ = problem()
+    model, closure, _ = learnable_problem()
     far = NaturalTrustRegion(model.parameters(), 1e-4, damping=(1e-3, 1e-2), scales=(40.0, 50.0))
     tried = []
 
@@ -546,7 +529,7 @@ def test_random_numbers_stand_as_after_one_call_also_if_a_trial_raises():
 
 def test_the_largest_radius_is_reached_exactly():
     largest = next(d for d in (1e-6 + k * 1e-9 for k in range(99)) if math.sqrt(d) ** 2 > d)
-    model, closure, _ = problem()
+    model, closure, _ = learnable_problem()
     optimizer = NaturalTrustRegion(model.parameters(), largest / 2, max_delta=largest)
     for _ in range(3):
         optimizer.step(closure)

@@ -135,7 +135,7 @@ def test_the_prediction_of_a_damped_step_is_that_of_the_loss(with_metric):
     assert optimizer.info.rho == pytest.approx(1, rel=1e-12)
 
 
-def classifier(seed=0):
+def functional_classifier(seed=0):
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3)).double()
     x, y = torch.randn(32, 3).double(), torch.randint(3, (32,))
@@ -173,7 +173,7 @@ def returns(kind, params, predict, y):
 )
 @pytest.mark.parametrize("radius", [1e-3, 0.05])
 def test_a_step_of_a_network_is_the_dense_one(curvature, kind, norm, radius):
-    params, predict, loss, y = classifier()
+    params, predict, loss, y = functional_classifier()
     theta = oracles.flatten([p.detach() for p in params])
     g = oracles.flatten(torch.autograd.grad(loss(params), params))
     F = oracles.gauss_newton(predict, lambda z: nn.functional.cross_entropy(z, y), params)
@@ -195,7 +195,7 @@ def test_a_step_of_a_network_is_the_dense_one(curvature, kind, norm, radius):
 
 @pytest.mark.parametrize("delta", [1e-8, 1e-7])
 def test_in_the_fisher_metric_a_radius_is_a_kl(delta):
-    params, predict, _, y = classifier()
+    params, predict, _, y = functional_classifier()
     theta = oracles.flatten([p.detach() for p in params])
     F = oracles.gauss_newton(predict, lambda z: nn.functional.cross_entropy(z, y), params)
     optimizer = NewtonTrustRegion(params, math.sqrt(2 * delta), curvature="ggn", metric="fisher")

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.distributions import Categorical
 
+from problems import closure_of, data
 from trustregion import (
     Jacobi,
     NaturalTrustRegion,
@@ -14,22 +15,6 @@ from trustregion import (
     Nystrom,
     Status,
 )
-
-
-def classifier(seed=0):
-    torch.manual_seed(seed)
-    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
-    return model, torch.randn(64, 4), torch.randint(3, (64,))
-
-
-def closure_of(model, x, targets):
-    """Targets are a list, so that a test can change them."""
-
-    def closure():
-        distribution = Categorical(logits=model(x))
-        return -distribution.log_prob(targets[0]).mean(), distribution
-
-    return closure
 
 
 @pytest.mark.parametrize(
@@ -43,7 +28,7 @@ def test_they_recover_after_convergence(options):
     """Of a converged loss every step is rejected; then the task changes."""
     torch.manual_seed(0)
     model, x = nn.Linear(4, 3), torch.randn(64, 4)
-    targets = [torch.randint(3, (64,))]
+    targets = torch.randint(3, (64,))
     closure = closure_of(model, x, targets)
     optimizer = NaturalTrustRegion(model.parameters(), **options)
     for _ in range(150):
@@ -52,7 +37,7 @@ def test_they_recover_after_convergence(options):
     group = optimizer.param_groups[0]
     assert group["delta"] >= 1e-7
     assert group["penalty"] is None or group["penalty"] <= 1e6
-    targets[0] = torch.randint(3, (64,))
+    targets.copy_(torch.randint(3, (64,)))
     before = closure()[0].item()
     for _ in range(40):
         optimizer.step(closure)
@@ -67,8 +52,8 @@ def test_they_recover_after_convergence(options):
 
 @pytest.mark.parametrize("solver", ["gltr", "cg"])
 def test_trials_that_cannot_be_compared_move_nothing(solver):
-    model, x, y = classifier()
-    closure, bad = closure_of(model, x, [y]), [False]
+    model, x, y = data(torch.float32, n=64)
+    closure, bad = closure_of(model, x, y), [False]
 
     def sometimes():
         loss, distribution = closure()
@@ -88,15 +73,15 @@ def test_trials_that_cannot_be_compared_move_nothing(solver):
 
 
 def test_a_late_group_takes_what_the_steps_have_moved():
-    model, x, y = classifier()
+    model, x, y = data(torch.float32, n=64)
     optimizer = NewtonTrustRegion(model[2].parameters(), radius=0.1)
     for _ in range(3):
-        optimizer.step(lambda: closure_of(model, x, [y])()[0])
+        optimizer.step(lambda: closure_of(model, x, y)()[0])
     moved = optimizer.param_groups[0]["radius"]
     assert moved != 0.1
     optimizer.add_param_group({"params": list(model[0].parameters())})
     assert optimizer.param_groups[1]["radius"] == moved
-    optimizer.step(lambda: closure_of(model, x, [y])()[0])
+    optimizer.step(lambda: closure_of(model, x, y)()[0])
     assert optimizer.info.accepted
     with pytest.raises(ValueError, match="radius"):
         optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(1))], "radius": 7.0})
@@ -105,9 +90,9 @@ def test_a_late_group_takes_what_the_steps_have_moved():
 def test_a_single_length_is_kept():
     """The search goes no further towards the edge than the fraction that was asked for."""
     for scale in (0.25, 0.5):
-        model, x, y = classifier()
+        model, x, y = data(torch.float32, n=64)
         optimizer = NaturalTrustRegion(model.parameters(), 0.01, scales=(scale,))
-        optimizer.step(closure_of(model, x, [y]))
+        optimizer.step(closure_of(model, x, y))
         assert optimizer.info.accepted
         assert optimizer.info.scale <= scale * 1.05  # 0.9 of the KL at least, and no more than it
 
@@ -115,26 +100,26 @@ def test_a_single_length_is_kept():
 def test_a_frozen_group_does_not_set_the_length():
     kls = []
     for rate in (0.1, 1.0):
-        model, x, y = classifier()
+        model, x, y = data(torch.float32, n=64)
         model[0].requires_grad_(False)
         groups = [
             {"params": list(model[0].parameters()), "lr": rate},
             {"params": list(model[2].parameters()), "lr": 0.1},
         ]
         optimizer = NaturalTrustRegion(groups, 0.01)
-        optimizer.step(closure_of(model, x, [y]))
+        optimizer.step(closure_of(model, x, y))
         kls.append(optimizer.info.kl)
     assert kls[0] == kls[1] == pytest.approx(1e-4, rel=0.1)
 
 
 def test_a_group_that_stays_needs_no_kl():
-    model, x, y = classifier()
+    model, x, y = data(torch.float32, n=64)
     other = nn.Parameter(torch.ones(1))
     groups = [{"params": list(model.parameters())}, {"params": [other], "lr": 0.0}]
     optimizer = NaturalTrustRegion(groups, 0.01)
 
     def closure():
-        loss, distribution = closure_of(model, x, [y])()
+        loss, distribution = closure_of(model, x, y)()
         return loss + other.square().sum(), distribution
 
     optimizer.step(closure)
@@ -147,7 +132,7 @@ def test_a_group_that_stays_needs_no_kl():
 
 
 def test_products_count_those_of_a_build():
-    model, x, y = classifier()
+    model, x, y = data(torch.float32, n=64)
     made = []
 
     class Spy(Nystrom):
@@ -157,14 +142,14 @@ def test_products_count_those_of_a_build():
             return M
 
     newton = NewtonTrustRegion(model.parameters(), curvature="ggn", preconditioner=Spy(8))
-    newton.step(closure_of(model, x, [y]))
+    newton.step(closure_of(model, x, y))
     assert made[-1] > 0
     assert newton.info.products == made[-1] + newton.info.cg_iterations
     natural = NaturalTrustRegion(model.parameters(), preconditioner=Spy(8))
     made.clear()
 
     def constrained():
-        loss, distribution = closure_of(model, x, [y])()
+        loss, distribution = closure_of(model, x, y)()
         return loss, distribution, model[2].bias.sum().reshape(1) - 10.0
 
     natural.step(constrained)
@@ -173,11 +158,11 @@ def test_products_count_those_of_a_build():
 
 
 def test_a_state_without_a_preconditioner_starts_it_anew():
-    model, x, y = classifier()
+    model, x, y = data(torch.float32, n=64)
     optimizer = NaturalTrustRegion(model.parameters(), preconditioner=Jacobi())
     plain = NaturalTrustRegion(model.parameters())
     for _ in range(3):
-        optimizer.step(closure_of(model, x, [y]))
+        optimizer.step(closure_of(model, x, y))
     assert optimizer.preconditioner.enabled is not None
     optimizer.load_state_dict(plain.state_dict())
     assert optimizer.preconditioner.enabled is None
@@ -186,11 +171,11 @@ def test_a_state_without_a_preconditioner_starts_it_anew():
 
 def test_a_rejected_step_has_no_kl():
     """Also where the change is lost in the rounding of the loss: such a trial fits, and stays."""
-    model, x, y = classifier()
+    model, x, y = data(torch.float32, n=64)
     optimizer = NewtonTrustRegion(
         model.parameters(), math.inf, curvature="ggn", solver="cg", damping=0.1
     )
-    inner = closure_of(model, x, [y])
+    inner = closure_of(model, x, y)
 
     def closure():
         loss, distribution = inner()
@@ -214,12 +199,12 @@ def test_an_empty_batch_is_refused_in_words():
 
 
 def test_evaluations_count_the_closure_alone():
-    model, x, y = classifier()
+    model, x, y = data(torch.float32, n=64)
     calls = []
 
     def closure():
         calls.append(1)
-        return closure_of(model, x, [y])()
+        return closure_of(model, x, y)()
 
     optimizer = NaturalTrustRegion(model.parameters(), 0.01)
     optimizer.step(closure, curvature=lambda: Categorical(logits=model(x[:32])))

@@ -10,12 +10,12 @@ from hypothesis import strategies as st
 from torch import distributions as td
 from torch import nn
 
+from counting import Counting
 from strategies import DTYPES, POSITIVE, systems
 from trustregion import (
     FisherOperator,
     Identity,
     Jacobi,
-    LinearOperator,
     Nystrom,
     Status,
     cg,
@@ -26,18 +26,6 @@ from trustregion.preconditioners import Preconditioner, Recycled
 from trustregion.preconditioners.base import product_work
 
 KINDS = (*POSITIVE, "rank-deficient", "sign-mixed")
-
-
-class Counted(LinearOperator):
-    """Counts products, those in blocks too."""
-
-    def __init__(self, matrix):
-        super().__init__(len(matrix), matrix.dtype, matrix.device)
-        self.matrix, self.products = matrix, 0
-
-    def mv(self, v):
-        self.products += 1
-        return self.matrix @ v
 
 
 def damped(A, damping):
@@ -300,7 +288,7 @@ def test_entries_far_apart_stay_finite():
 @pytest.mark.parametrize(("probes", "each"), [("exact", 6), (1, 1), (3, 3)])
 @pytest.mark.parametrize("every", [1, 3])
 def test_products_of_a_diagonal_are_counted(probes, each, every):
-    A, rule, spent = Counted(spread(6)), Jacobi(probes=probes, every=every), []
+    A, rule, spent = Counting(spread(6)), Jacobi(probes=probes, every=every), []
     for _ in range(4):
         rule.build(A, 0.1)
         spent.append(rule.products)
@@ -405,7 +393,7 @@ def test_a_sketch_of_the_rank_is_exact():
 @pytest.mark.parametrize(("rank", "products"), [(3, 3), (6, 6), (50, 6)])
 @pytest.mark.parametrize("every", [1, 2])
 def test_products_of_a_sketch_are_counted(rank, products, every):
-    A, rule, spent = Counted(spread(6)), Nystrom(rank, every=every), []
+    A, rule, spent = Counting(spread(6)), Nystrom(rank, every=every), []
     for _ in range(4):
         rule.build(A, 0.1)
         spent.append(rule.products)
@@ -441,7 +429,7 @@ def test_draws_of_a_sketch_differ():
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_repeated_system_takes_fewer_iterations_at_no_product(dtype):
-    A, b, rule = Counted(spread(dtype=dtype)), torch.ones(40, dtype=dtype), Recycled(10)
+    A, b, rule = Counting(spread(dtype=dtype)), torch.ones(40, dtype=dtype), Recycled(10)
     iterations = []
     for _ in range(3):
         M = rule.build(A, 0.1)

@@ -93,7 +93,7 @@ def test_a_lifted_derivative_gives_the_gradient(name, dtype):
     torch.testing.assert_close(R.rmv(y), g, rtol=0, atol=atol)
 
 
-def classifier(dtype, *, seed=0, samples=60, features=10, actions=4, log_condition=1.0):
+def softmax_regression(dtype, *, seed=0, samples=60, features=10, actions=4, log_condition=1.0):
     """Softmax regression with its cross-entropy: the operator, u, and the gradient."""
     g = torch.Generator().manual_seed(seed)
     draw = partial(torch.randn, generator=g, dtype=torch.float64)
@@ -127,7 +127,7 @@ def gaussian(dtype, *, seed=0, samples=60, features=6, log_condition=1.0):
     return FisherOperator(d, [W]), u, gradient.flatten()
 
 
-MODELS = pytest.mark.parametrize("model", [classifier, gaussian])
+MODELS = pytest.mark.parametrize("model", [softmax_regression, gaussian])
 
 
 @each_dtype
@@ -196,7 +196,7 @@ def test_far_more_accurate_than_cg_in_float32_where_the_target_is_in_reach(model
 @pytest.mark.parametrize("seed", range(3))
 def test_far_more_accurate_than_cg_in_float32_on_a_singular_fisher(seed):
     """A shift of all logits is in the null space, and cg has its rounding over the damping."""
-    ours, theirs = errors(classifier, seed, lifted=True)
+    ours, theirs = errors(softmax_regression, seed, lifted=True)
     assert 50 * ours < theirs  # 330 to 1000 measured
     assert ours < 1e-4
 
@@ -390,7 +390,7 @@ def test_products_are_counted(monkeypatch):
 
 
 def test_nothing_is_written_to_and_no_graph_is_built():
-    F, u, _ = classifier(torch.float64)
+    F, u, _ = softmax_regression(torch.float64)
     R = F.root()
     v, y, kept = torch.randn(40).double(), torch.randn(240).double(), u.clone()
     first = R.mv(v), R.rmv(y), R.lift(u)

@@ -9,9 +9,9 @@ from scipy.optimize import minimize
 from torch import Tensor
 
 import oracles
+from counting import Counting
 from strategies import DTYPES, System, systems
 from trustregion import Status, cg, kl_ball_step
-from trustregion.operators import DenseOperator
 from trustregion.solvers.constrained import constrained_kl_ball_step
 
 
@@ -97,20 +97,6 @@ def test_an_ascent_direction_is_refused():
 
 
 # Linear constraints
-
-
-class Counting(DenseOperator):
-    """Counts the vectors it is applied to."""
-
-    products = 0
-
-    def mv(self, v):
-        self.products += 1
-        return super().mv(v)
-
-    def mm(self, V):
-        self.products += V.shape[1]
-        return super().mm(V)
 
 
 @dataclass(frozen=True)
