@@ -70,7 +70,7 @@ slow: $(READY)
 	@$(BIN)/python -m pytest -q -m slow
 
 trainers: $(READY_TRAINERS)
-	@$(TRAINERS)/bin/python -m pytest -q tests/trustregion/test_trainers.py
+	@$(TRAINERS)/bin/python -m pytest -q tests/trustregion/optim/test_trainers.py
 
 bench: $(READY_BENCH)
 	@$(BIN)/python -m pytest benchmarks -q --benchmark-only --benchmark-sort=name

@@ -1,0 +1,11 @@
+"""What the tests of the trust-region solvers share."""
+
+import pytest
+
+from trustregion import gltr, steihaug
+from trustregion.solvers import trust_region_dense
+
+SOLVERS = [steihaug, gltr, trust_region_dense]
+
+
+every = pytest.mark.parametrize("solver", SOLVERS)
