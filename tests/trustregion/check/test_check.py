@@ -14,6 +14,7 @@ from torch import nn
 
 from check_reports import GRADIENT, SECOND, outcome, value
 from problems import closure_of, data
+from strategies import costly
 from trustregion import check_closure
 from trustregion.check.slopes import Curve, judge
 
@@ -21,6 +22,7 @@ from trustregion.check.slopes import Curve, judge
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@costly
 @given(st.integers(0, 10_000))
 def test_a_good_closure_passes_everything(dtype, seed):
     model, x, y = data(dtype, seed=seed)

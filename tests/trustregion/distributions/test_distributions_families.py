@@ -365,7 +365,7 @@ def test_impossible_parameters_are_infinitely_far(family):
     assert value(family, possible, possible) == 0.0
 
 
-def test_no_kl_is_nan_at_the_rim_of_float64():
+def test_no_kl_is_nan_at_the_limits_of_float64():
     assert value(td.Normal, (0.0, 1e200), (0.0, 1e-200)) == math.inf
     assert value(td.Gumbel, (0.0, 1.0), (1e300, 1e-300)) == math.inf
     assert value(td.Exponential, (1e-200,), (1e200,)) == math.inf
@@ -392,7 +392,7 @@ def test_impossible_matrices_are_infinitely_far():
     assert FAMILIES[td.Dirichlet].kl((concentration[0].abs(),), concentration).item() == math.inf
 
 
-def test_a_poisson_that_is_zero_for_sure():
+def test_a_poisson_that_is_almost_surely_zero():
     assert value(td.Poisson, (0.0,), (0.0,)) == 0.0
     assert value(td.Poisson, (0.0,), (2.0,)) == 2.0
     assert value(td.Poisson, (2.0,), (0.0,)) == math.inf

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as nnf
 
 from batch_cases import F64, LABELS, N, X, fisher, linear, weights
+from strategies import costly
 from trustregion import FisherOperator, Identity, cg, to_dense
 from trustregion.distributions import Weighted
 from trustregion.operators import DenseOperator, FunctionOperator
@@ -24,6 +25,7 @@ def partitions(draw):
     return sizes
 
 
+@costly
 @given(partitions(), st.sampled_from([0, 1 << 30, 3000]))
 def test_any_partition_gives_the_operator_of_the_whole(sizes, cache_bytes):
     W = weights()

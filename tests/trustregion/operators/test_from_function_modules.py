@@ -219,7 +219,7 @@ class OnceWithForwardMode(Once):
         return 2 * ctx.saved_tensors[0] * tangent
 
 
-def test_where_no_way_can_the_error_names_each_way():
+def test_where_every_way_fails_the_error_names_each():
     def fn(p):
         return td.Normal(Once.apply(p["w"]), 0.5)
 

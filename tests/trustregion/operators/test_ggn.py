@@ -221,7 +221,7 @@ MODELS = {
 
 
 @pytest.mark.parametrize("name", list(MODELS))
-def test_modules(name):
+def test_the_operator_of_a_module_is_the_dense_one(name):
     build, x = MODELS[name]
     torch.manual_seed(0)
     module = build().double()

@@ -100,7 +100,7 @@ def test_unused_and_frozen_parameters_have_rows_of_exact_zeros():
     assert H.used == (1,)
 
 
-def test_modules():
+def test_the_operator_of_a_module_is_the_dense_one():
     torch.manual_seed(0)
     module = nn.Sequential(
         nn.Conv1d(1, 2, 2), nn.SiLU(), nn.Flatten(), nn.LayerNorm(4), nn.Linear(4, 4)

@@ -99,15 +99,15 @@ def test_monte_carlo_fisher_is_unbiased(name):
         [
             to_dense(
                 MonteCarloFisherOperator(
-                    case.predict(case.params), case.params, samples=40, seed=seed
+                    case.predict(case.params), case.params, samples=2000, seed=seed
                 )
             )
-            for seed in range(50)
+            for seed in range(10)
         ]
     )
-    # of each entry five standard errors: a chance below 1e-6 each, at seeds that are fixed
+    # Twelve standard errors of each entry, estimated from ten means: a chance below 1e-6 each.
     error = draws.std(0) / math.sqrt(len(draws))
-    assert ((draws.mean(0) - exact).abs() <= 5 * error + 1e-12 * exact.abs().max()).all()
+    assert ((draws.mean(0) - exact).abs() <= 12 * error + 1e-12 * exact.abs().max()).all()
     # and it is not the exact one
     assert error.max() > 1e-4 * exact.abs().max()
 

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import distributions as td
 
 from problems import bits, problem, unchanged
+from strategies import costly
 from trustregion import FisherOperator, NaturalTrustRegion, Status, kl_ball_step, mean_kl, to_dense
 from trustregion.operators import FunctionOperator
 
@@ -17,6 +18,7 @@ from trustregion.operators import FunctionOperator
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@costly
 @given(st.integers(0, 10_000), st.floats(-6, 1), st.floats(-6, 0))
 def test_an_accepted_step_improves_within_delta_and_a_rejected_one_moves_nothing(
     dtype, seed, log_delta, log_damping

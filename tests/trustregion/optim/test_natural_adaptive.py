@@ -12,6 +12,7 @@ from torch import nn
 
 from natural_cases import EXACT, derivatives, moved, rising
 from problems import learnable_problem, theta
+from strategies import costly
 from trustregion import (
     NaturalTrustRegion,
     Status,
@@ -23,6 +24,7 @@ from trustregion.solvers import classic_radius, kl_penalty_step, levenberg_marqu
 # -- the price of a KL
 
 
+@costly
 @given(st.integers(0, 1000), st.floats(0, 4))
 def test_the_penalised_step_is_the_solution_over_the_penalty(seed, log_penalty):
     penalty = 10**log_penalty
@@ -106,7 +108,7 @@ def test_the_damping_follows_rho():
         assert optimizer.param_groups[0]["damping"] == levenberg_marquardt_damping(damping, rho)
 
 
-def test_a_warm_start_goes_on_from_the_last_solution():
+def test_a_warm_start_continues_from_the_last_solution():
     cold, warm = learnable_problem()[0], learnable_problem()[0]
     x, residuals = learnable_problem()[2], {}
     y = torch.randint(3, (64,))
@@ -137,7 +139,7 @@ def test_a_warm_start_goes_on_from_the_last_solution():
         {"damping": (1e-3, 1e-1), "scales": (0.5, 1.0)},
     ],
 )
-def test_a_resumed_optimizer_goes_on_bit_for_bit(options):
+def test_a_resumed_optimizer_continues_bit_for_bit(options):
     model, closure, _ = learnable_problem(torch.float32)
     optimizer = NaturalTrustRegion(model.parameters(), 0.05, **options)
     for _ in range(3):

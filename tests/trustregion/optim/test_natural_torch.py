@@ -13,6 +13,7 @@ from torch import distributions as td
 from torch import nn
 
 from problems import bits, problem, unchanged
+from strategies import costly
 from trustregion import NaturalTrustRegion, Status
 
 # -- torch.optim citizenship
@@ -105,6 +106,7 @@ def test_groups_share_one_ball_and_have_their_own_rates():
     assert not torch.equal(kept[2], now[2])
 
 
+@costly
 @given(st.integers(0, 1000), st.floats(0.0, 1.0), st.sampled_from([1e-4, 1e-2, 1.0]))
 def test_unequal_rates_still_give_a_descent_direction(seed, rate, damping):
     model, closure = problem(torch.float64, seed, n=20)

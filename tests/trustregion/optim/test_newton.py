@@ -369,7 +369,7 @@ def test_a_trial_that_gains_less_than_a_hundredth_of_the_promise_is_rejected(opt
 
 
 @pytest.mark.parametrize("options", SETTINGS)
-def test_the_residual_of_an_early_end_is_told(options):
+def test_the_residual_of_an_early_end_is_reported(options):
     f = quadratic(6, 3, definite=True)
     optimizer = NewtonTrustRegion([f.x], **({"radius": 1e3} | options), max_iter=2)
     optimizer.step(f)

@@ -92,7 +92,7 @@ def test_the_steps_and_dampings_are_those_of_marquardt_by_hand(factor, hessian_f
     assert info.new_loss < 1e-4
 
 
-def test_a_warm_start_goes_on_from_a_part_of_the_last_solution():
+def test_a_warm_start_continues_from_a_part_of_the_last_solution():
     draw = torch.Generator().manual_seed(0)
     B = torch.randn(8, 8, generator=draw, dtype=torch.float64)
     A, g = B @ B.T / 8, torch.randn(8, generator=draw, dtype=torch.float64)

@@ -5,11 +5,12 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import distributions as td
 
 import oracles
+from strategies import costly
 from trustregion import NewtonTrustRegion, Status
 from trustregion.optim.info import StepInfo
 
@@ -59,7 +60,7 @@ def run(f, steps, closure=None, **options):
 
 
 @kinds
-@settings(max_examples=15)
+@costly
 @given(seed=st.integers(0, 2**20), dtype=st.sampled_from(DTYPES))
 def test_the_loss_never_rises_and_a_rejected_step_moves_nothing(kind, seed, dtype):
     f = Waves(dtype, seed)
@@ -83,7 +84,7 @@ def test_the_loss_never_rises_and_a_rejected_step_moves_nothing(kind, seed, dtyp
     power=st.sampled_from([-40, -7, 9, 30]),
     of_unit=st.booleans(),
 )
-@settings(max_examples=25)
+@costly
 def test_powers_of_two_in_the_loss_or_the_parameters_change_no_bit(
     kind, seed, dtype, power, of_unit
 ):
@@ -290,7 +291,7 @@ def test_a_group_at_a_fraction_of_the_rate_is_measured_in_units_of_it(seed, rate
 
 @kinds
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_resumed_optimizer_goes_on_bit_for_bit(kind, dtype):
+def test_a_resumed_optimizer_continues_bit_for_bit(kind, dtype):
     f, g, file = Waves(dtype), Waves(dtype), io.BytesIO()
     first = NewtonTrustRegion([f.x], **KINDS[kind])
     for _ in range(4):

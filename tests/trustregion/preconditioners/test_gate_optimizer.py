@@ -185,7 +185,7 @@ STATEFUL = {
 
 
 @pytest.mark.parametrize("name", STATEFUL)
-def test_a_saved_optimizer_goes_on_bit_for_bit(name, tmp_path):
+def test_a_saved_optimizer_continues_bit_for_bit(name, tmp_path):
     """Saved after two of five steps, loaded into a new optimizer of a new model."""
     model, closure = badly_scaled_problem()
     optimizer = NaturalTrustRegion(model.parameters(), preconditioner=STATEFUL[name](model))
@@ -205,7 +205,7 @@ def test_a_saved_optimizer_goes_on_bit_for_bit(name, tmp_path):
         assert torch.equal(p, q)
 
 
-def test_a_state_without_a_preconditioner_lets_it_start_anew():
+def test_a_state_without_a_preconditioner_lets_it_start_over():
     model, closure = badly_scaled_problem()
     plain = NaturalTrustRegion(model.parameters())
     plain.step(closure)

@@ -160,7 +160,7 @@ def test_layers_are_found_under_autocast():
         torch.testing.assert_close(G, wanted_G, rtol=0, atol=0.02 * wanted_G.max().item())
 
 
-def test_another_set_of_parameters_starts_anew():
+def test_another_set_of_parameters_starts_over():
     model, x = mlp(3, 4, 2), torch.randn(30, 3)
     kfac = KFAC(model, every=10)
     kfac.build(fisher(model, x), 0.1)
@@ -169,7 +169,7 @@ def test_another_set_of_parameters_starts_anew():
     assert list(kfac.state["blocks"]) == [0]
 
 
-def test_a_graph_that_lies_elsewhere_is_read():
+def test_a_graph_saved_elsewhere_is_read():
     """As torch.autograd.graph.save_on_cpu does it."""
     model, x = mlp(3, 4, 2), torch.randn(10, 3)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: t.numpy(), torch.from_numpy):

@@ -66,7 +66,7 @@ def test_every_inverse_is_symmetric_positive_definite(name, system, damping):
     st.sampled_from([0.0, 1e-3]),
     st.integers(-40, 40),
 )
-def test_the_scale_of_the_operator_is_of_no_matter(name, system, damping, power):
+def test_the_scale_of_the_operator_does_not_matter(name, system, damping, power):
     damping *= system.scale
     plain = built(name, DenseOperator(system.A), damping, system.b)
     factor = 2.0**power
@@ -140,7 +140,7 @@ def test_builds_repeat_write_to_nothing_and_leave_the_global_generator_alone(nam
 
 
 @pytest.mark.parametrize("name", RULES)
-def test_a_saved_state_goes_on_as_if_it_had_not_stopped(name):
+def test_a_saved_state_continues_as_if_it_had_not_stopped(name):
     A, b = DenseOperator(spread(12)), torch.ones(12).double()
     straight, stopped = RULES[name](), RULES[name]()
     for rule in (straight, stopped):
@@ -155,7 +155,7 @@ def test_a_saved_state_goes_on_as_if_it_had_not_stopped(name):
 
 
 @pytest.mark.parametrize("name", RULES)
-def test_a_model_of_another_size_starts_anew(name):
+def test_a_model_of_another_size_starts_over(name):
     rule = RULES[name]()
     for n in (12, 7):
         A, b = DenseOperator(spread(n)), torch.ones(n).double()
@@ -166,7 +166,7 @@ def test_a_model_of_another_size_starts_anew(name):
 
 
 @pytest.mark.parametrize("name", RULES)
-def test_a_model_of_another_dtype_goes_on(name):
+def test_a_model_of_another_dtype_continues(name):
     rule = RULES[name]()
     for dtype in (torch.float64, torch.float32):
         A = DenseOperator(spread(12, dtype=dtype))
@@ -198,12 +198,12 @@ def test_damping_is_a_finite_number_and_not_negative(name, damping):
         (lambda: Recycled(-3), "rank must be an integer and not negative"),
     ],
 )
-def test_arguments(make, message):
+def test_wrong_arguments_are_refused_in_words(make, message):
     with pytest.raises(ValueError, match=message):
         make()
 
 
-def test_a_rule_of_ones_own_needs_a_build_only():
+def test_a_custom_rule_needs_only_build():
     class Half(Preconditioner):
         def build(self, A, damping):
             return 0.5 * Identity(A.shape[0], A.dtype)

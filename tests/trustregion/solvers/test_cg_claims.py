@@ -91,7 +91,7 @@ def test_an_indefinite_preconditioner_is_named():
 
 
 @given(systems(kinds=[*POSITIVE, "sign-mixed", "rank-deficient"]), st.floats(-8, -1), st.booleans())
-def test_convergence_is_never_claimed_in_vain(system, log_rtol, reorthogonalize):
+def test_convergence_is_never_claimed_falsely(system, log_rtol, reorthogonalize):
     rtol = 10**log_rtol
     solution = cg(system.A, system.b, rtol=rtol, reorthogonalize=reorthogonalize)
     assert solution.x.isfinite().all()
@@ -103,7 +103,7 @@ def test_convergence_is_never_claimed_in_vain(system, log_rtol, reorthogonalize)
         assert true <= rtol * b.norm() + system.eps * (b.norm() + norm_A * x.norm())
 
 
-def test_what_float32_cannot_reach_is_said_and_the_best_is_returned():
+def test_what_float32_cannot_reach_is_reported_and_the_best_is_returned():
     g = torch.Generator().manual_seed(0)
     Q, _ = torch.linalg.qr(torch.randn(60, 60, generator=g, dtype=torch.float64))
     exact = (Q * torch.logspace(0, -6, 60, dtype=torch.float64)) @ Q.T
@@ -136,7 +136,7 @@ def test_martens_rule_stops_where_progress_has_faded(tol):
     assert not any(satisfied(i) for i in range(solution.iterations))
 
 
-def test_a_callable_tolerance_is_checked_when_it_speaks():
+def test_a_callable_tolerance_is_checked_when_it_is_called():
     with pytest.raises(ValueError, match="rtol must return"):
         cg(torch.eye(2), torch.ones(2), rtol=lambda _: math.nan)
 

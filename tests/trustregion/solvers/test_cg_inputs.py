@@ -88,7 +88,7 @@ def test_operators_of_extreme_scale_never_give_a_nan(scale):
     st.sampled_from(DTYPES),
 )
 @example([0.0] * 9, [1.0] * 3, torch.float32)
-def test_no_input_whatever_gives_a_nan(entries, b, dtype):
+def test_no_input_gives_a_nan(entries, b, dtype):
     A = torch.tensor(entries, dtype=dtype).view(3, 3)
     solution = cg(A, torch.tensor(b, dtype=dtype))
     assert solution.x.isfinite().all()
@@ -186,7 +186,7 @@ def test_an_operator_that_writes_to_its_argument_is_refused(dtype):
         cg(torch.eye(2, dtype=dtype), b, M=lambda v: v.mul_(d))
 
 
-def test_products_of_a_wrong_shape_are_refused_also_from_an_own_class():
+def test_products_of_a_wrong_shape_are_refused_from_a_subclass_too():
     class Sum(DenseOperator):
         def mv(self, v):
             return (self.matrix @ v).sum()
@@ -226,7 +226,7 @@ def test_numbers_of_a_wrong_type_are_refused_by_type(options, words):
         cg(torch.eye(2), torch.ones(2), **options)
 
 
-def test_numbers_of_numpy_are_numbers():
+def test_numpy_scalars_are_numbers():
     np = pytest.importorskip("numpy")
     solution = cg(torch.eye(2), torch.ones(2), rtol=np.float32(1e-3), max_iter=np.int64(3))
     assert solution.status is Status.CONVERGED

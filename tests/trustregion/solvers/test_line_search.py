@@ -90,7 +90,7 @@ def test_the_minimum_of_a_parabola_is_found_by_interpolation(curve, factor):
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_trials_that_are_no_numbers_are_followed_by_shorter_ones(bad):
+def test_trials_that_are_not_finite_are_followed_by_shorter_ones(bad):
     def evaluate(scale):
         return BallTrial(bad if scale > 0.4 else -scale, scale**2)
 

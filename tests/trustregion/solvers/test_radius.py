@@ -219,7 +219,7 @@ def test_the_rule_of_levenberg_and_marquardt(rho, factor):
 
 
 @pytest.mark.parametrize("rho", [0.1, 0.5, 0.9])
-def test_the_damping_keeps_to_its_limits_whatever_it_was(rho):
+def test_the_damping_stays_within_its_limits(rho):
     assert levenberg_marquardt_damping(60.0, rho, largest=7.0) == 7.0
     assert levenberg_marquardt_damping(0.6, rho, smallest=5.0) == 5.0
 

@@ -33,7 +33,7 @@ def test_radii_of_any_size(solver, dtype, radius):
 )
 @example([0.0] * 9, [1.0] * 3, 1.0, torch.float32)
 @example([1.0, 2, 3, 4, 5, 6, 7, 8, 9], [1.0] * 3, 1.0, torch.float64)
-def test_no_input_whatever_gives_a_nan(solver, entries, g, radius, dtype):
+def test_no_input_gives_a_nan(solver, entries, g, radius, dtype):
     A = torch.tensor(entries, dtype=dtype).view(3, 3)
     step = solver((A + A.T) / 2, torch.tensor(g, dtype=dtype), radius)
     assert step.s.isfinite().all()
@@ -106,7 +106,7 @@ def test_a_space_of_another_gradient_is_refused():
     assert gltr(eye, -torch.ones(2), 1.0, space=space).status is Status.CONVERGED
 
 
-def test_the_way_to_the_edge_keeps_its_digits():
+def test_the_step_length_to_the_edge_keeps_its_digits():
     """From just inside, nearly outwards: the naive root is all cancellation."""
     from decimal import Decimal, getcontext
 
@@ -179,7 +179,7 @@ def test_a_singular_metric_is_a_status_not_an_exception(solver):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_no_false_convergence_behind_a_rounded_preconditioner(dtype):
+def test_there_is_no_false_convergence_behind_a_rounded_preconditioner(dtype):
     """M of condition 1e5 is not symmetric to its smallest eigenvalue: the basis has to tell."""
     rtol = 1e-3 if dtype is torch.float32 else 1e-9
     for seed in range(60):

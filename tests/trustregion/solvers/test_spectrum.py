@@ -150,7 +150,7 @@ def test_every_pair_has_the_residual_it_says(system, k):
 
 
 @given(systems(kinds=["log-uniform", "sign-mixed"], dtypes=[torch.float64], max_n=20))
-def test_a_whole_space_knows_all_eigenvalues(system):
+def test_a_full_space_gives_all_eigenvalues(system):
     n = len(system.b)
     top = largest_eigenvalues(DenseOperator(system.A), n, rtol=1e-9, max_iter=n)
     expected = torch.linalg.eigvalsh(system.exact).flip(0)
@@ -182,7 +182,7 @@ def test_negative_eigenvalues_are_not_the_largest():
 
 @pytest.mark.parametrize("k", [1, 2, 3, 5])
 @pytest.mark.parametrize("factor", [0.0, 1.0, -2.0])
-def test_spaces_that_end_early_are_gone_on_beside(k, factor):
+def test_a_space_that_ends_early_is_continued_from_another_vector(k, factor):
     A = Counting(factor * torch.eye(5, dtype=torch.float64))
     top = largest_eigenvalues(A, k)
     assert top.status is Status.CONVERGED
@@ -210,7 +210,7 @@ def test_products_are_counted_and_bounded():
     assert hard.status is Status.MAX_ITER
 
 
-def test_a_limit_that_is_too_low_is_said():
+def test_a_limit_that_is_too_low_is_reported():
     A = DenseOperator(symmetric(80))
     top = largest_eigenvalues(A, 2, rtol=1e-6, max_iter=4)
     assert top.status is Status.MAX_ITER
@@ -278,7 +278,7 @@ def test_one_dimension():
         ({"k": 1, "rtol": -1.0}, "rtol must be a number and not negative"),
     ],
 )
-def test_arguments_of_eigenvalues(arguments, message):
+def test_wrong_arguments_of_eigenvalues_are_refused_in_words(arguments, message):
     with pytest.raises(ValueError, match=message):
         largest_eigenvalues(DenseOperator(torch.eye(4)), **arguments)
 

@@ -24,7 +24,7 @@ def test_martens_rule_on_a_known_sequence():
     assert i == 35
 
 
-def test_martens_rule_looks_from_the_eleventh_iterate_on():
+def test_martens_rule_applies_from_the_eleventh_iterate():
     """i > k with k = 10, also where nothing moves."""
     rule = Progress(5e-4, start=-1.0)
     assert [rule.satisfied(-1.0) for _ in range(11)] == [False] * 10 + [True]
