@@ -6,14 +6,8 @@ from torch import distributions as td
 from trustregion import FisherOperator
 
 F64 = torch.float64
-
-
 N = 12
-
-
 X = torch.randn(N, 3, generator=torch.Generator().manual_seed(1), dtype=F64)
-
-
 LABELS = torch.randint(4, (N,), generator=torch.Generator().manual_seed(2))
 
 

@@ -11,7 +11,6 @@ from strategies import System, systems
 from trustregion.solvers.constrained import constrained_kl_ball_step
 
 
-# Linear constraints
 @dataclass(frozen=True)
 class Constrained:
     """A system with constraints, whose values are given in units of the radius of the ball."""

@@ -12,8 +12,6 @@ from trustregion.operators import FunctionMap
 from trustregion.solvers import dual_solve
 
 METHODS = ["dual", "primal"]
-
-
 each_method = pytest.mark.parametrize("method", METHODS)
 
 

@@ -1,10 +1,8 @@
-"""Data that the tests of operators from functions share."""
+"""Data for the tests of operators from functions."""
 
 import torch
 
 F64 = torch.float64
-
-
 N = 6
 
 

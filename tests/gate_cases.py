@@ -1,4 +1,4 @@
-"""Matrices and rules that the tests of the gate share."""
+"""A matrix and a rule of known cost for the tests of the gate."""
 
 import torch
 
@@ -6,13 +6,6 @@ from trustregion.operators import DenseOperator
 from trustregion.preconditioners import Preconditioner
 
 N = 40
-
-
-def spread(high=4.0, seed=0, n=N):
-    g = torch.Generator().manual_seed(seed)
-    Q = torch.linalg.qr(torch.randn(n, n, generator=g, dtype=torch.float64)).Q
-    A = (Q * torch.logspace(0, high, n, dtype=torch.float64)) @ Q.T
-    return (A + A.T) / 2
 
 
 class Given(Preconditioner):

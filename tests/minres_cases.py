@@ -1,12 +1,10 @@
-"""What the tests of MINRES share."""
+"""Spectra, preconditioners and the attainable residual for the tests of MINRES."""
 
 import torch
 
 from strategies import POSITIVE
 
 REGULAR = [*POSITIVE, "sign-mixed"]
-
-
 KINDS = [*REGULAR, "rank-deficient"]
 
 

@@ -1,4 +1,4 @@
-"""What the tests of NaturalTrustRegion's options share."""
+"""Dense derivatives, measured steps, and a loss that rises in every trial."""
 
 import torch
 from torch import distributions as td
@@ -25,9 +25,6 @@ def moved(model, optimizer, closure, **given):
 
 
 EXACT = {"cg_max_iter": 300, "cg_rtol": 1e-13}
-
-
-# -- the corners of the options
 
 
 def rising(constraint=None):

@@ -1,4 +1,4 @@
-"""Rules of preconditioners and matrices to try them on."""
+"""Matrices for the tests of preconditioners, and a solve that a rule learns from."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""Files of presets that several tests write."""
+"""A fixture that writes and loads a file of presets."""
 
 import pytest
 import yaml

@@ -1,4 +1,4 @@
-"""What the tests of the trust-region solvers share."""
+"""The trust-region solvers, which many laws hold for alike."""
 
 import pytest
 
@@ -6,6 +6,4 @@ from trustregion import gltr, steihaug
 from trustregion.solvers import trust_region_dense
 
 SOLVERS = [steihaug, gltr, trust_region_dense]
-
-
 every = pytest.mark.parametrize("solver", SOLVERS)

@@ -1,4 +1,4 @@
-"""What the tests of the root of the Fisher matrix share."""
+"""The root of a Fisher matrix, compared with the matrix itself."""
 
 import pytest
 import torch

@@ -21,9 +21,6 @@ def advice(report):
     return " ".join(check.advice for check in report.checks if check.passed is False)
 
 
-# -- each mistake fails its own check
-
-
 @pytest.mark.parametrize(
     ("draw", "words"),
     [

@@ -14,8 +14,6 @@ from strategies import costly
 from trustregion import FisherOperator, NaturalTrustRegion, Status, kl_ball_step, mean_kl, to_dense
 from trustregion.operators import FunctionOperator
 
-# -- what a step does
-
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @costly

@@ -21,7 +21,7 @@ from trustregion import (
 )
 from trustregion.solvers import classic_radius, kl_penalty_step, levenberg_marquardt_damping
 
-# -- the price of a KL
+# -- the penalty on the KL
 
 
 @costly

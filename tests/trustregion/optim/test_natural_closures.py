@@ -208,7 +208,7 @@ def test_sparse_gradients_are_refused_by_name():
         NaturalTrustRegion(embedding.named_parameters()).step(closure)
 
 
-# -- errors teach
+# -- what is refused
 
 p = torch.zeros(2, requires_grad=True)
 

@@ -12,8 +12,6 @@ from trustregion import (
     mean_kl,
 )
 
-# -- constraints
-
 
 def constrained(limit):
     """A policy over three arms for each state, with a bound on how often arm 0 is used."""

@@ -13,8 +13,6 @@ from torch import nn
 from problems import bits, problem, unchanged
 from trustregion import FisherOperator, NaturalTrustRegion, Status
 
-# -- nothing is lost, whatever happens
-
 
 class Stop(BaseException):
     """Not an Exception, like KeyboardInterrupt."""

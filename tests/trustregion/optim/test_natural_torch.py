@@ -16,8 +16,6 @@ from problems import bits, problem, unchanged
 from strategies import costly
 from trustregion import NaturalTrustRegion, Status
 
-# -- torch.optim citizenship
-
 
 def test_learning_rate_is_a_factor_on_the_length():
     lengths = []

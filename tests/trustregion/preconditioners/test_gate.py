@@ -7,7 +7,8 @@ import torch
 from hypothesis import given
 
 from counting import Counting
-from gate_cases import B, Given, N, spread
+from gate_cases import B, Given, N
+from preconditioner_rules import spread
 from strategies import systems
 from trustregion import (
     Identity,
@@ -42,8 +43,8 @@ def test_the_true_inverse_is_kept():
 @pytest.mark.parametrize(
     "matrix",
     [
-        spread(6.0, seed=1),
-        torch.linalg.inv(spread(4.0, seed=2)),  # of the wrong matrix
+        spread(high=6.0, seed=1),
+        torch.linalg.inv(spread(high=4.0, seed=2)),  # of the wrong matrix
         spread(),  # the operator instead of its inverse
     ],
 )
@@ -121,9 +122,11 @@ def test_the_gain_is_that_of_the_definition(k):
 
 
 def test_where_both_solve_the_gain_is_that_of_work():
-    A = DenseOperator(spread(1.0))
+    A = DenseOperator(spread(high=1.0))
     plain = cg(A, B, max_iter=100)
-    gated, _ = gate(Given(torch.linalg.inv(spread(1.0)), work=0.5, overhead=2.0), A, max_iter=100)
+    gated, _ = gate(
+        Given(torch.linalg.inv(spread(high=1.0)), work=0.5, overhead=2.0), A, max_iter=100
+    )
     assert plain.status is Status.CONVERGED
     assert gated.gain == pytest.approx(plain.products / (2.0 + 1.5))
     identity, _ = gate(Given(torch.eye(N).double()), A, max_iter=100)
@@ -144,7 +147,7 @@ def test_a_reused_build_is_not_free():
     assert gated.gain == first
 
 
-# -- tests, and what goes on between them
+# -- tests of a preconditioner, and the solves between them
 
 
 def test_every_product_is_counted():
@@ -186,7 +189,7 @@ def test_a_state_that_is_switched_off_is_forgotten():
     gated, _ = gate(rule, retest=2)
     assert gated.enabled is False
     assert rule.state == {}
-    on, _ = gate(Nystrom(30, every=1000), DenseOperator(spread(8.0)), max_iter=5)
+    on, _ = gate(Nystrom(30, every=1000), DenseOperator(spread(high=8.0)), max_iter=5)
     assert on.enabled
     assert "vectors" in on.preconditioner.state
 

@@ -8,7 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gate_cases import B, Given, N, spread
+from gate_cases import B, Given, N
+from preconditioner_rules import spread
 from problems import badly_scaled_problem, closure_of
 from strategies import DTYPES
 from trustregion import (
@@ -105,7 +106,7 @@ def test_a_harmful_one_is_switched_off_in_the_optimizer():
     n = sum(p.numel() for p in model.parameters())
     plain, other = badly_scaled_problem()
     optimizer = NaturalTrustRegion(
-        model.parameters(), preconditioner=Given(spread(6.0, seed=5, n=n))
+        model.parameters(), preconditioner=Given(spread(high=6.0, seed=5, n=n))
     )
     for opt, close in ((optimizer, closure), (NaturalTrustRegion(plain.parameters()), other)):
         for _ in range(3):

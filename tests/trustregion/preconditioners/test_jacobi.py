@@ -16,8 +16,6 @@ from trustregion import (
 )
 from trustregion.operators import DenseOperator
 
-# -- the diagonal
-
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("damping", [0.0, 0.3])

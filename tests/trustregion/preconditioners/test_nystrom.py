@@ -17,8 +17,6 @@ from trustregion import (
 )
 from trustregion.operators import DenseOperator
 
-# -- the sketch
-
 
 @given(systems(max_log_condition=6, dtypes=[torch.float64], max_n=25), st.integers(0, 3))
 def test_a_sketch_of_full_rank_is_the_inverse(system, more):

@@ -42,9 +42,6 @@ def built(name, A, damping, b):
     return rule.build(A, damping)
 
 
-# -- every M is positive definite, whatever A is
-
-
 @pytest.mark.parametrize("name", RULES)
 @given(systems(kinds=KINDS, max_n=20), st.sampled_from([0.0, 1e-12, 1e-3, 10.0]))
 def test_every_inverse_is_symmetric_positive_definite(name, system, damping):

@@ -16,8 +16,6 @@ from trustregion import (
 from trustregion.operators import DenseOperator, FunctionOperator
 from trustregion.preconditioners import Recycled
 
-# -- the recycled directions
-
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_repeated_system_takes_fewer_iterations_at_no_product(dtype):

@@ -11,7 +11,6 @@ from trustregion.solvers.radius import (
 )
 
 
-# The first radius
 class Line:
     """A function along a line that counts how often and where it is asked."""
 

@@ -40,7 +40,7 @@ def damped(radius, rho, **options):
 POLICIES = [classic, gould, damped]
 
 
-# The ratio
+# -- the ratio of the reductions
 @given(st.floats(-1e3, 1e3), st.floats(1e-3, 1e3))
 def test_two_numbers_give_their_quotient(actual, predicted):
     assert reduction_ratio(actual, predicted) == actual / predicted
@@ -125,7 +125,7 @@ def test_losses_keep_their_graph_and_their_values():
     assert torch.equal(old.detach(), torch.ones(2))
 
 
-# The policies
+# -- the policies
 @pytest.mark.parametrize("policy", POLICIES)
 @given(radius=radii, rhos=st.tuples(ratios, ratios))
 def test_a_better_ratio_never_gives_a_smaller_radius(policy, radius, rhos):
