@@ -9,6 +9,7 @@ READY_JAX := $(JAX)/.ready
 TRAINERS := .venv-trainers
 READY_TRAINERS := $(TRAINERS)/.ready
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+PYTEST := $(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist worksteal
 INSTALL := $(PIP) install --quiet --constraint constraints.txt --build-constraint constraints.txt
 
 .PHONY: help demo test lint check slow trainers bench contract mgh curvature cartpole training learning clean
@@ -18,7 +19,7 @@ help:
 	@echo "make test      the fast tests"
 	@echo "make lint      format, lint and types"
 	@echo "make check     make lint and make test"
-	@echo "make slow      the tests that learn to a target"
+	@echo "make slow      the tests that learn to a target, and the laws on many more examples"
 	@echo "make trainers  the examples under Lightning and accelerate, on the real packages"
 	@echo "make bench     timings against peers, in one run"
 	@echo "make contract  the table of docs/contract.md, other optimizers beside ours"
@@ -57,7 +58,7 @@ demo: $(READY)
 	@$(BIN)/python -m rl train CartPole-v1 --total-timesteps 27000
 
 test: $(READY)
-	@$(BIN)/python -m pytest -q -m "not slow"
+	@$(PYTEST) -m "not slow"
 
 lint: $(READY)
 	@$(BIN)/ruff format --check .
@@ -67,10 +68,10 @@ lint: $(READY)
 check: lint test
 
 slow: $(READY)
-	@$(BIN)/python -m pytest -q -m slow
+	@HYPOTHESIS_PROFILE=thorough $(PYTEST) -m "slow or hypothesis"
 
 trainers: $(READY_TRAINERS)
-	@$(TRAINERS)/bin/python -m pytest -q tests/trustregion/test_trainers.py
+	@$(TRAINERS)/bin/python -m pytest -q tests/trustregion/optim/test_trainers.py
 
 bench: $(READY_BENCH)
 	@$(BIN)/python -m pytest benchmarks -q --benchmark-only --benchmark-sort=name
