@@ -98,10 +98,19 @@ class ParameterVector:
     def ravel(self, tensors: Sequence[Tensor | None]) -> Tensor:
         """Concatenate tensors shaped like the parameters to a new ``(n,)`` vector; None is zero."""
         flat = [
-            p.new_zeros(p.numel()) if t is None else t.reshape(-1)
-            for t, p in zip(tensors, self.params, strict=True)
+            p.new_zeros(p.numel()) if t is None else self._dense(i, t).reshape(-1)
+            for i, (t, p) in enumerate(zip(tensors, self.params, strict=True))
         ]
         return torch.cat(flat)
+
+    def _dense(self, position: int, t: Tensor) -> Tensor:
+        """Return ``t``, or refuse the gradient of an embedding that was built to be sparse."""
+        if t.layout is not torch.strided:
+            raise TypeError(
+                f"the gradient of parameter {self.names[position]} is sparse, which has no second"
+                " derivative: build the layer with sparse=False"
+            )
+        return t
 
     def ravel_at(self, positions: Sequence[int], tensors: Sequence[Tensor | None]) -> Tensor:
         """Return the ``(n,)`` vector of tensors for some of the parameters; zero elsewhere."""
@@ -114,6 +123,14 @@ class ParameterVector:
         """Return views of an ``(n,)`` vector shaped like the parameters."""
         parts = vector.split(self.sizes)
         return [part.view(p.shape) for part, p in zip(parts, self.params, strict=True)]
+
+    def tangents(self, vector: Tensor) -> list[Tensor]:
+        """Return an ``(n,)`` vector as tensors shaped like the parameters, to be read only.
+
+        Unlike the views of :meth:`unravel`, they can be differentiated along where a parameter
+        holds complex numbers as real pairs: see :func:`split_like`.
+        """
+        return split_like(vector, self.params)
 
     @torch.no_grad()
     def values(self) -> Tensor:
@@ -134,6 +151,21 @@ class ParameterVector:
         parts = self.unravel(vector)
         bad = (n for n, part in zip(self.names, parts, strict=True) if not part.isfinite().all())
         return next(bad)
+
+
+def split_like(vector: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Return the parts of an ``(n,)`` vector, shaped like ``tensors`` one after the other.
+
+    A part is a copy where a view could not be read as complex pairs, and a view elsewhere.
+    ``torch.view_as_complex``, which is the derivative of ``torch.view_as_real``, takes pairs at
+    even offsets only, and under ``vmap`` with even strides, of which ``n`` is one.
+    """
+    parts = vector.split([t.numel() for t in tensors])
+    odd = vector.numel() % 2
+    return [
+        (part.clone() if odd or part.storage_offset() % 2 else part).view(t.shape)
+        for part, t in zip(parts, tensors, strict=True)
+    ]
 
 
 def dot(u: Tensor, v: Tensor) -> float:

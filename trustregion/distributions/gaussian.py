@@ -54,7 +54,7 @@ def mvn_fisher(params: Tensors) -> Metric:
     """Return the Fisher matrix of multivariate normals, parameters loc and scale_tril."""
     scale_tril = params[1]
     inverse = torch.linalg.solve_triangular(
-        scale_tril, torch.eye(scale_tril.shape[-1]).to(scale_tril), upper=False
+        scale_tril, torch.eye(scale_tril.shape[-1], device=scale_tril.device).to(scale_tril), upper=False
     )
     inverse_t = inverse.mT
 
@@ -76,7 +76,7 @@ def low_rank_kl(old: Tensors, new: Tensors) -> Tensor:
     valid = positive(v0, v1)
     possible = valid.all(-1)
     v0, v1 = torch.where(valid, v0, 1.0), torch.where(valid, v1, 1.0)
-    eye = torch.eye(v0.shape[-1]).to(v0)
+    eye = torch.eye(v0.shape[-1], device=v0.device).to(v0)
     # S = D (I + U U') D with D^2 = cov_diag, so that variances of any scale are one
     scale = v1.rsqrt().unsqueeze(-1)
     u0, u1, du = scale * w0, scale * w1, scale * (w0 - w1)
@@ -100,7 +100,7 @@ def low_rank_fisher(params: Tensors) -> Metric:
     _, factor, variance = params
     scale = variance.rsqrt().unsqueeze(-1)
     u = scale * factor
-    eye = torch.eye(variance.shape[-1]).to(variance)
+    eye = torch.eye(variance.shape[-1], device=variance.device).to(variance)
     root, _ = torch.linalg.cholesky_ex(eye + u @ u.mT)
     whiten = torch.linalg.solve_triangular(root, torch.diag_embed(scale.squeeze(-1)), upper=False)
     white_factor = whiten @ factor

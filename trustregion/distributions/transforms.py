@@ -47,7 +47,9 @@ def constants_of(transform: Transform) -> tuple[tuple[str, ...], Tensors]:
         )
     constants: list[Tensor] = []
     for attribute in _INVERTIBLE[type(known)]:
-        value = torch.as_tensor(getattr(known, attribute))
+        value = getattr(known, attribute)
+        if not isinstance(value, Tensor):
+            value = torch.tensor(value, device="cpu")
         if value.requires_grad:
             raise TypeError(
                 f"a distribution through {name} whose {attribute} requires a gradient is refused"

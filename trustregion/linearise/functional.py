@@ -56,7 +56,7 @@ class FunctionalLinearisation(Linearisation):
     def jvp(self, v: Tensor) -> Tensors:
         """Return ``Jv``. Cost: one run of the function in forward mode."""
         self._unmoved.check()
-        return forward(self._outputs_of, self._point, tuple(self.vector.unravel(v)))
+        return forward(self._outputs_of, self._point, tuple(self.vector.tangents(v)))
 
     def vjp(self, u: Sequence[Tensor]) -> Tensor:
         """Return ``J'u``. Cost: one backward pass."""

@@ -55,7 +55,7 @@ class GraphLinearisation(Linearisation):
     def jvp(self, v: Tensor) -> tuple[Tensor, ...]:
         """Return ``Jv``. Cost: one backward pass through ``w -> J'w``."""
         self._unmoved.check()
-        parts = self.vector.unravel(v)
+        parts = self.vector.tangents(v)
         tangents = differentiate(self._pullback, self._w, [parts[i] for i in self.used])
         slots: list[Tensor | None] = [None] * len(self.outputs)
         for i, tangent in zip(self._active, tangents, strict=True):

@@ -256,7 +256,7 @@ def check_symmetric(A: LinearOperator | Tensor, *, probes: int = 2, seed: int = 
     n = A.shape[0]
     generator = torch.Generator().manual_seed(seed)
     for _ in range(probes):
-        pair = torch.randn(2, n, generator=generator, dtype=torch.float64)
+        pair = torch.randn(2, n, generator=generator, dtype=torch.float64, device="cpu")
         u, v = pair.to(A.device, A.dtype)
         Au, Av = A.mv(u), A.mv(v)
         gap = abs(dot(u, Av) - dot(v, Au))

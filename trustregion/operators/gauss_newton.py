@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..linearise import Linearisation
-from ..vector import ParameterVector
+from ..vector import ParameterVector, split_like
 from .base import LinearOperator
 from .map import FunctionMap, LinearMap
 
@@ -117,5 +117,4 @@ class GaussNewtonOperator(LinearOperator):
         return torch.cat([t.reshape(-1) for t in tensors]).to(self.dtype)
 
     def _unflatten(self, u: Tensor) -> Tensors:
-        parts = u.split([y.numel() for y in self.outputs])
-        return tuple(part.view(y.shape) for part, y in zip(parts, self.outputs, strict=True))
+        return tuple(split_like(u, self.outputs))

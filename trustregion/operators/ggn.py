@@ -20,7 +20,7 @@ from ..linearise.functional import (
     under_transform,
 )
 from ..subsample import select
-from ..vector import ParameterVector, dot, norm
+from ..vector import ParameterVector, dot, norm, split_like
 from .gauss_newton import GaussNewtonOperator, Tensors
 from .hessian import check_loss
 
@@ -288,14 +288,15 @@ def _double_backward(loss: Tensor, outputs: Tensors) -> Callable[[Tensors], Tens
 def _check_convex(metric: Callable[[Tensors], Tensors], outputs: Tensors) -> None:
     """Raise where a few steps of Lanczos from a random vector meet a negative curvature."""
     generator = torch.Generator().manual_seed(0)
-    sizes = [y.numel() for y in outputs]
     like = outputs[0]
-    q = torch.randn(sum(sizes), generator=generator, dtype=like.dtype).to(like.device)
+    q = torch.randn(
+        sum(y.numel() for y in outputs), generator=generator, dtype=like.dtype, device="cpu"
+    ).to(like.device)
     q, before, beta = q / norm(q), torch.zeros_like(q), 0.0
-    T = torch.zeros(_PROBES, _PROBES, dtype=torch.float64)
+    T = torch.zeros(_PROBES, _PROBES, dtype=torch.float64, device="cpu")
     for k in range(_PROBES):
-        parts = zip(q.split(sizes), outputs, strict=True)
-        product = metric(tuple(part.view(y.shape).to(y.dtype) for part, y in parts))
+        parts = zip(split_like(q, outputs), outputs, strict=True)
+        product = metric(tuple(part.to(y.dtype) for part, y in parts))
         w = torch.cat([t.reshape(-1).to(like.dtype) for t in product])
         if not bool(w.isfinite().all()):
             return  # the solver's status will tell

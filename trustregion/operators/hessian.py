@@ -37,7 +37,7 @@ class _DoubleBackward(LinearOperator):
         curved = {i: g for i, g in used if g.requires_grad}
 
         def product(v: Tensor) -> Tensor:
-            parts = vector.unravel(v)
+            parts = vector.tangents(v)
             products = differentiate(list(curved.values()), inputs, [parts[i] for i in curved])
             return vector.ravel_at(trainable, products)
 
@@ -154,7 +154,7 @@ class HessianOperator(_DoubleBackward):
 
             def product(v: Tensor) -> Tensor:
                 unmoved.check()
-                return vector.ravel(times(tuple(vector.unravel(v))))
+                return vector.ravel(times(tuple(vector.tangents(v))))
 
             operator = cls.__new__(cls)
             operator.backend = "functional"

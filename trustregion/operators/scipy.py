@@ -35,7 +35,7 @@ def to_scipy(A: LinearOperator) -> ScipyOperator:
         from scipy.sparse.linalg import LinearOperator as Operator
     except ImportError as error:
         raise ImportError("to_scipy needs scipy: pip install scipy") from error
-    numpy_dtype = torch.empty(0, dtype=A.dtype).numpy().dtype
+    numpy_dtype = torch.empty(0, dtype=A.dtype, device="cpu").numpy().dtype
 
     def multiply(x: Any) -> Any:
         given = torch.tensor(x, dtype=A.dtype, device=A.device)  # a copy: scipy lends its own

@@ -207,15 +207,15 @@ def _rest_diagonal(
     vector = A.vector
     covered = {i for layer in layers for i in (layer.weight, layer.bias)}
     rest = [i for i in A.used if i not in covered]
-    total = torch.zeros(vector.numel, dtype=torch.float64)
+    total = torch.zeros(vector.numel, dtype=torch.float64, device="cpu")
     if not rest:
         return total
     # a linearisation of its own goes no further down the graph than to these
     part = linearise(A.outputs, ParameterVector([vector.params[i] for i in rest]))
     F = GaussNewtonOperator(part, A.apply_metric, A.total)
-    estimate = torch.zeros(F.shape[0], dtype=torch.float64)
+    estimate = torch.zeros(F.shape[0], dtype=torch.float64, device="cpu")
     for _ in range(probes):
-        v = torch.randint(2, (F.shape[0],), generator=generator).double().mul_(2).sub_(1)
+        v = torch.randint(2, (F.shape[0],), generator=generator, device="cpu").double().mul_(2).sub_(1)
         estimate += v * F.mv(v.to(F.device, F.dtype)).double().cpu()
     for i, values in zip(rest, part.vector.unravel(estimate.abs() / probes), strict=True):
         vector.unravel(total)[i].copy_(values)

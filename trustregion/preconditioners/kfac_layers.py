@@ -179,7 +179,7 @@ def measure(
     for layer in layers:
         out = A.vector.params[layer.weight].shape[0]
         nodes += layer.uses
-        grams.update(dict.fromkeys(layer.uses, torch.zeros(out, out, dtype=torch.float64)))
+        grams.update(dict.fromkeys(layer.uses, torch.zeros(out, out, dtype=torch.float64, device="cpu")))
     edges = cast("list[Tensor]", [GradientEdge(node, 0) for node in nodes])
     active = [k for k, y in enumerate(A.outputs) if y.requires_grad]
     ys = [A.outputs[k] for k in active]
@@ -225,7 +225,7 @@ def _moments(node: Node, share: Tensor | None) -> tuple[Tensor, int]:
 
     Each row ``a`` has a 1 behind it.
     """
-    total, count = torch.zeros((), dtype=torch.float64), 0
+    total, count = torch.zeros((), dtype=torch.float64, device="cpu"), 0
     for a in _input_rows(node):
         rows = _real(a)
         size = torch.ones(len(rows), 1, dtype=torch.float64, device=rows.device)

@@ -49,7 +49,7 @@ def _curved(A: GaussNewtonOperator) -> Tensor | None:
     if len({y.shape[:1] for y in A.outputs}) > 1 or not A.outputs[0].ndim:
         return None
     generator = torch.Generator().manual_seed(0)
-    Mr = A.apply_metric(tuple(torch.randn(y.shape, generator=generator).to(y) for y in A.outputs))
+    Mr = A.apply_metric(tuple(torch.randn(y.shape, generator=generator, device="cpu").to(y) for y in A.outputs))
     curved = torch.stack([(_rows(x) != 0).any(1) for x in Mr]).any(0)
     return curved.double() if bool(curved.any()) else None
 
@@ -76,7 +76,7 @@ def cotangents(
         return
     size = 1 / math.sqrt(samples)
     for _ in range(samples):
-        coins = (torch.randint(2, y.shape, generator=generator).to(y) for y in outputs)
+        coins = (torch.randint(2, y.shape, generator=generator, device="cpu").to(y) for y in outputs)
         yield root(tuple(coin.mul_(2 * size).sub_(size) for coin in coins))
 
 
@@ -97,7 +97,7 @@ def _rows(y: Tensor) -> Tensor:
 def _root(A: GaussNewtonOperator) -> Root:
     outputs = tuple(y.detach() for y in A.outputs)
     generator = torch.Generator().manual_seed(0)
-    r = tuple(torch.randn(y.shape, generator=generator).to(y) for y in outputs)
+    r = tuple(torch.randn(y.shape, generator=generator, device="cpu").to(y) for y in outputs)
     diagonals = A.apply_metric(tuple(torch.ones_like(y) for y in outputs))
     Mr = A.apply_metric(r)
     if not all(finite(x) for x in Mr):
@@ -157,7 +157,7 @@ def _check_apart(A: GaussNewtonOperator, outputs: Tensors, rest: list[int]) -> N
     generator = torch.Generator().manual_seed(0)
     e = [torch.zeros(y.shape, dtype=y.dtype, device=y.device) for y in outputs]
     for k in rest:
-        e[k] = torch.randn(e[k].shape, generator=generator).to(e[k])
+        e[k] = torch.randn(e[k].shape, generator=generator, device="cpu").to(e[k])
         _rows(e[k])[1::2] = 0.0
     Me = A.apply_metric(tuple(e))
     # zero times anything finite is an exact zero, so that no tolerance is needed
