@@ -71,6 +71,8 @@ def _explain(text: str) -> str | None:
         )
     if "modified by an inplace operation" in text:
         return "a tensor that the graph needs was modified in place after the forward pass"
+    if "between dense and sparse" in text:
+        return "a gradient is sparse, and curvature needs dense ones: build with sparse=False"
     if "vmap: inplace arithmetic" in text:
         return (
             "these products cannot be taken under torch.func.vmap: make the operator with"

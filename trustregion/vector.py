@@ -107,8 +107,8 @@ class ParameterVector:
         """Return ``t``, or refuse the gradient of an embedding that was built to be sparse."""
         if t.layout is not torch.strided:
             raise TypeError(
-                f"the gradient of parameter {self.names[position]} is sparse, which has no second"
-                " derivative: build the layer with sparse=False"
+                f"the gradient of parameter {self.names[position]} is sparse, and curvature needs"
+                " dense ones: build the layer with sparse=False"
             )
         return t
 
