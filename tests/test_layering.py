@@ -10,6 +10,7 @@ ROOT = Path(__file__).parents[1]
 LEVELS = {
     "vector": 0,
     "status": 0,
+    "recorded": 0,
     "_clash": 0,
     "autodiff": 0,
     "subsample": 0,
@@ -123,7 +124,11 @@ def imports(path):
             yield from ((alias.name, []) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             base = package[: len(package) - node.level + 1] if node.level else ()
-            yield ".".join([*base, *filter(None, [node.module])]), [a.name for a in node.names]
+            names = [alias.name for alias in node.names]
+            if node.level and node.module is None:  # from . import a_module
+                yield from ((".".join([*base, name]), []) for name in names)
+            else:
+                yield ".".join([*base, *filter(None, [node.module])]), names
 
 
 def modules(package):

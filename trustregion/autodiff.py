@@ -8,8 +8,9 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.autograd.graph import get_gradient_edge
+
+from . import recorded
 
 _NOT_TWICE = ("derivative for", "double backward", "differentiate twice")
 
@@ -95,7 +96,7 @@ NOT_TWICE = (
 
 def require_recorded(node: Any) -> None:
     """Raise a RuntimeError where the graph behind a node was never recorded."""
-    if type(node).__name__ == "CheckpointFunctionBackward":
+    if recorded.is_reentrant_checkpoint(node):
         raise RuntimeError(
             "the graph holds a reentrant checkpoint, behind which the parameters cannot be seen:"
             " call torch.utils.checkpoint.checkpoint with use_reentrant=False"
@@ -129,10 +130,6 @@ def upstream(
             continue
         node = edge[0]
         require_recorded(node)
-        backward = getattr(getattr(node, "_forward_cls", None), "backward", None)
-        if getattr(backward, "__code__", None) is _ONCE:
+        if recorded.is_once_differentiable(node):
             raise RuntimeError(NOT_TWICE)
-        todo += [source for source in node.next_functions if source[0] is not None]
-
-
-_ONCE = getattr(once_differentiable(lambda _: None), "__code__", object())
+        todo += [source for source in recorded.sources(node) if source[0] is not None]

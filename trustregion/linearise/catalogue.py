@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .. import recorded
 from . import onednn
 from .arithmetic import FACTORS, Elementwise, MatrixProduct, Product, Sum
 from .layers import (
@@ -53,7 +54,7 @@ _RULES: dict[str, type[Rule]] = {
 
 def rule_for(site: Site) -> Rule:
     """Return the rule of a node; the general one where a node has not saved what it used to."""
-    kind = _RULES.get(site.node.name(), Rule)
+    kind = _RULES.get(recorded.name(site.node), Rule)
     if kind is MatrixProduct and onednn.fits(site):
         kind = onednn.DenseProduct
     try:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .. import recorded
 from ..autodiff import differentiate, edge_of, upstream
 from ..vector import ParameterVector
 from .base import Linearisation, Unmoved, active, require_used, rounding_unit, trainable
@@ -35,8 +36,8 @@ class GraphLinearisation(Linearisation):
         nodes = [node for node, _ in upstream([edge_of(y) for y in self._y])]
         kinds = tuple(type(node).__name__ for node in nodes)
         self.structure = hash((self.backend, kinds, tuple(y.shape for y in self._y)))
-        places = (m for node in nodes for m in getattr(node, "_input_metadata", ()))
-        self.eps = rounding_unit([vector.dtype, *(m.dtype for m in places)])
+        dtypes = (dtype for node in nodes for dtype in recorded.dtypes(node))
+        self.eps = rounding_unit([vector.dtype, *dtypes])
         self._w = [torch.zeros_like(y, requires_grad=True) for y in self._y]
         inputs = [vector.params[i] for i in positions]
         with torch.enable_grad():

@@ -9,7 +9,6 @@ from torch import Tensor
 from torch.nn.functional import embedding, embedding_bag
 
 from .rules import Rule, Site, Tangents, UnreadableGraph
-from .shapes import signed
 
 
 class Softmax(Rule):
@@ -19,7 +18,7 @@ class Softmax(Rule):
 
     def __init__(self, site: Site) -> None:
         super().__init__(site)
-        self.p, self.dim = site.saved("result"), signed(site.number("dim"))
+        self.p, self.dim = site.saved("result"), site.number("dim")
 
     def jvp(self, tangents: Tangents) -> Tensor:
         """Return ``p (t - p't)``."""
@@ -113,7 +112,7 @@ class Embedding(Rule):
     def __init__(self, site: Site) -> None:
         super().__init__(site)
         _require_plain(site)
-        self.indices, padding = site.saved("indices"), signed(site.number("padding_idx"))
+        self.indices, padding = site.saved("indices"), site.number("padding_idx")
         self.padded = (self.indices == padding).unsqueeze(-1) if padding >= 0 else None
 
     def jvp(self, tangents: Tangents) -> Tensor:
@@ -129,7 +128,7 @@ class EmbeddingBag(Rule):
 
     def __init__(self, site: Site) -> None:
         super().__init__(site)
-        weights, padding = site.number("per_sample_weights"), signed(site.number("padding_idx"))
+        weights, padding = site.number("per_sample_weights"), site.number("padding_idx")
         self.bags = site.saved("indices"), site.saved("offsets")
         _require_plain(site)
         self.options = {

@@ -8,31 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cache
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
+
+from .. import recorded
+from ..recorded import Place
 
 Tangents: TypeAlias = "Sequence[Tensor | None]"
 
 
 class UnreadableGraph(RuntimeError):
     """The graph holds a node that is not a plain function; another backend may cope with it."""
-
-
-@dataclass(frozen=True)
-class Place:
-    """What tensors a node takes or gives."""
-
-    shape: torch.Size
-    dtype: torch.dtype
-    device: torch.device
-
-    @property
-    def numel(self) -> int:
-        """Its number of elements."""
-        return self.shape.numel()
 
 
 @dataclass(frozen=True)
@@ -55,22 +43,17 @@ class Site:
 
     def saved(self, name: str) -> Tensor:
         """Return a tensor that the node has saved, without its graph."""
-        tensor = getattr(self.node, f"_saved_{name}").detach()
+        tensor = recorded.saved(self.node, name).detach()
         self.saved_tensors.append(tensor)
         return tensor
 
     def number(self, name: str) -> Any:
         """Return a number, or a list of them, that the node has saved."""
-        return getattr(self.node, f"_saved_{name}")
+        return recorded.saved(self.node, name)
 
     def numbers(self) -> tuple[object, ...]:
         """Return all numbers that the node has saved; of a tensor only that there is one."""
-        return tuple(_shown(getattr(self.node, name)) for name in _saved_by(type(self.node)))
-
-
-@cache
-def _saved_by(kind: type) -> tuple[str, ...]:
-    return tuple(name for name in dir(kind) if name.startswith("_saved_"))
+        return tuple(_shown(self.number(name)) for name in recorded.saved_names(self.node))
 
 
 def _shown(value: Any) -> object:

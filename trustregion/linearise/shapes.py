@@ -8,6 +8,7 @@ from typing import cast
 
 from torch import Tensor
 
+from .. import recorded
 from .rules import Rule, Site, Tangents
 
 
@@ -72,10 +73,10 @@ class Permute(Arrangement):
     def __init__(self, site: Site) -> None:
         super().__init__(site)
         n = len(self.source.shape)
-        if hasattr(site.node, "_saved_dims"):
-            self.dims = [signed(d) % n for d in site.number("dims")]
+        if recorded.saves(site.node, "dims"):
+            self.dims = [d % n for d in site.number("dims")]
         else:
-            a, b = (signed(site.number(name)) % n for name in ("dim0", "dim1"))
+            a, b = (site.number(name) % n for name in ("dim0", "dim1"))
             self.dims = list(range(n))
             self.dims[a], self.dims[b] = b, a
         self.inverse = [self.dims.index(i) for i in range(n)]
@@ -112,7 +113,7 @@ class Select(Arrangement):
 
     def __init__(self, site: Site) -> None:
         super().__init__(site)
-        self.dim, self.index = signed(site.number("dim")), signed(site.number("index"))
+        self.dim, self.index = site.number("dim"), site.number("index")
 
     def _forward(self, t: Tensor) -> Tensor:
         return t.select(self.dim, self.index)
@@ -121,8 +122,3 @@ class Select(Arrangement):
         out = u.new_zeros(self.source.shape)
         out.select(self.dim, self.index).copy_(u)
         return out
-
-
-def signed(value: int) -> int:
-    """Return a whole number that torch shows without its sign, of 64 bits."""
-    return value - 2**64 if value >= 2**63 else value
