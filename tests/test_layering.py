@@ -14,6 +14,7 @@ LEVELS = {
     "_clash": 0,
     "autodiff": 0,
     "subsample": 0,
+    "replay": 0,
     "distributions": 1,
     "distributions.family": 0,
     "distributions.gaps": 0,

@@ -54,7 +54,9 @@ def mvn_fisher(params: Tensors) -> Metric:
     """Return the Fisher matrix of multivariate normals, parameters loc and scale_tril."""
     scale_tril = params[1]
     inverse = torch.linalg.solve_triangular(
-        scale_tril, torch.eye(scale_tril.shape[-1], device=scale_tril.device).to(scale_tril), upper=False
+        scale_tril,
+        torch.eye(scale_tril.shape[-1], device=scale_tril.device).to(scale_tril),
+        upper=False,
     )
     inverse_t = inverse.mT
 

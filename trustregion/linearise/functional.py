@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..autodiff import NOT_TWICE
+from ..replay import repeatable
 from ..vector import ParameterVector, dot, norm
 from .base import Linearisation, Unmoved, rounding_unit
 from .choose import BACKENDS
@@ -29,7 +30,8 @@ class FunctionalLinearisation(Linearisation):
 
     It works under :func:`torch.func.vmap` over stacked parameters, and for what can be
     differentiated in forward mode but not twice in reverse, as a compiled module. The function is
-    run again for each ``Jv``, so that it must be deterministic.
+    run again for each ``Jv``, so that it must be deterministic, up to torch's global random
+    numbers, which :func:`from_function` replays.
 
     Args:
         outputs_of: parameters, one tensor each -> the outputs.
@@ -219,10 +221,11 @@ def from_function(
             "torch.inference_mode() lets nothing be differentiated: use torch.no_grad() instead"
         )
     vector = ParameterVector(params.values(), list(params))
+    model = repeatable(fn)  # one dropout mask in all runs
 
     def run(p: Params) -> Any:
         with sdpa_kernel(SDPBackend.MATH):  # the fused kernels cannot be differentiated twice
-            return fn(p, *inputs)
+            return model(p, *inputs)
 
     def by_function() -> T:
         with _in_words():

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable, Iterable, Iterator
-from itertools import islice
+from itertools import count, islice
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SequentialSampler
 
+from ..replay import Replay, kept
 from ..vector import ParameterVector
 from .base import LinearOperator, product
 
@@ -33,20 +34,25 @@ class BatchedOperator(LinearOperator):
     The products are summed in float64. The first batch is made once at construction. For a part of
     the samples, let ``make`` index the batch with :func:`subsample`: one seed, one part.
 
+    Each batch sees the same numbers of torch's global generators in every product, so that a model
+    with dropout has one mask per batch, and a data set that augments at random returns the same
+    batches. A product leaves the generators as it found them.
+
     Args:
         make: batch -> the operator of the batch, as ``lambda b: FisherOperator(model(b), params)``.
         batches: what a ``for`` loop can go through again and again, in the same order: a list, a
             DataLoader that does not shuffle, or a function that returns a new iterator each time.
             A DataLoader with a sampler of its own is refused unless that is a list of positions.
-        size: batch -> its weight, the number of samples. Needed for what is not a
-            :class:`FisherOperator` or one from scores; for these it is their ``total``, the number
-            of samples or the sum of their weights.
+        size: batch -> its weight, the number of samples. It is needed unless ``make`` returns a
+            :class:`FisherOperator`, an :class:`EmpiricalFisherOperator` or a
+            :class:`MonteCarloFisherOperator`; the weight of these is their ``total``, the number of
+            samples or the sum of their weights.
         cache_bytes: what the kept operators may hold, counted as the distinct memory that
             they and their graphs refer to, the batches included.
 
     Attributes:
-        batch_size: sum of the weights, known after the first product; None before.
-        cached: how many operators are kept.
+        total: the sum of the weights, known after the first product; None before.
+        cached: the number of operators that are kept.
 
     Raises:
         TypeError: ``batches`` or what ``make`` returns is of a wrong type.
@@ -61,7 +67,7 @@ class BatchedOperator(LinearOperator):
         >>> w = torch.zeros(1, requires_grad=True)
         >>> batches = [torch.tensor([1.0, 2.0]), torch.tensor([4.0])]
         >>> F = BatchedOperator(lambda x: FisherOperator(Normal(x * w, 1.0), [w]), batches)
-        >>> F @ torch.ones(1), F.batch_size
+        >>> F @ torch.ones(1), F.total
         (tensor([7.]), 3.0)
 
     """
@@ -81,18 +87,18 @@ class BatchedOperator(LinearOperator):
         self._kept: list[tuple[LinearOperator, float]] = []
         self._versions: dict[int, tuple[Tensor, int]] = {}  # of the parameters of those
         self._room, self._seen, self._full = cache_bytes, set[tuple[str, int]](), cache_bytes == 0
-        self.batch_size: float | None = None
-        nothing = object()
-        first = next(iter(self._pass()), nothing)
-        if first is nothing:
+        self._replay = Replay()
+        self.total: float | None = None
+        first = next(self._pass(), None)
+        if first is None:
             raise ValueError("there are no batches: batches is empty")
-        operator, weight = self._operator(first)
+        operator, weight = self._operator(*first)
         super().__init__(operator.shape[0], operator.dtype, operator.device)
         self._weights = [weight]
 
     @property
     def cached(self) -> int:
-        """How many operators are kept."""
+        """The number of operators that are kept."""
         return len(self._kept)
 
     def mv(self, v: Tensor) -> Tensor:
@@ -104,13 +110,14 @@ class BatchedOperator(LinearOperator):
         return self._mean(V, lambda A: A.mm(V))
 
     def _mean(self, like: Tensor, times: Callable[[LinearOperator], Tensor]) -> Tensor:
-        total = torch.zeros_like(like, dtype=torch.float64)
+        out = torch.zeros_like(like, dtype=torch.float64)
         weights: list[float] = []
-        for operator, weight in self._operators():
-            total.add_(times(operator), alpha=weight)
-            weights.append(weight)
-            del operator  # its memory is for the next one
-        known = self._weights if self.batch_size else self._weights + weights[1:]
+        with kept():
+            for operator, weight in self._operators():
+                out.add_(times(operator), alpha=weight)
+                weights.append(weight)
+                del operator  # its memory is for the next one
+        known = self._weights if self.total else self._weights + weights[1:]
         if weights != known:
             raise ValueError(
                 f"this pass went over {len(weights)} batches, of sizes that begin with"
@@ -118,28 +125,35 @@ class BatchedOperator(LinearOperator):
                 " product needs the same batches each time: pass a list, a DataLoader that does not"
                 " shuffle, or a function that returns a new iterator at each call"
             )
-        self._weights, self.batch_size = weights, sum(weights)
-        return total.div_(self.batch_size).to(like.dtype)
+        self._weights, self.total = weights, sum(weights)
+        return out.div_(self.total).to(like.dtype)
 
     def _operators(self) -> Iterator[tuple[LinearOperator, float]]:
         self._check_unmoved()
         yield from list(self._kept)
-        if self.batch_size is not None and len(self._kept) == len(self._weights):
+        if self.total is not None and len(self._kept) == len(self._weights):
             return  # all of them: no need to load the data
         start = len(self._kept)
-        for i, batch in enumerate(islice(self._pass(), start, None), start):
-            operator, weight = self._operator(batch)
+        for i, batch in islice(self._pass(), start, None):
+            operator, weight = self._operator(i, batch)
             self._check_fits(operator)
             yield operator, weight
             self._keep(i, operator, weight)  # after its product, which may allocate
             del operator
 
-    def _pass(self) -> Iterable[Any]:
-        return self._batches() if callable(self._batches) else self._batches
+    def _pass(self) -> Iterator[tuple[int, Any]]:
+        """Yield the batches with their numbers; a DataLoader draws a seed even where in order."""
+        given, nothing = self._batches, object()
+        batches = self._replay.run("start", lambda: iter(given() if callable(given) else given))
+        for i in count():
+            batch = self._replay.run(("load", i), lambda: next(batches, nothing))
+            if batch is nothing:
+                return
+            yield i, batch
 
-    def _operator(self, batch: Any) -> tuple[LinearOperator, float]:
+    def _operator(self, i: int, batch: Any) -> tuple[LinearOperator, float]:
         with torch.enable_grad():
-            operator = self._make(batch)
+            operator = self._replay.run(("make", i), lambda: self._make(batch))
         if not isinstance(operator, LinearOperator):
             raise TypeError(
                 "make must return a LinearOperator, as in lambda batch: FisherOperator(model(batch)"

@@ -19,6 +19,7 @@ from ..linearise.functional import (
     hessian,
     under_transform,
 )
+from ..replay import repeatable
 from ..subsample import select
 from ..vector import ParameterVector, dot, norm, split_like
 from .gauss_newton import GaussNewtonOperator, Tensors
@@ -160,7 +161,8 @@ class GGNOperator(GaussNewtonOperator):
                 operator.output_hessian, metric = "closed form", _scaled(2 / ys[0].numel())
             else:
                 operator.output_hessian = "forward over reverse"
-                _, metric = hessian(lambda *ys: loss(ys[0] if single else ys, *labels), ys)
+                value = repeatable(loss)
+                _, metric = hessian(lambda *ys: value(ys[0] if single else ys, *labels), ys)
             operator._finish(linearisation, metric)
             return operator
 

@@ -139,9 +139,7 @@ def _blocks(joint: Joint, widths: list[int]) -> Tensor:
     like = outputs[0]
     # Zero times anything finite is an exact zero, so that no tolerance is needed here.
     generator = torch.Generator().manual_seed(0)
-    probe = torch.randn(
-        samples, sum(widths), generator=generator, dtype=like.dtype, device="cpu"
-    )
+    probe = torch.randn(samples, sum(widths), generator=generator, dtype=like.dtype, device="cpu")
     probe[1::2] = 0.0
     across = products(probe.to(like.device))[1::2]
     if bool((across.isfinite() & (across != 0)).any()):

@@ -215,7 +215,12 @@ def _rest_diagonal(
     F = GaussNewtonOperator(part, A.apply_metric, A.total)
     estimate = torch.zeros(F.shape[0], dtype=torch.float64, device="cpu")
     for _ in range(probes):
-        v = torch.randint(2, (F.shape[0],), generator=generator, device="cpu").double().mul_(2).sub_(1)
+        v = (
+            torch.randint(2, (F.shape[0],), generator=generator, device="cpu")
+            .double()
+            .mul_(2)
+            .sub_(1)
+        )
         estimate += v * F.mv(v.to(F.device, F.dtype)).double().cpu()
     for i, values in zip(rest, part.vector.unravel(estimate.abs() / probes), strict=True):
         vector.unravel(total)[i].copy_(values)

@@ -179,7 +179,9 @@ def measure(
     for layer in layers:
         out = A.vector.params[layer.weight].shape[0]
         nodes += layer.uses
-        grams.update(dict.fromkeys(layer.uses, torch.zeros(out, out, dtype=torch.float64, device="cpu")))
+        grams.update(
+            dict.fromkeys(layer.uses, torch.zeros(out, out, dtype=torch.float64, device="cpu"))
+        )
     edges = cast("list[Tensor]", [GradientEdge(node, 0) for node in nodes])
     active = [k for k, y in enumerate(A.outputs) if y.requires_grad]
     ys = [A.outputs[k] for k in active]

@@ -49,7 +49,9 @@ def _curved(A: GaussNewtonOperator) -> Tensor | None:
     if len({y.shape[:1] for y in A.outputs}) > 1 or not A.outputs[0].ndim:
         return None
     generator = torch.Generator().manual_seed(0)
-    Mr = A.apply_metric(tuple(torch.randn(y.shape, generator=generator, device="cpu").to(y) for y in A.outputs))
+    Mr = A.apply_metric(
+        tuple(torch.randn(y.shape, generator=generator, device="cpu").to(y) for y in A.outputs)
+    )
     curved = torch.stack([(_rows(x) != 0).any(1) for x in Mr]).any(0)
     return curved.double() if bool(curved.any()) else None
 
@@ -76,7 +78,9 @@ def cotangents(
         return
     size = 1 / math.sqrt(samples)
     for _ in range(samples):
-        coins = (torch.randint(2, y.shape, generator=generator, device="cpu").to(y) for y in outputs)
+        coins = (
+            torch.randint(2, y.shape, generator=generator, device="cpu").to(y) for y in outputs
+        )
         yield root(tuple(coin.mul_(2 * size).sub_(size) for coin in coins))
 
 

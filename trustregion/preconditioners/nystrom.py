@@ -86,9 +86,9 @@ class Nystrom(Preconditioner):
         """Keep the eigenvectors and values of ``A Q (Q'AQ)^-1 (AQ)'`` for a random basis ``Q``."""
         n, rank = A.shape[0], min(self.rank, A.shape[0])
         generator = torch.Generator().manual_seed(self.seed + 7919 * solves)
-        draw = torch.randn(
-            n, rank, generator=generator, dtype=torch.float64, device="cpu"
-        ).to(A.device)
+        draw = torch.randn(n, rank, generator=generator, dtype=torch.float64, device="cpu").to(
+            A.device
+        )
         Q = torch.linalg.qr(draw).Q.to(A.dtype)
         Y = A.mm(Q).double()
         self.products, self.overhead = rank, 10.0 * n * rank**2 / product_work(A)
