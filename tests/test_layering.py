@@ -69,6 +69,7 @@ LEVELS = {
     "solvers.radius": 0,
     "solvers.cg": 2,
     "operators.ggn": 2,
+    "operators.output_hessian": 2,
     "operators.sampled": 2,
     "operators.batches": 2,
     "linearise.functional": 1,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import types
 from collections.abc import Callable, Iterable, Iterator
 from itertools import count, islice
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SequentialSampler
 
+from .. import recorded
 from ..replay import Replay, kept
 from ..vector import ParameterVector
 from .base import LinearOperator, product
@@ -182,11 +184,15 @@ class BatchedOperator(LinearOperator):
         if self._full or i != len(self._kept):
             return
         seen = set(self._seen)
-        size = _memory(operator, seen)
+        try:
+            size = _memory(operator, seen)
+        except recorded.UnreadableNode:  # what cannot be counted is not kept
+            size = math.inf
         if size > self._room:
             self._full = True
             return
-        self._room, self._seen = self._room - size, seen
+        self._room -= int(size)
+        self._seen = seen
         self._kept.append((operator, weight))
         vectors = (part for part in _reached(operator) if isinstance(part, ParameterVector))
         for p in (p for vector in vectors for p in vector.params if not p.is_inference()):
@@ -289,8 +295,8 @@ def _parts(part: Any) -> Iterable[Any]:
     if isinstance(part, types.MethodType):
         return (part.__self__, part.__func__)
     if isinstance(part, torch.autograd.graph.Node):
-        saved = [getattr(part, name) for name in dir(part) if name.startswith("_saved_")]
-        sources = [node for node, _ in part.next_functions]
+        saved = [recorded.saved(part, name) for name in recorded.saved_names(part)]
+        sources = [node for node, _ in recorded.sources(part)]
         return [*saved, *getattr(part, "saved_tensors", ()), *sources]
     slots = [getattr(part, name, None) for name in getattr(type(part), "__slots__", ())]
     return [*getattr(part, "__dict__", {}).values(), *slots]

@@ -39,6 +39,12 @@ class FisherOperator(GaussNewtonOperator):
         backend: ``"tape"``: sweeps over the recorded graph, node by node, in kept memory;
             ``"graph"``: double backward through it, slower and in less memory; ``"auto"``: the
             first where it can and agrees with autograd. :attr:`backend` says which it is.
+        linearisation: ``J``, where it is known; it is read from the graph otherwise.
+
+    Attributes:
+        joint: the prediction as a :class:`Joint` distribution.
+        batch_size: the number of samples; with :class:`Weighted`, :attr:`total` is the sum of their
+            weights.
 
     Raises:
         TypeError: a family that is unknown or refused, or parameters of a wrong type.
@@ -63,14 +69,14 @@ class FisherOperator(GaussNewtonOperator):
         params: ParameterVector | Iterable[Tensor],
         *,
         backend: str = "auto",
+        linearisation: Linearisation | None = None,
     ) -> None:
         vector = params if isinstance(params, ParameterVector) else ParameterVector(params)
         joint = distribution if isinstance(distribution, Joint) else joint_of(distribution)
-        self._finish(linearise(joint.flat_parameters(), vector, backend), joint)
-
-    def _finish(self, linearisation: Linearisation, joint: Joint) -> None:
+        if linearisation is None:
+            linearisation = linearise(joint.flat_parameters(), vector, backend)
         super().__init__(linearisation, joint.fisher(), joint.total)
-        self.joint, self.batch_size = joint, joint.total
+        self.joint, self.batch_size = joint, joint.batch_size
 
     @classmethod
     def from_function(
@@ -122,12 +128,10 @@ class FisherOperator(GaussNewtonOperator):
             def joint_at(*tensors: Tensor) -> Joint:
                 return joint_of(run(dict(zip(vector.names, tensors, strict=True))))
 
-            operator = cls.__new__(cls)
-            operator._finish(
-                FunctionalLinearisation(lambda *p: joint_at(*p).flat_parameters(), vector),
-                joint_at(*vector.params),
+            linearisation = FunctionalLinearisation(
+                lambda *p: joint_at(*p).flat_parameters(), vector
             )
-            return operator
+            return cls(joint_at(*vector.params), vector, linearisation=linearisation)
 
         chosen = select(inputs, subsample, seed)
         return from_function(fn, params, chosen, backend, graph, functional)

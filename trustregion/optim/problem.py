@@ -77,7 +77,7 @@ class Problem:
         total, *counts = self.replicas.total(build, like).tolist()
         seen = {i for i, count in enumerate(counts) if count > 0}  # by the samples of any process
         require_seen(seen, self.vector, [self.scaled(slope) for slope in slopes])
-        return held[0], self.replicas.operator(held[0], held[0].batch_size / total)
+        return held[0], self.replicas.operator(held[0], held[0].total / total)
 
     def scaled(self, g: Tensor) -> Tensor:
         """Return one or several gradients in ``y``, but for the factor ``lr``."""
