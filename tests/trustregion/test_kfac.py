@@ -22,8 +22,8 @@ from trustregion.operators.gauss_newton import GaussNewtonOperator
 from trustregion.operators.ggn import GGNOperator
 from trustregion.operators.sampled import MonteCarloFisherOperator
 from trustregion.preconditioners.kfac import KFAC
-from trustregion.preconditioners.kfac_noise import cotangents
 from trustregion.preconditioners.kronecker import KroneckerBlock, KroneckerInverse
+from trustregion.preconditioners.output_noise import cotangents
 from trustregion.vector import ParameterVector
 
 each_dtype = pytest.mark.parametrize("dtype", DTYPES)

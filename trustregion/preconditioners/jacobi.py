@@ -11,7 +11,7 @@ from ..operators.gauss_newton import GaussNewtonOperator
 from ..solvers.spectrum import diagonal
 from ..vector import exponent, ldexp
 from .base import Preconditioner, check_damping, check_positive
-from .kfac_noise import Samples, cotangents
+from .output_noise import Samples, cotangents
 
 
 class Jacobi(Preconditioner):

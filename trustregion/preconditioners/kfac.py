@@ -15,9 +15,10 @@ from ..operators.base import LinearOperator
 from ..operators.gauss_newton import GaussNewtonOperator
 from ..vector import ParameterVector
 from .base import Preconditioner, check_damping, check_positive, product_work
-from .kfac_layers import Factors, Layer, dense_layers, measure, recorded_layers
-from .kfac_noise import Samples, cotangents, draw_count, sample_weights
+from .kfac_factors import Factors, measure
+from .kfac_layers import Layer, dense_layers, recorded_layers
 from .kronecker import KroneckerBlock, KroneckerInverse
+from .output_noise import Samples, cotangents, draw_count, sample_weights
 
 Block: TypeAlias = dict[str, Any]  # of tensors and numbers, so that it can be saved
 
