@@ -23,12 +23,15 @@ _RESHAPES = ("View", "UnsafeView", "ReshapeAlias", "Unsqueeze", "Squeeze")
 _FUNCTIONS = (
     "Tanh", "Sigmoid", "Relu", "LeakyRelu", "Elu", "Gelu", "Silu", "Mish", "Softplus", "Hardtanh",
     "Hardswish", "Hardsigmoid", "LogSigmoid", "Exp", "Expm1", "Log", "Log1p", "Sqrt", "Rsqrt",
-    "Sin", "Cos", "Abs", "Neg", "Erf", "Atan", "Reciprocal", "Clamp", "ClampMin", "ClampMax", "Pow",
+    "Sin", "Cos", "Abs", "Neg", "Erf", "Atan", "Reciprocal", "ClampMin", "ClampMax", "Pow",
 )  # fmt: skip
 _RULES: dict[str, type[Rule]] = {
     **{f"{name}Backward{i}": Reshape for name in _RESHAPES for i in range(3)},
     **{f"{name}Backward0": Elementwise for name in _FUNCTIONS},
-    **dict.fromkeys(("MulBackward1", "DivBackward1", "RsubBackward1"), Elementwise),  # a number
+    # by a number
+    **dict.fromkeys(
+        ("MulBackward1", "DivBackward1", "RsubBackward1", "ClampBackward1"), Elementwise
+    ),
     **dict.fromkeys(("AddBackward1", "SubBackward1"), Same),
     **dict.fromkeys(("AddBackward0", "SubBackward0"), Sum),
     **dict.fromkeys(FACTORS, MatrixProduct),
