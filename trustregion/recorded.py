@@ -130,6 +130,16 @@ def is_once_differentiable(node: Node) -> bool:
 _ONCE = getattr(once_differentiable(lambda _: None), "__code__", object())
 
 
+def gradient_hooks(t: Tensor) -> dict[tuple[int, int], Callable[[Tensor], Any]]:
+    """Return the hooks that ``t.register_hook`` holds, by a key that no other hook has.
+
+    Hooks of :meth:`~torch.Tensor.register_post_accumulate_grad_hook` are not among them: they work
+    on ``.grad``, which nothing here fills.
+    """
+    hooks = getattr(t, "_backward_hooks", None) or {}
+    return {(number, id(hook)): hook for number, hook in hooks.items()}
+
+
 @cache
 def onednn_linear() -> Callable[..., Tensor] | None:
     """Return ``(x, w, row) -> x w' + row`` by oneDNN; None where torch has no such operator.

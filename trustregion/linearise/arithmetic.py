@@ -20,7 +20,9 @@ class Elementwise(Rule):
 
     def __init__(self, site: Site) -> None:
         super().__init__(site)
-        place = site.outputs[0]
+        place, *others = site.outputs
+        if others or site.inputs != (place,):
+            raise ValueError("not a function of one tensor, element by element")
         self.slope = site.node(torch.ones(place.shape, dtype=place.dtype, device=place.device))
 
     def jvp(self, tangents: Tangents) -> Tensor:

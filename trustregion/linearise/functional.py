@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ..autodiff import NOT_TWICE
+from ..autodiff import NOT_TWICE, out_of_memory
 from ..replay import repeatable
 from ..vector import ParameterVector, dot, norm
 from .base import Linearisation, Unmoved, rounding_unit
@@ -246,6 +246,8 @@ def from_function(
             operator = by_function()
             _try_product(operator)
         except RuntimeError as other:
+            if out_of_memory(other):
+                raise
             raise RuntimeError(f"{error}. In forward mode: {other}") from other
     return operator
 

@@ -16,9 +16,9 @@ from .base import Linearisation, Unmoved, active, require_used, rounding_unit, t
 class GraphLinearisation(Linearisation):
     """``J`` by double backward: works for whatever torch can differentiate twice.
 
-    The graph is differentiated once, into ``w -> J'w``, recorded at ``w = 0``. Its derivative in
-    ``w`` along ``v`` is ``Jv``: one backward pass through the recorded map. Memory: the graph, and
-    about as much again for its derivative.
+    The graph is differentiated once, into ``w -> J'w``, recorded at a random ``w``. Its
+    derivative in ``w`` along ``v`` is ``Jv``: one backward pass through the recorded map. Memory:
+    the graph, and about as much again for its derivative.
 
     Raises:
         ValueError: the outputs do not depend on the parameters.
@@ -38,7 +38,10 @@ class GraphLinearisation(Linearisation):
         self.structure = hash((self.backend, kinds, tuple(y.shape for y in self._y)))
         dtypes = (dtype for node in nodes for dtype in recorded.dtypes(node))
         self.eps = rounding_unit([vector.dtype, *dtypes])
-        self._w = [torch.zeros_like(y, requires_grad=True) for y in self._y]
+        generator = torch.Generator().manual_seed(0)
+        # linear in w; yet some nodes take logarithms of what they are given
+        random = (torch.randn(y.shape, generator=generator) for y in self._y)
+        self._w = [w.to(y).requires_grad_() for w, y in zip(random, self._y, strict=True)]
         inputs = [vector.params[i] for i in positions]
         with torch.enable_grad():
             pullback = differentiate(self._y, inputs, self._w, create_graph=True)

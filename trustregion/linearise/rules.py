@@ -51,6 +51,10 @@ class Site:
         """Return a number, or a list of them, that the node has saved."""
         return recorded.saved(self.node, name)
 
+    def facts(self) -> tuple[object, ...]:
+        """Return all there is to know of the node but the elements of its tensors."""
+        return (recorded.name(self.node), self.inputs, self.outputs, self.numbers())
+
     def numbers(self) -> tuple[object, ...]:
         """Return all numbers that the node has saved; of a tensor only that there is one."""
         return tuple(_shown(self.number(name)) for name in recorded.saved_names(self.node))
@@ -87,12 +91,14 @@ class Rule:
         fresh: the tangents share no memory with those of the inputs.
         gives: the tangents, and the cotangents it writes to no given memory, are new tensors that
             nothing else refers to, so that the next rule may write over them.
+        case: what else decides whether the rule is right: facts about the saved values.
         over: whether :meth:`jvp` and :meth:`vjp` write over what they are given.
         tangent: where :meth:`jvp` writes.
         cotangents: where :meth:`vjp` writes, for each input.
     """
 
     buffered = elementwise = fresh = gives = False
+    case: tuple[object, ...] = ()
 
     def __init__(self, site: Site) -> None:
         self.site = site
@@ -133,9 +139,13 @@ class Rule:
         return out if len(out) > 1 else out[0]
 
     def _linearise(self) -> tuple[list[Tensor], list[Tensor | None]]:
-        """Record the pullback at zero: ``w``, and what the node makes of it for each input."""
+        """Record the pullback at ones: ``w``, and what the node makes of it for each input.
+
+        It is linear in ``w``; yet some nodes compute it by way of the logarithm of ``w``, which has
+        no derivative at zero.
+        """
         w = [
-            torch.zeros(p.shape, dtype=p.dtype, device=p.device, requires_grad=True)
+            torch.ones(p.shape, dtype=p.dtype, device=p.device, requires_grad=True)
             for p in self.site.outputs
         ]
         with torch.enable_grad():

@@ -17,7 +17,8 @@ class Arrangement(Rule, abc.ABC):
 
     def __init__(self, site: Site) -> None:
         super().__init__(site)
-        assert site.inputs[0] is not None
+        if site.inputs[0] is None or len(site.inputs) + len(site.outputs) > 2:
+            raise ValueError("not a map of one tensor to one")
         self.source, self.target = site.inputs[0], site.outputs[0]
 
     def jvp(self, tangents: Tangents) -> Tensor:
@@ -49,6 +50,11 @@ def _start(t: Tensor) -> int:
 
 class Reshape(Arrangement):
     """Another shape of the same elements in their logical order."""
+
+    def __init__(self, site: Site) -> None:
+        super().__init__(site)
+        if self.source.numel != self.target.numel:
+            raise ValueError("not a view of the same elements")
 
     def _forward(self, t: Tensor) -> Tensor:
         return t.reshape(self.target.shape)
@@ -99,13 +105,13 @@ class Expand(Arrangement):
 
 
 class Same(Arrangement):
-    """A copy, in the dtype of the output."""
+    """A copy, in the dtype and on the device of the output."""
 
     def _forward(self, t: Tensor) -> Tensor:
-        return t.to(self.target.dtype)
+        return t.to(self.target.device, self.target.dtype)
 
     def _backward(self, u: Tensor) -> Tensor:
-        return u.to(self.source.dtype)
+        return u.to(self.source.device, self.source.dtype)
 
 
 class Select(Arrangement):

@@ -115,11 +115,10 @@ class TapeLinearisation(Linearisation):
 
     @property
     def structure(self) -> int:
-        """A number that graphs of the same nodes, numbers, shapes and connections share."""
-        sites = [(s.inputs, s.rule.site) for s in self._steps]
+        """A number that graphs share whose nodes, numbers, shapes, connections and rules agree."""
         program = tuple(
-            (recorded.name(site.node), inputs, site.inputs, site.outputs, site.numbers())
-            for inputs, site in sites
+            (step.inputs, type(step.rule), step.rule.case, step.rule.site.facts())
+            for step in self._steps
         )
         return hash((program, tuple(self._ends), tuple(self._leaves.items())))
 

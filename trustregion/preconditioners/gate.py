@@ -171,6 +171,50 @@ class Gated:
         return replace(better, products=spent)
 
 
+_EXAMPLES = {
+    "kfac": "KFAC(module)",
+    "jacobi": "Jacobi()",
+    "nystrom": "Nystrom(rank)",
+    "recycled": "Recycled()",
+    "gated": "Gated(Jacobi())",
+}
+
+
+def check_preconditioner(given: object) -> None:
+    """Refuse what cannot be the ``preconditioner=`` of an optimizer.
+
+    It may be a :class:`Preconditioner`, a :class:`Gated` one, an approximate inverse as an
+    operator, a square matrix or a callable ``v -> M v``, or None.
+
+    Raises:
+        TypeError: anything else; a class, or a name, with the instance that may be meant.
+
+    Example:
+        >>> check_preconditioner("kfac")
+        Traceback (most recent call last):
+        TypeError: preconditioner must be an instance, got the name 'kfac': pass KFAC(module)
+
+    """
+    if isinstance(given, (type, str)):
+        kind = "name" if isinstance(given, str) else "class"
+        shown = repr(given) if isinstance(given, str) else given.__name__
+        name = given if isinstance(given, str) else given.__name__
+        meant = _EXAMPLES.get(name.lower(), "an instance, such as KFAC(module) or Jacobi()")
+        raise TypeError(f"preconditioner must be an instance, got the {kind} {shown}: pass {meant}")
+    known = (Preconditioner, Gated, LinearOperator, Tensor)
+    if given is not None and not isinstance(given, known) and not callable(given):
+        raise TypeError(
+            "preconditioner must be a Preconditioner such as KFAC(module) or Jacobi(), or an"
+            " approximate inverse: an operator, a square matrix or a callable v -> M v; got"
+            f" {type(given).__name__}"
+        )
+    if isinstance(given, Tensor) and (given.ndim != 2 or given.shape[0] != given.shape[1]):
+        raise TypeError(
+            "a preconditioner that is a tensor must be a square matrix, got shape"
+            f" {tuple(given.shape)}"
+        )
+
+
 @dataclass(frozen=True)
 class _System:
     """The system ``(D A D + damping I) x = b``, and a preconditioner of ``A + damping I``."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 import torch
 from torch import Tensor
 
@@ -11,17 +13,18 @@ from ..operators.gauss_newton import GaussNewtonOperator
 from ..solvers.spectrum import diagonal
 from ..vector import exponent, ldexp
 from .base import Preconditioner, check_damping, check_positive
-from .output_noise import Samples, cotangents
+from .output_noise import CoupledSamples, Samples, cotangents
 
 
 class Jacobi(Preconditioner):
     r"""The preconditioner :math:`M = \mathrm{diag}(d + \lambda)^{-\alpha}`, ``d`` the diagonal.
 
-    The diagonal is estimated. For a Fisher or Gauss-Newton matrix :math:`J'MJ / N` by
-    :math:`(J'u)^2 / N` for random changes ``u`` of the outputs with the covariance ``M``, which is
-    never negative and costs half a product; for another operator by Hutchinson's estimate, negative
-    values taken as zero, at one product. The estimates of successive solves are
-    averaged, since the noise of few probes costs more than a stale diagonal.
+    The diagonal is estimated. For a Fisher or Gauss-Newton matrix :math:`J'MJ / N` whose metric
+    ``M`` acts sample by sample, the estimate is :math:`(J'u)^2 / N` for random changes ``u`` of the
+    outputs with the covariance ``M``, which is never negative and costs half a product. For any
+    other operator it is Hutchinson's, with negative values taken as zero, at one product. The
+    estimates of successive solves are averaged, since the noise of few probes costs more than a
+    stale diagonal.
 
     Entries of a diagonal of zero, without damping, are taken to be as large as the largest. Where
     the diagonal is not finite, ``M`` is the identity.
@@ -109,11 +112,18 @@ class Jacobi(Preconditioner):
             self.products = A.shape[0]
             return diagonal(A)
         seed = self.seed + 7919 * solves  # another draw at each estimate
-        if not isinstance(A, GaussNewtonOperator):
-            self.products = self.probes
-            return diagonal(A, probes=self.probes, seed=seed)
-        self.overhead = 0.5 * self.probes
-        total = torch.zeros(A.shape[0], dtype=torch.float64, device=A.device)
-        for u in cotangents(A, self.probes, torch.Generator().manual_seed(seed)):
-            total += A.vjp(u).double().square()
-        return total / A.total
+        if isinstance(A, GaussNewtonOperator):
+            with suppress(CoupledSamples):
+                estimate = _from_noise(A, self.probes, seed)
+                self.overhead = 0.5 * self.probes
+                return estimate
+        self.products = self.probes
+        return diagonal(A, probes=self.probes, seed=seed)
+
+
+def _from_noise(A: GaussNewtonOperator, probes: int, seed: int) -> Tensor:
+    """Return the estimate from random changes of the outputs."""
+    total = torch.zeros(A.shape[0], dtype=torch.float64, device=A.device)
+    for u in cotangents(A, probes, torch.Generator().manual_seed(seed)):
+        total += A.vjp(u).double().square()
+    return total / A.total

@@ -18,7 +18,7 @@ from .base import Preconditioner, check_damping, check_positive, product_work
 from .kfac_factors import Factors, measure
 from .kfac_layers import Layer, dense_layers, recorded_layers
 from .kronecker import KroneckerBlock, KroneckerInverse
-from .output_noise import Samples, cotangents, draw_count, sample_weights
+from .output_noise import CoupledSamples, Samples, cotangents, draw_count, sample_weights
 
 Block: TypeAlias = dict[str, Any]  # of tensors and numbers, so that it can be saved
 
@@ -142,7 +142,13 @@ class KFAC(Preconditioner):
             self.state = {"sizes": sizes, "solves": 0, "builds": 0}
         self.overhead = 0.0
         if self.state["solves"] % self.every == 0:
-            self._measure(A)
+            try:
+                self._measure(A)
+            except CoupledSamples as error:
+                raise ValueError(
+                    f"KFAC {error}: use another preconditioner, such as Jacobi, which takes any"
+                    " operator"
+                ) from error
         self.state["solves"] += 1
         starts = [0, *accumulate(sizes)]
         blocks = [

@@ -22,6 +22,10 @@ Blocks: TypeAlias = Callable[[list[Tensor]], list[Tensor]]
 """The same for some of the outputs."""
 
 
+class CoupledSamples(ValueError):
+    """The metric couples samples, so that the covariance of the outputs is no block per sample."""
+
+
 def draw_count(A: GaussNewtonOperator, samples: Samples) -> int:
     """Return how many tuples :func:`cotangents` yields."""
     return sum(_rows(y).shape[1] for y in A.outputs) if samples == "exact" else samples
@@ -166,10 +170,10 @@ def _check_apart(A: GaussNewtonOperator, outputs: Tensors, rest: list[int]) -> N
     Me = A.apply_metric(tuple(e))
     # zero times anything finite is an exact zero, so that no tolerance is needed
     if any(bool((_rows(Me[k])[1::2] != 0).any()) for k in rest):
-        raise ValueError(
-            "KFAC needs a metric that acts sample by sample, over the first dimension of the"
-            " outputs, but a change of some samples' outputs has an effect on others, as in a"
-            " contrastive loss: use another preconditioner, such as Jacobi"
+        raise CoupledSamples(
+            "needs a metric that acts sample by sample, over the first dimension of the outputs,"
+            " but a change of some samples' outputs has an effect on others, as in a contrastive"
+            " loss"
         )
 
 
@@ -178,9 +182,9 @@ def _blocks(A: GaussNewtonOperator, outputs: Tensors, rest: list[int]) -> Blocks
     shapes = [outputs[k].shape for k in rest]
     samples = {shape[0] if shape else 1 for shape in shapes}
     if len(samples) > 1:
-        raise ValueError(
-            "KFAC needs outputs that hold one slice a sample over their first dimension where the"
-            f" metric couples them, got the shapes {[tuple(shape) for shape in shapes]}"
+        raise CoupledSamples(
+            "needs outputs that hold one slice a sample over their first dimension where the metric"
+            f" couples them, got the shapes {[tuple(shape) for shape in shapes]}"
         )
     _check_apart(A, outputs, rest)
     widths = [_rows(outputs[k]).shape[1] for k in rest]
