@@ -1,4 +1,4 @@
-"""What curvature reads of torch's private graph: a part that is missing or has changed is noticed."""
+"""Curvature reads torch's private graph: a part that is missing or has changed is noticed."""
 
 import pytest
 import torch
@@ -114,7 +114,7 @@ CHANGES = {
     "reduction": lambda value: 3 - value,
     "ignore_index": lambda value: -100 if value >= 0 else 0,
     "total_weight": lambda value: 2 * value,
-    "weight": lambda value: torch.arange(1.0, 4.0, dtype=F64).flip(0),
+    "weight": lambda _: torch.arange(1.0, 4.0, dtype=F64).flip(0),
     "target": lambda value: (value + 1) % 3,
     "result": lambda value: value.exp(),
 }
