@@ -16,12 +16,12 @@ States: TypeAlias = list[Tensor]
 class Replay:
     """Parts of a computation that see the same random numbers each time they run.
 
-    A part that runs for the first time draws from torch's global generators as it would without a
-    replay. When it runs again, it starts from the states that the generators had then, and leaves
-    them as it found them. A model with dropout so has one mask in all products with an operator.
+    In its first run, a part draws from torch's global generators in the ordinary way. In later runs
+    it starts from the states that the generators had at the first run, and restores their present
+    states afterwards. A model with dropout then has the same mask in all products of an operator.
 
-    The generators of the CPU and of all CUDA devices are replayed; those of numpy, and generators
-    that belong to the user, are not.
+    This covers the global generators of the CPU and of all CUDA devices. It does not cover numpy's
+    generators, or generators that the user made.
 
     Example:
         >>> replay = Replay()
@@ -47,9 +47,9 @@ class Replay:
         return result
 
     def _shared(self, states: States) -> States:
-        """Return the states, each the very tensor of the part before where it is the same.
+        """Return the states, with those that equal the states of the previous part shared.
 
-        A generator that no part draws from so costs the memory of one state.
+        A generator that no part draws from then needs the memory of a single state.
         """
         last = next(reversed(self._starts.values()), states)
         if len(last) != len(states):
@@ -58,14 +58,14 @@ class Replay:
 
 
 def repeatable(fn: Callable[..., T]) -> Callable[..., T]:
-    """Return ``fn`` with the random numbers of its first call in all later ones."""
+    """Return ``fn``, with every call seeing the random numbers of the first one."""
     replay = Replay()
     return lambda *args: replay.run(fn, lambda: fn(*args))
 
 
 @contextmanager
 def kept() -> Iterator[None]:
-    """Leave torch's global generators as they are found."""
+    """Restore torch's global generators on exit."""
     before = _states()
     try:
         yield
@@ -74,7 +74,7 @@ def kept() -> Iterator[None]:
 
 
 def _states() -> States:
-    # asked first: a state would initialize CUDA in a process that only computes on the CPU
+    # Reading a state would initialize CUDA in a process that computes on the CPU only.
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
     return [torch.get_rng_state(), *cuda]
 

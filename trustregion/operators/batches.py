@@ -1,4 +1,4 @@
-"""The mean of the operators of many batches, in the memory of one."""
+"""The mean of the operators of many batches, with the memory of one."""
 
 from __future__ import annotations
 
@@ -23,45 +23,46 @@ Batches: TypeAlias = "Iterable[Any] | Callable[[], Iterable[Any]]"
 class BatchedOperator(LinearOperator):
     r"""The operator :math:`\sum_b w_b A_b / \sum_b w_b` of shape ``(n, n)`` over batches of data.
 
-    With the numbers of samples as weights, the Fisher matrices and the GGN of mean losses of any
-    partition of the data combine to those of the whole.
+    With the numbers of samples as weights, the Fisher matrices of a partition of the data combine
+    to the Fisher matrix of all data; so do the GGN of mean losses.
 
-    Each product goes once through the batches, makes the operator of a batch, multiplies and drops
-    it: memory of one batch, at the price of a forward pass and of the operator's construction for
-    each batch and product. :meth:`mm` does so once for all columns. The operators of the first
-    batches are kept while they fit in ``cache_bytes``; a kept operator belongs to the parameters at
-    which it was made, so that a new :class:`BatchedOperator` is needed once they change. A product
-    raises where it sees that they did.
+    Each product iterates over the batches once. For each batch it constructs the operator,
+    multiplies, and discards the operator. It needs the memory of one batch, and costs a forward
+    pass and the construction of an operator per batch and product. :meth:`mm` does so once for all
+    columns. The operators of the first batches are kept while they fit in ``cache_bytes``. A kept
+    operator is valid at the parameters at which it was constructed, so that a new
+    :class:`BatchedOperator` is needed after they change; a product raises if it detects a change.
 
-    The products are summed in float64. The first batch is made once at construction. For a part of
-    the samples, let ``make`` index the batch with :func:`subsample`: one seed, one part.
+    The products are summed in float64. The operator of the first batch is also constructed at
+    construction. For a subset of the samples, let ``make`` index the batch with :func:`subsample`,
+    with a fixed seed.
 
-    Each batch sees the same numbers of torch's global generators in every product, so that a model
-    with dropout has one mask per batch, and a data set that augments at random returns the same
-    batches. A product leaves the generators as it found them.
+    Each batch sees the same numbers from torch's global generators in every product. A model with
+    dropout therefore has one mask per batch, and a data set with random augmentation returns the
+    same batches. A product leaves the generators as they were.
 
     Args:
         make: batch -> the operator of the batch, as ``lambda b: FisherOperator(model(b), params)``.
-        batches: what a ``for`` loop can go through again and again, in the same order: a list, a
-            DataLoader that does not shuffle, or a function that returns a new iterator each time.
-            A DataLoader with a sampler of its own is refused unless that is a list of positions.
+        batches: an iterable that can be iterated over repeatedly, in the same order: a list, a
+            DataLoader that does not shuffle, or a function that returns a new iterator per call.
+            A DataLoader with a custom sampler is refused unless that is a list of positions.
         size: batch -> its weight, the number of samples. It is needed unless ``make`` returns a
             :class:`FisherOperator`, an :class:`EmpiricalFisherOperator` or a
             :class:`MonteCarloFisherOperator`; the weight of these is their ``total``, the number of
             samples or the sum of their weights.
-        cache_bytes: what the kept operators may hold, counted as the distinct memory that
-            they and their graphs refer to, the batches included.
+        cache_bytes: the limit on the memory of the kept operators: the distinct memory that they
+            and their graphs refer to, including the batches.
 
     Attributes:
-        total: the sum of the weights, known after the first product; None before.
+        total: the sum of the weights; None before the first product.
         cached: the number of operators that are kept.
 
     Raises:
-        TypeError: ``batches`` or what ``make`` returns is of a wrong type.
-        ValueError: no batches, an iterator that serves one pass only, a loader that shuffles, a
-            batch of size zero or unknown size, operators that do not fit each other, or another
-            sequence of sizes than in the first pass.
-        RuntimeError: a parameter of a kept operator was changed in place.
+        TypeError: ``batches`` or the result of ``make`` has a wrong type.
+        ValueError: there are no batches, ``batches`` is an iterator for a single pass or a loader
+            that shuffles, the size of a batch is zero or unknown, the operators differ in shape or
+            dtype, or the sizes differ from those of the first pass.
+        RuntimeError: a parameter of a kept operator was modified in place.
 
     Example:
         >>> from torch.distributions import Normal
@@ -87,7 +88,7 @@ class BatchedOperator(LinearOperator):
             raise ValueError(f"cache_bytes must be at least 0, got {cache_bytes}")
         self._make, self._batches, self._size = make, batches, size
         self._kept: list[tuple[LinearOperator, float]] = []
-        self._versions: dict[int, tuple[Tensor, int]] = {}  # of the parameters of those
+        self._versions: dict[int, tuple[Tensor, int]] = {}  # versions of their parameters
         self._room, self._seen, self._full = cache_bytes, set[tuple[str, int]](), cache_bytes == 0
         self._replay = Replay()
         self.total: float | None = None
@@ -118,13 +119,13 @@ class BatchedOperator(LinearOperator):
             for operator, weight in self._operators():
                 out.add_(times(operator), alpha=weight)
                 weights.append(weight)
-                del operator  # its memory is for the next one
+                del operator  # frees its memory for the next one
         known = self._weights if self.total else self._weights + weights[1:]
         if weights != known:
             raise ValueError(
-                f"this pass went over {len(weights)} batches, of sizes that begin with"
-                f" {weights[:3]}, an earlier one over {len(known)}, which begin with {known[:3]}. A"
-                " product needs the same batches each time: pass a list, a DataLoader that does not"
+                f"this pass had {len(weights)} batches, of sizes that begin with {weights[:3]}, and"
+                f" an earlier one {len(known)} batches, which begin with {known[:3]}. A product"
+                " needs the same batches each time: pass a list, a DataLoader that does not"
                 " shuffle, or a function that returns a new iterator at each call"
             )
         self._weights, self.total = weights, sum(weights)
@@ -134,17 +135,19 @@ class BatchedOperator(LinearOperator):
         self._check_unmoved()
         yield from list(self._kept)
         if self.total is not None and len(self._kept) == len(self._weights):
-            return  # all of them: no need to load the data
+            return  # all operators are kept: the data need not be loaded
         start = len(self._kept)
         for i, batch in islice(self._pass(), start, None):
             operator, weight = self._operator(i, batch)
             self._check_fits(operator)
             yield operator, weight
-            self._keep(i, operator, weight)  # after its product, which may allocate
+            self._keep(
+                i, operator, weight
+            )  # after its product, which may allocate memory that counts
             del operator
 
     def _pass(self) -> Iterator[tuple[int, Any]]:
-        """Yield the batches with their numbers; a DataLoader draws a seed even where in order."""
+        """Yield the batches with their numbers; even to iterate, a DataLoader draws a seed."""
         given, nothing = self._batches, object()
         batches = self._replay.run("start", lambda: iter(given() if callable(given) else given))
         for i in count():
@@ -180,13 +183,13 @@ class BatchedOperator(LinearOperator):
             )
 
     def _keep(self, i: int, operator: LinearOperator, weight: float) -> None:
-        """Keep the operator of batch ``i`` if all before it are kept and it fits in the room."""
+        """Keep the operator of batch ``i`` if it fits and all before it are kept."""
         if self._full or i != len(self._kept):
             return
         seen = set(self._seen)
         try:
             size = _memory(operator, seen)
-        except recorded.UnreadableNode:  # what cannot be counted is not kept
+        except recorded.UnreadableNode:  # its memory cannot be counted
             size = math.inf
         if size > self._room:
             self._full = True
@@ -202,7 +205,7 @@ class BatchedOperator(LinearOperator):
         if any(p._version != version for p, version in self._versions.values()):
             raise RuntimeError(
                 f"parameters were changed in place since {self.cached} operators of batches were"
-                " kept, which belong to the old ones: make a new BatchedOperator at the new"
+                " kept, which are valid at the old ones: make a new BatchedOperator at the new"
                 " parameters, or use cache_bytes=0"
             )
 
@@ -225,7 +228,7 @@ def _check_batches(batches: Batches) -> None:
         )
     if isinstance(batches, DataLoader):
         _check_order(batches)
-    elif iter(batches) is iter(batches):  # an iterator, or what gives the same one again
+    elif iter(batches) is iter(batches):  # an iterator, or an iterable with a single one
         raise ValueError(
             "batches is an iterator, which is exhausted after one pass, and every product needs a"
             " pass: pass a list, a DataLoader, or a function that returns a new iterator"
@@ -233,9 +236,9 @@ def _check_batches(batches: Batches) -> None:
 
 
 def _check_order(loader: DataLoader[Any]) -> None:
-    """Raise where a loader may go through its data in another order in each pass."""
+    """Raise if the order of a loader's data may differ between passes."""
     if isinstance(loader.dataset, IterableDataset):
-        return  # has no order but its own
+        return  # it defines the order itself
     order: Any = loader.sampler if loader.batch_sampler is None else loader.batch_sampler
     while isinstance(order, BatchSampler):
         order = order.sampler
@@ -260,7 +263,7 @@ def _memory(root: Any, seen: set[tuple[str, int]]) -> int:
 
 
 def _reached(root: Any) -> Iterator[Any]:
-    """Yield ``root`` and what it refers to, each once."""
+    """Yield ``root`` and all objects that it refers to, each once."""
     todo, alive = [root], []
     visited: set[int] = set()
     while todo:
@@ -268,22 +271,22 @@ def _reached(root: Any) -> Iterator[Any]:
         if id(part) in visited:
             continue
         visited.add(id(part))
-        alive.append(part)  # an id is free again once its object is gone
+        alive.append(part)  # the id of a deleted object may be reused
         yield part
         todo += [part.grad_fn] if isinstance(part, Tensor) else _parts(part)
 
 
 def _storage(t: Tensor) -> tuple[tuple[str, int], int]:
-    """Return which memory a tensor refers to, and its bytes."""
+    """Return the identity and the bytes of the memory that a tensor refers to."""
     try:
         storage = t.untyped_storage()
         return (str(t.device), storage.data_ptr()), storage.nbytes()
-    except NotImplementedError:  # a tensor that torch.func wraps
+    except NotImplementedError:  # a tensor wrapped by torch.func
         return ("wrapped", id(t)), t.nbytes
 
 
 def _parts(part: Any) -> Iterable[Any]:
-    """Return what an object refers to: its attributes, items, closure, or saved tensors."""
+    """Return the objects that ``part`` refers to: attributes, items, closure or saved tensors."""
     if isinstance(part, (str, bytes, int, float, type, types.ModuleType, torch.nn.Module)):
         return ()
     if isinstance(part, dict):

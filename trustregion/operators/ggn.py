@@ -1,4 +1,4 @@
-"""The generalised Gauss-Newton matrix of any convex loss of a model's outputs."""
+"""The generalized Gauss-Newton matrix of a loss that is convex in a model's outputs."""
 
 from __future__ import annotations
 
@@ -25,42 +25,43 @@ from .gauss_newton import GaussNewtonOperator, Tensors
 from .hessian import check_loss
 from .output_hessian import OutputHessian, output_hessian, scaled
 
-_PROBES = 3  # Lanczos steps: eigenvalues of both signs shared by many samples show in two
+_PROBES = 3  # Lanczos steps; two detect eigenvalues of both signs that many samples share
 
 
 class GGNOperator(GaussNewtonOperator):
     r"""The matrix :math:`G = J' (\nabla^2_y \ell) J` of shape ``(n, n)``.
 
-    :math:`J = dy/d\theta` is the Jacobian of the model's outputs, :math:`\nabla^2_y \ell` the
+    :math:`J = dy/d\theta` is the Jacobian of the model's outputs, and :math:`\nabla^2_y \ell` the
     Hessian of the loss in the outputs. ``G`` is the Hessian of the loss without the curvature of
-    the model, positive semidefinite for a loss that is convex in the outputs, and the two are equal
-    for a linear model. It scales with the loss: a mean over the batch gives a mean.
+    the model. It is positive semidefinite for a loss that is convex in the outputs, and equals the
+    Hessian for a linear model. It scales with the loss: the loss of a mean gives the mean.
 
-    The Hessian in the outputs is a closed form for ``mse_loss``, ``cross_entropy`` of shape
-    ``(N, C)`` with class weights or an ignored index, and ``binary_cross_entropy_with_logits``
-    without weights; for every other loss it is a second backward pass through the loss alone.
+    The Hessian in the outputs is a closed form for ``mse_loss``, for ``cross_entropy`` of shape
+    ``(N, C)`` with class weights or an ignored index, and for ``binary_cross_entropy_with_logits``
+    without weights. For every other loss it is double backward through the loss alone.
 
-    A loss that is not convex in the outputs is refused where a few products with its Hessian in
-    the outputs show it. They start from a random vector, so that a negative curvature of few
-    samples may go unseen. Under ``torch.func.vmap`` nothing is asked.
+    A loss that is not convex in the outputs is refused if a few Lanczos steps with its Hessian in
+    the outputs detect negative curvature. They start from a random vector, so that negative
+    curvature in few samples may go undetected. Under ``torch.func.vmap`` there is no such check.
 
     Args:
         loss: a scalar with its graph, computed from ``outputs`` and from no parameter directly; or
-            its Hessian in the outputs, where that is known.
+            its Hessian in the outputs.
         outputs: the model's outputs: the very tensors that the loss was computed from.
-        params: the parameters, in the order of the flat vector. An already built
-            :class:`ParameterVector` is taken as it is.
-        backend: which way of differentiating makes the products with ``J``.
-        linearisation: ``J``, where it is known; it is read from the graph otherwise.
+        params: the parameters, in the order of the flat vector. An existing
+            :class:`ParameterVector` is used directly.
+        backend: the method of differentiation for ``J``, as for :class:`FisherOperator`.
+        linearisation: the products with ``J``. The default is to read them from the graph.
 
     Attributes:
-        output_hessian: ``"closed form"``, ``"double backward"`` or ``"forward over reverse"``.
+        output_hessian: how the Hessian in the outputs is computed: ``"closed form"``, ``"double
+            backward"`` or ``"forward over reverse"``.
 
     Raises:
-        TypeError: something that is not a tensor.
+        TypeError: the loss or an output is not a tensor.
         ValueError: the loss is not a scalar, does not depend on the outputs, depends on a parameter
-            past them, or is not convex in them; or the outputs are empty or do not depend on the
-            parameters.
+            other than through them, or is not convex in them; or the outputs are empty or do not
+            depend on the parameters.
         RuntimeError: a part of the model cannot be differentiated twice, or its graph was freed.
 
     Example:
@@ -112,25 +113,25 @@ class GGNOperator(GaussNewtonOperator):
     ) -> Self:
         """Return the operator of ``loss(fn(params, *inputs), targets)``.
 
-        It needs no graph, and works under :func:`torch.func.vmap` over stacked parameters. The
+        It needs no graph and works under :func:`torch.func.vmap` over stacked parameters. The
         flat vector has the order of the dict.
 
         Args:
             fn: ``(params, *inputs)`` -> the model's outputs, a tensor or a tuple of tensors.
             params: the parameters by name; they need not require a gradient.
-            *inputs: what else ``fn`` takes.
+            *inputs: the other arguments of ``fn``.
             loss: ``(outputs, targets)`` -> a scalar, or ``outputs`` -> a scalar without targets.
                 Under two nested ``vmap`` torch cannot batch ``huber_loss``, ``smooth_l1_loss`` and,
-                unless given as it is, ``mse_loss``: write such a loss out.
+                inside another function, ``mse_loss``: write such a loss out in tensor operations.
             targets: the second argument of ``loss``.
-            backend: ``"graph"``, ``"functional"`` or ``"auto"``.
-            subsample: a count or a fraction of the samples, see :func:`subsample`.
-            seed: of the subsample.
+            backend: as for :meth:`FisherOperator.from_function`.
+            subsample: the count or the fraction of the samples to use, see :func:`subsample`.
+            seed: the seed of the subsample.
 
         Raises:
             TypeError: ``params`` is not a dict.
             ValueError: as for the class.
-            RuntimeError: no way of differentiating can.
+            RuntimeError: no method of differentiation supports the model.
 
         Example:
             >>> from torch.nn.functional import mse_loss
@@ -182,7 +183,7 @@ def _tuple(outputs: Tensor | Sequence[Tensor]) -> Tensors:
 
 @torch.no_grad()
 def _check_convex(metric: Callable[[Tensors], Tensors], outputs: Tensors) -> None:
-    """Raise where a few steps of Lanczos from a random vector meet a negative curvature."""
+    """Raise if a few Lanczos steps from a random vector detect negative curvature."""
     generator = torch.Generator().manual_seed(0)
     like = outputs[0]
     q = torch.randn(
@@ -195,7 +196,7 @@ def _check_convex(metric: Callable[[Tensors], Tensors], outputs: Tensors) -> Non
         product = metric(tuple(part.to(y.dtype) for part, y in parts))
         w = torch.cat([t.reshape(-1).to(like.dtype) for t in product])
         if not bool(w.isfinite().all()):
-            return  # the solver's status will tell
+            return  # the status of the solve will report it
         T[k, k] = alpha = dot(q, w)
         w = w - alpha * q - beta * before
         beta = norm(w)

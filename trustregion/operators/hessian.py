@@ -25,7 +25,7 @@ class Derivatives:
     Attributes:
         gradient: the gradient, shape ``(n,)``.
         product: the Hessian as ``v -> H v``.
-        used: positions of the parameters that the scalar depends on.
+        used: the positions of the parameters that the scalar depends on.
         backend: ``"graph"``, or ``"functional"`` from a function.
 
     """
@@ -102,23 +102,22 @@ class _ScalarHessian(LinearOperator):
 class HessianOperator(_ScalarHessian):
     r"""The Hessian :math:`\nabla^2_\theta \ell` of a loss at the parameters, shape ``(n, n)``.
 
-    Symmetric, and indefinite as a rule: use it with ``minres``, ``steihaug`` or ``gltr``, or with
-    a shift. The graph of the gradient is built once and kept; each product is one backward pass
-    through it.
+    It is symmetric and usually indefinite: use it with ``minres``, ``steihaug`` or ``gltr``, or
+    with a shift. The graph of the gradient is built once and kept; each product is one backward
+    pass through it.
 
     Parameters that are frozen or that the loss does not use have rows of exact zeros. Over an empty
-    batch all of it is zero, also where the loss, a mean, is NaN.
+    batch the matrix is zero, even though a loss that is a mean is NaN.
 
     Args:
-        loss: a scalar with its graph, which the operator keeps alive; or its derivatives, where
-            they are known.
-        params: the parameters, in the order of the flat vector. An already built
-            :class:`ParameterVector` is taken as it is.
+        loss: a scalar with its graph, which the operator keeps alive; or its derivatives.
+        params: the parameters, in the order of the flat vector. An existing
+            :class:`ParameterVector` is used directly.
 
     Attributes:
         gradient: the gradient of the loss, shape ``(n,)``.
         backend: ``"graph"``, or ``"functional"`` from a function.
-        used: positions of the parameters that the loss depends on.
+        used: the positions of the parameters that the loss depends on.
 
     Raises:
         TypeError: the loss is not a tensor.
@@ -157,23 +156,24 @@ class HessianOperator(_ScalarHessian):
     ) -> Self:
         """Return the Hessian of the scalar ``fn(params, *inputs)`` in ``params``.
 
-        It needs no graph, and works under :func:`torch.func.vmap` over stacked parameters. The
+        It needs no graph and works under :func:`torch.func.vmap` over stacked parameters. The
         flat vector has the order of the dict.
 
         Args:
             fn: ``(params, *inputs)`` -> the loss.
             params: the parameters by name; they need not require a gradient.
-            *inputs: what else ``fn`` takes.
-            backend: ``"graph"``; ``"functional"``, the derivative of the gradient in forward mode,
-                which runs ``fn`` again for each product; or ``"auto"``.
-            subsample: a count or a fraction of the samples, see :func:`subsample`.
-            seed: of the subsample.
+            *inputs: the other arguments of ``fn``.
+            backend: ``"graph"``; ``"functional"``, which differentiates the gradient in forward
+                mode and runs ``fn`` again for each product, with the random numbers of the first
+                run; or ``"auto"``.
+            subsample: the count or the fraction of the samples to use, see :func:`subsample`.
+            seed: the seed of the subsample.
 
         Raises:
             TypeError: ``params`` is not a dict.
             ValueError: as for the class.
-            RuntimeError: no way of differentiating can; or, from a product, the parameters were
-                changed in place since.
+            RuntimeError: no method of differentiation supports the model; or, in a product, the
+                parameters have been modified in place.
 
         Example:
             >>> params = {"x": torch.tensor([1.0, 2.0])}
@@ -201,16 +201,16 @@ class HessianOperator(_ScalarHessian):
 class KLHessianOperator(_ScalarHessian):
     r"""The Hessian of :math:`\theta' \mapsto` KL(theta || theta') at ``theta``, shape ``(n, n)``.
 
-    It equals :class:`FisherOperator` there, and is kept as an independent cross-check and as the
-    baseline of the benchmarks: the KL's gradient graph is built once and kept, and each product
-    is one backward pass through it (six matrix products a dense layer).
+    It equals :class:`FisherOperator` there, and serves as an independent check of it and as the
+    baseline of the benchmarks. The graph of the gradient of the KL is built once and kept, and each
+    product is one backward pass through it: six matrix products per dense layer.
 
     Args:
         distribution: the prediction, with its graph, as for :class:`FisherOperator`.
         params: the parameters, in the order of the flat vector.
 
     Raises:
-        TypeError: a family that is unknown or refused.
+        TypeError: a family is unknown or refused.
         ValueError: the prediction does not depend on the parameters.
 
     Example:
@@ -232,11 +232,11 @@ class KLHessianOperator(_ScalarHessian):
 
 
 def check_loss(loss: Tensor) -> None:
-    """Raise where a loss is not a scalar tensor with a graph.
+    """Raise unless a loss is a scalar tensor with a graph.
 
     Raises:
-        TypeError: not a tensor.
-        ValueError: not a scalar, or without a graph.
+        TypeError: the loss is not a tensor.
+        ValueError: the loss is not a scalar, or has no graph.
 
     """
     check_scalar(loss)

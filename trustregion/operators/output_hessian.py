@@ -36,12 +36,12 @@ class OutputHessian:
 def output_hessian(loss: Tensor, outputs: Tensors, vector: ParameterVector) -> OutputHessian:
     """Return the Hessian of ``loss`` in ``outputs``, read from the graph of the loss.
 
-    A closed form is compared with autograd at a random vector the first time that a kind of loss
-    with its options is met in a process, and is not used where the two differ.
+    The first time in a process that a kind of loss occurs with its options, the closed form is
+    compared with autograd at a random vector. It is not used if the two differ.
 
     Raises:
-        ValueError: the loss does not depend on the outputs, or depends on a parameter in other ways
-            than through them; or one output was computed from another.
+        ValueError: the loss does not depend on the outputs, or depends on a parameter other than
+            through them; or one output was computed from another.
 
     """
     _check_cut(loss, outputs, vector)
@@ -57,7 +57,7 @@ def scaled(factor: float | Tensor) -> Product:
 
 
 def _check_cut(loss: Tensor, outputs: Tensors, vector: ParameterVector) -> None:
-    """Raise where the outputs do not cut the loss off from the parameters."""
+    """Raise if the loss depends on the parameters other than through the outputs."""
     cut = {edge_of(y): i for i, y in enumerate(outputs) if y.requires_grad}
     pairs = zip(vector.names, vector.params, strict=True)
     params = {edge_of(p): name for name, p in pairs if p.requires_grad}
@@ -66,7 +66,7 @@ def _check_cut(loss: Tensor, outputs: Tensors, vector: ParameterVector) -> None:
         raise ValueError(
             f"the loss depends on parameter {params[edge]} also past the outputs, which the"
             " matrix J' (d2 loss / d outputs2) J would drop silently. Pass the loss without"
-            " its penalty and add the penalty's own curvature, as in GGNOperator(loss, outputs,"
+            " its penalty and add the curvature of the penalty, as in GGNOperator(loss, outputs,"
             " params) + weight_decay * Identity(n); or list every output that the loss uses"
         )
     if not behind & cut.keys():
@@ -87,12 +87,12 @@ def _check_cut(loss: Tensor, outputs: Tensors, vector: ParameterVector) -> None:
 
 @dataclass(frozen=True)
 class _Form:
-    """A closed form, as the graph of a loss shows it.
+    """A closed form that was recognized in the graph of a loss.
 
     Attributes:
         product: ``d -> H d``.
-        options: the kind of the loss, and all of its options.
-        scale: the factor in front of the variances that a saturated output makes small.
+        options: the kind of the loss and its options.
+        scale: the factor of the Hessian without variances, which are small at saturated outputs.
 
     """
 
@@ -101,17 +101,17 @@ class _Form:
     scale: float
 
 
-_AGREED: set[Hashable] = set()  # options of losses whose closed form was that of autograd
+_AGREED: set[Hashable] = set()  # kinds of losses whose closed form agreed with autograd
 
 
 def _closed_form(loss: Tensor, outputs: Tensors) -> Product | None:
-    """Return the Hessian where the graph is one known loss of one tensor, and autograd agrees."""
+    """Return the Hessian if the graph is a known loss of one tensor and autograd agrees."""
     if len(outputs) != 1 or loss.grad_fn is None:
         return None
     y = outputs[0]
     try:
         form = _read(loss.grad_fn, y)
-    except recorded.UnreadableNode:  # another release of torch: autograd needs none of it
+    except recorded.UnreadableNode:  # in another release of torch; autograd does not need it
         return None
     if form is None:
         return None
@@ -126,10 +126,10 @@ def _closed_form(loss: Tensor, outputs: Tensors) -> Product | None:
 
 @torch.no_grad()
 def _compare(form: _Form, reference: Product, y: Tensor) -> tuple[bool, bool]:
-    """Return whether two products with a random vector agree, and whether that settles the matter.
+    """Return whether two products with a random vector agree, and whether that is conclusive.
 
-    It does not where entries of the reference are not finite, or all are rounding, as in autograd's
-    product at saturated outputs.
+    It is not if an entry of the reference is not finite, or if all are rounding errors, as those of
+    autograd are at saturated outputs.
     """
     generator = torch.Generator().manual_seed(0)
     d = (torch.randn(y.shape, generator=generator, device="cpu").to(y),)
@@ -138,13 +138,13 @@ def _compare(form: _Form, reference: Product, y: Tensor) -> tuple[bool, bool]:
     size = torch.where(known, theirs, 0.0).abs().max()
     gap = torch.where(known, ours - theirs, 0.0).abs().max()
     eps = torch.finfo(y.dtype).eps
-    # far above the rounding of either, far below one sample of another weight
+    # far above the rounding errors, far below the effect of one sample with a wrong weight
     tolerance, rounding = math.sqrt(eps) * size, 16 * eps * form.scale * d[0].abs().max()
     return bool(gap <= tolerance + rounding), bool(known.all() & (tolerance > rounding))
 
 
 def _read(node: Node, y: Tensor) -> _Form | None:
-    """Return the closed form of a loss whose node follows ``y``; None for a loss without one."""
+    """Return the closed form of a loss that is computed from ``y``, or None if it has none."""
     kind, sources, edge = recorded.name(node), recorded.sources(node), edge_of(y)
     if kind == "MseLossBackward0" and edge in sources and (None, 0) in sources:
         reduction = recorded.saved(node, "reduction")
@@ -173,7 +173,7 @@ def _divisor(reduction: int, size: int) -> int:
 
 
 def _cross_entropy(node: Node, log_p: Tensor) -> _Form:
-    """Return ``d -> w (p d - p p'd)`` for each sample, with its weight in the mean or the sum."""
+    """Return ``d -> w (p d - p p'd)``, with the weight of each sample in the mean or the sum."""
     target, ignored = recorded.saved(node, "target"), recorded.saved(node, "ignore_index")
     class_weights, reduction = recorded.saved(node, "weight"), recorded.saved(node, "reduction")
     counts = target != ignored
@@ -189,13 +189,13 @@ def _cross_entropy(node: Node, log_p: Tensor) -> _Form:
         inner = (p * d[0]).sum(-1, keepdim=True)
         return ((d[0] - inner) * weighted,)
 
-    # a batch in which no target is ignored shows nothing of those in which some are
+    # a batch without ignored targets is no evidence for one with some
     shown = (class_weights is not None, ignored, bool(counts.all()), log_p.ndim)
     return _Form(product, ("cross_entropy", reduction, *shown), weight.max().item())
 
 
 def _double_backward(loss: Tensor, outputs: Tensors) -> Product:
-    """Return the Hessian in the outputs as a backward pass through their gradient alone."""
+    """Return the Hessian in the outputs by a backward pass through the gradient in the outputs."""
     active = [i for i, y in enumerate(outputs) if y.requires_grad]
     inputs = [outputs[i] for i in active]
     with torch.enable_grad():

@@ -22,17 +22,17 @@ from .kfac_layers import Layer, gradient_rows, input_rows
 
 @dataclass(frozen=True)
 class Factors:
-    r"""The factors of :math:`A \otimes G`, which stands for a block of the curvature.
+    r"""The factors of :math:`A \otimes G`, the approximation of a block of the curvature.
 
-    In float64 on the CPU, where the eigenvectors of such small matrices are found fastest.
+    They are in float64 on the CPU, which is fastest for the eigenvectors of such small matrices.
     """
 
     A: Tensor
-    """The weighted mean of ``a a'`` over all rows, with a 1 behind ``a`` where there is a bias."""
+    """The weighted mean of ``a a'`` over all rows; with a bias, ``a`` has an additional entry 1."""
     G: Tensor
     """The sum of ``g g'`` over all rows, divided by the number of samples."""
     rows: int
-    """Samples, times the positions of each, times the uses of the layer."""
+    """The number of samples, times positions per sample, times uses of the layer."""
 
 
 @torch.no_grad()
@@ -44,10 +44,11 @@ def measure(
 ) -> list[Factors]:
     """Return the factors of each layer, from one backward pass for each of the ``cotangents``.
 
-    A row of ``g`` is the gradient at the output of the layer for one sample, one position and one
-    use, and a row of ``a`` the input there. ``weights`` are those of the samples, which rows of
-    ``a`` take; the ``cotangents`` hold them already, so that a row of ``g`` is only left out where
-    its weight is 0. Rows that show another order than that of the samples count equally.
+    A row of ``g`` is the gradient in the output of the layer for one sample, position and use; a
+    row of ``a`` is the input of the layer there. ``weights`` are the weights of the samples, which
+    multiply the rows of ``a``. The ``cotangents`` include them already, so that rows of ``g`` are
+    left out only if their weight is 0. Rows that are not in the order of the samples have equal
+    weights.
     """
     if not layers:
         return []
@@ -85,18 +86,18 @@ def measure(
 
 
 def _shares(weights: Tensor | None, rows: int) -> Tensor | None:
-    """Return the weight of each row, sample by sample; None where the number does not fit."""
+    """Return the weight of each row; None if the number of rows does not fit."""
     while weights is not None:
         if rows % weights.numel() == 0:
             return weights.reshape(-1).repeat_interleave(rows // weights.numel())
-        weights = weights.sum(-1) if weights.ndim > 1 else None  # a layer behind a pool
+        weights = weights.sum(-1) if weights.ndim > 1 else None  # the layer follows a pool
     return None
 
 
 def _moments(node: Node, share: Tensor | None) -> tuple[Tensor, int]:
     """Return the weighted sum of ``a a'`` over the rows of the input, and their number.
 
-    Each row ``a`` has a 1 behind it.
+    Each row ``a`` is extended by an entry 1.
     """
     total, count = torch.zeros((), dtype=torch.float64, device="cpu"), 0
     for a in input_rows(node):
@@ -115,11 +116,11 @@ def _moments(node: Node, share: Tensor | None) -> tuple[Tensor, int]:
 
 
 def _gram(rows: Tensor) -> Tensor:
-    """Return ``X'X`` of rows ``X`` in float64 on the CPU, whatever their scale."""
+    """Return ``X'X`` for the rows ``X`` in float64 on the CPU, at any scale."""
     X = _real(rows)
     K = (X.T @ X).double().cpu()
     size, info = K.trace().item() / max(1, X.numel()), torch.finfo(X.dtype)
-    # unless the mean square is so far from the ends of the range that no square has left it
+    # if the mean square is within these bounds, no square overflowed or underflowed
     if not math.sqrt(info.tiny) < size < math.sqrt(info.max):
         e = exponent(X)
         if e is None or not math.isfinite(X.abs().max().item()):
@@ -130,5 +131,5 @@ def _gram(rows: Tensor) -> Tensor:
 
 
 def _real(X: Tensor) -> Tensor:
-    """Return a tensor that autocast made in float32."""
+    """Return the tensor in float32 if autocast reduced its precision."""
     return X if X.dtype in REAL else X.float()

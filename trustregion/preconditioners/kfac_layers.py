@@ -1,4 +1,4 @@
-"""The dense and convolutional layers of a recorded graph: their inputs and their gradients."""
+"""The dense and convolutional layers of a recorded graph, with their inputs and gradients."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from ..operators.gauss_newton import GaussNewtonOperator, Tensors
 from ..recorded import Node
 from ..vector import norm
 
-# Which input of a kind of node is a weight or a bias.
+# The position of the weight and of the bias among the inputs of each kind of node.
 _WEIGHT = {"AddmmBackward0": 2, "MmBackward0": 1, "ConvolutionBackward0": 1}
 _BIAS = {"AddmmBackward0": 0, "AddBackward0": 1, "ConvolutionBackward0": 2}
-_CHUNK = 1 << 22  # entries of unfolded images at a time: 16 MiB in float32
+_CHUNK = 1 << 22  # entries of the images to unfold at a time: 16 MiB in float32
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Layer:
     bias: int | None
     """The position of ``b``; None without a bias that is trained."""
     uses: tuple[Node, ...]
-    """The nodes that multiplied by ``W``, one for each time that the layer ran."""
+    """The nodes of the products with ``W``, one for each time that the layer ran."""
 
     @property
     def positions(self) -> list[int]:
@@ -42,7 +42,7 @@ class Layer:
 
     @property
     def kind(self) -> Hashable:
-        """What the reading of the layer depends on, apart from its size."""
+        """The properties that reading the layer depends on, apart from its size."""
         options = []
         for node in self.uses:
             reading = _read(node)
@@ -57,17 +57,17 @@ def dense_layers(module: nn.Module) -> list[nn.Module]:
 
 
 def recorded_layers(module: nn.Module, A: GaussNewtonOperator) -> list[Layer]:
-    """Return the layers of ``module`` whose products the graph of the outputs of ``A`` shows.
+    """Return the layers of ``module`` whose products are in the graph of the outputs of ``A``.
 
-    A layer is left out if its weight entered something else as well, and a bias likewise. So is a
-    layer that this release of torch does not let be read, or that is read wrongly: the first time
-    that a kind of layer is met in a process, the gradient of its weight is computed from what was
-    read, and compared with autograd.
+    A layer is left out if its weight is used in any other operation, and a bias is left out of its
+    layer for the same reason. A layer is also left out if it cannot be read in this release of
+    torch, or if it is read incorrectly: the first time that a kind of layer occurs in a process,
+    the gradient of its weight is computed from what was read, and compared with autograd.
 
     Raises:
-        ValueError: none of the weights is a parameter of ``A``, or those that are do not enter a
-            product that was recorded.
-        UnreadableNode: the graph itself cannot be followed in this release of torch.
+        ValueError: none of the weights is a parameter of ``A``, or none of these is in a recorded
+            product.
+        UnreadableNode: the graph cannot be traversed in this release of torch.
 
     """
     params, used = A.vector.params, set(A.used)
@@ -76,7 +76,7 @@ def recorded_layers(module: nn.Module, A: GaussNewtonOperator) -> list[Layer]:
     layers: dict[int, Layer] = {}  # by the weight, which two modules may share
     known = reached = False
     for layer in dense_layers(module):
-        # not layer.weight, which a parametrisation would compute
+        # layer.weight would be computed by a parametrization
         weight, bias = (index.get(id(layer._parameters.get(name))) for name in ("weight", "bias"))
         known = known or weight is not None
         if weight is None or weight not in used:
@@ -108,12 +108,12 @@ def recorded_layers(module: nn.Module, A: GaussNewtonOperator) -> list[Layer]:
 
 @dataclass(frozen=True)
 class _Graph:
-    """The recorded graph, read from its leaves upwards."""
+    """The recorded graph, from the leaves to the outputs."""
 
     leaves: dict[int, Node]
-    """The node of each leaf tensor, by the tensor's id."""
+    """The node of each leaf tensor, by the id of the tensor."""
     consumers: dict[Node, list[tuple[Node, int]]]
-    """The nodes that each node enters, and as which input."""
+    """The nodes that use each node, and the position of their input."""
 
     @classmethod
     def of(cls, outputs: Tensors) -> _Graph:
@@ -136,7 +136,7 @@ class _Graph:
         return cls(leaves, consumers)
 
     def uses(self, p: Tensor, slots: dict[str, int], *, transposed: bool = False) -> list[Node]:
-        """Return the nodes that a leaf enters in the given way; none if it enters another too."""
+        """Return the nodes that use a leaf at the given inputs; none if any other node uses it."""
         found: list[Node] = []
         stack = [(self.leaves.get(id(p)), False)]
         while stack:
@@ -159,12 +159,12 @@ _MATMUL = ("AddmmBackward0", "MmBackward0")
 
 @dataclass(frozen=True)
 class _Reading:
-    """What the node of a product saved.
+    """The values that the node of a product saved.
 
     Attributes:
         input: the input of the layer.
-        options: of a convolution; None for a product with a matrix.
-        patch: the entries of one patch of a convolution.
+        options: the options of a convolution; None for a product with a matrix.
+        patch: the number of entries in a patch of a convolution.
 
     """
 
@@ -186,7 +186,7 @@ def _read(node: Node) -> _Reading:
 
 
 def _is_readable(node: Node) -> bool:
-    """Return whether a node is a product with a matrix, or a plain convolution, and can be read."""
+    """Return whether a node is a readable product with a matrix or ungrouped convolution."""
     try:
         _read(node)
         if recorded.name(node) != "ConvolutionBackward0":
@@ -197,7 +197,7 @@ def _is_readable(node: Node) -> bool:
 
 
 def input_rows(node: Node) -> Iterator[Tensor]:
-    """Yield the inputs of a product, one row for each row of its output."""
+    """Yield the inputs of a product in chunks, with one row for each row of its output."""
     reading = _read(node)
     if reading.options is None:
         yield reading.input
@@ -213,14 +213,14 @@ def gradient_rows(g: Tensor) -> Tensor:
     return g.transpose(0, 1).flatten(1).T if g.ndim == 4 else g
 
 
-_AGREED: set[Hashable] = set()  # kinds of layers whose reading gave the gradients of autograd
+_AGREED: set[Hashable] = set()  # kinds of layers that agreed with autograd
 
 
 @torch.no_grad()
 def _agreeing(A: GaussNewtonOperator, layers: list[Layer]) -> list[Layer]:
-    """Return the layers without those whose reading does not give the gradient of the weight.
+    """Return the layers for which what was read gives the gradient of the weight.
 
-    A bias of another gradient is left out of its layer.
+    A bias for which it does not is left out of its layer.
     """
     unknown = [layer for layer in layers if layer.kind not in _AGREED]
     if not unknown:
@@ -243,9 +243,9 @@ def _agreeing(A: GaussNewtonOperator, layers: list[Layer]) -> list[Layer]:
 
 
 def _read_gradients(layer: Layer, at_outputs: dict[Node, Tensor | None]) -> list[Tensor] | None:
-    """Return the gradients of the weight and of the bias, flat, as the layer's reading has them.
+    """Return the flat gradients of the weight and the bias, computed from what was read.
 
-    None where the inputs that were read do not fit the outputs.
+    Return None if the numbers of rows of the inputs and the outputs differ.
     """
     weights, biases = [], []
     for node in layer.uses:
@@ -265,12 +265,12 @@ def _read_gradients(layer: Layer, at_outputs: dict[Node, Tensor | None]) -> list
 
 
 def _confirmed(layer: Layer, ours: list[Tensor] | None, exact: list[Tensor | None]) -> Layer | None:
-    """Return the layer, without a bias that was read wrongly; None for a wrong weight."""
+    """Return the layer, without an incorrect bias, or None for an incorrect weight."""
     if ours is None:
         return None
     gaps = [_gap(x, r) for x, r in zip(ours, exact, strict=False)]
-    # A wrong reading is off by as much as the gradient itself. TF32 rounds by 1e-3, half precision
-    # by less than this.
+    # An incorrect reading has an error of the size of the gradient; the rounding errors of TF32
+    # are 1e-3, those of half precision below 10 eps.
     units = (torch.finfo(_read(node).input.dtype).eps for node in layer.uses)
     tolerance = max(1e-2, *(10 * eps for eps in units))
     wrong = [tolerance < gap < math.inf for gap in gaps]
@@ -278,13 +278,13 @@ def _confirmed(layer: Layer, ours: list[Tensor] | None, exact: list[Tensor | Non
         return None
     if any(wrong):
         return replace(layer, bias=None)
-    if gaps and all(map(math.isfinite, gaps)):  # not where the gradients are zero or not finite
+    if gaps and all(map(math.isfinite, gaps)):  # conclusive: neither zero nor nonfinite
         _AGREED.add(layer.kind)
     return layer
 
 
 def _gap(ours: Tensor, exact: Tensor | None) -> float:
-    """Return the relative difference; NaN where it says nothing."""
+    """Return the relative difference; NaN if there is nothing to compare with."""
     if exact is None:
         return math.nan
     size = norm(exact.reshape(-1))
