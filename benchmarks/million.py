@@ -50,7 +50,7 @@ def main() -> None:
     for _ in batches():
         pass
     loading = time.perf_counter() - started
-    print(f"{F.batch_size:,.0f} samples in batches of {args.batch:,}, 784-64-10, one thread")
+    print(f"{F.total:,.0f} samples in batches of {args.batch:,}, 784-64-10, one thread")
     print(f"one product: {seconds:.1f} s, of which {loading:.1f} s make the data")
     print(f"peak memory: {peak():.0f} MiB, after a product with one batch {one:.0f} MiB")
 

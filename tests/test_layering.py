@@ -10,9 +10,11 @@ ROOT = Path(__file__).parents[1]
 LEVELS = {
     "vector": 0,
     "status": 0,
+    "recorded": 0,
     "_clash": 0,
     "autodiff": 0,
     "subsample": 0,
+    "replay": 0,
     "distributions": 1,
     "distributions.family": 0,
     "distributions.gaps": 0,
@@ -67,6 +69,7 @@ LEVELS = {
     "solvers.radius": 0,
     "solvers.cg": 2,
     "operators.ggn": 2,
+    "operators.output_hessian": 2,
     "operators.sampled": 2,
     "operators.batches": 2,
     "linearise.functional": 1,
@@ -79,7 +82,8 @@ LEVELS = {
     "preconditioners.recycled": 4,
     "preconditioners.kfac": 4,
     "preconditioners.kfac_layers": 4,
-    "preconditioners.kfac_noise": 4,
+    "preconditioners.output_noise": 4,
+    "preconditioners.kfac_factors": 4,
     "preconditioners.kronecker": 4,
     "solvers.constrained": 3,
     "solvers.kl_ball": 1,
@@ -124,7 +128,11 @@ def imports(path):
             yield from ((alias.name, []) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             base = package[: len(package) - node.level + 1] if node.level else ()
-            yield ".".join([*base, *filter(None, [node.module])]), [a.name for a in node.names]
+            names = [alias.name for alias in node.names]
+            if node.level and node.module is None:  # from . import a_module
+                yield from ((".".join([*base, name]), []) for name in names)
+            else:
+                yield ".".join([*base, *filter(None, [node.module])]), names
 
 
 def modules(package):

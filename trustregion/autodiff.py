@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.autograd.graph import get_gradient_edge
+
+from . import recorded
 
 _NOT_TWICE = ("derivative for", "double backward", "differentiate twice")
 
@@ -32,9 +33,12 @@ def differentiate(
         create_graph: record a graph of the result.
 
     Raises:
+        ValueError: a graph of the result would hold a gradient hook of an input.
         RuntimeError: the graph was freed or overwritten, or has no second derivative.
 
     """
+    if create_graph:
+        require_unhooked(inputs)
     with explained():
         return torch.autograd.grad(
             outputs,
@@ -44,6 +48,59 @@ def differentiate(
             retain_graph=True,
             allow_unused=True,
         )
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Return whether an error says that the memory did not suffice, which no other way mends."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(w in str(error) for w in _CPU_ALLOCATOR)
+
+
+_CPU_ALLOCATOR = ("not enough memory", "can't allocate memory")
+
+
+def require_unhooked(inputs: Iterable[Tensor]) -> None:
+    """Raise a ValueError where a gradient hook changes the gradient of an input.
+
+    Autograd's gradient passes through such a hook and is then not that of the function, of which
+    the products with its Jacobian or its Hessian are. Each hook is called once, with a large random
+    gradient, to see whether it changes it; hooks that only look are allowed.
+    """
+    for i, t in enumerate(inputs):
+        for key, hook in recorded.gradient_hooks(t).items():
+            if key in _ONLY_LOOK:
+                continue
+            if _changes(hook, t):
+                raise ValueError(
+                    "a gradient hook (register_hook) changes the gradient of tensor"
+                    f" {i}, of shape {tuple(t.shape)}, to one that is not that of the function,"
+                    " whose curvature is asked for. Remove the hook: clipping is not needed, since"
+                    " delta or the radius bounds the step; entries that must stay fixed belong in a"
+                    " tensor of their own that does not require a gradient"
+                )
+            if len(_ONLY_LOOK) > _MANY:
+                _ONLY_LOOK.clear()
+            _ONLY_LOOK.add(key)
+
+
+_ONLY_LOOK: set[tuple[int, int]] = set()  # hooks that were called once and changed nothing
+_MANY = 10_000  # hooks in that set, after which it is emptied
+
+
+@torch.no_grad()
+def _changes(hook: Callable[[Tensor], Any], t: Tensor) -> bool:
+    generator = torch.Generator().manual_seed(0)
+    scale = 1024.0 if torch.finfo(t.dtype).bits == 16 else 2.0**20  # beyond any sensible clip
+    probe = (scale * torch.randn(t.shape, generator=generator)).to(t)
+    given = probe.clone()
+    try:
+        result = hook(given)
+    except Exception as error:
+        if out_of_memory(error):
+            raise
+        return False  # a guard against large gradients: it stops a step, and changes none
+    return not all(torch.equal(probe, x) for x in (given, result) if x is not None)
 
 
 @contextmanager
@@ -57,13 +114,15 @@ def explained() -> Iterator[None]:
 
 def raise_in_words(error: RuntimeError) -> NoReturn:
     """Raise the error in words, or as it is where torch says enough."""
-    reason = _explain(str(error))
+    reason = explanation(error)
     if reason is None:
         raise error
     raise RuntimeError(f"{reason} (torch said: {error})") from error
 
 
-def _explain(text: str) -> str | None:
+def explanation(error: Exception) -> str | None:
+    """Return in words why a graph cannot be differentiated; None where torch says enough."""
+    text = str(error)
     if "backward through the graph a second time" in text:
         return (
             "the graph was already freed: the closure must not call backward(), it only returns"
@@ -71,6 +130,8 @@ def _explain(text: str) -> str | None:
         )
     if "modified by an inplace operation" in text:
         return "a tensor that the graph needs was modified in place after the forward pass"
+    if "between dense and sparse" in text:
+        return "a gradient is sparse, and curvature needs dense ones: build with sparse=False"
     if "vmap: inplace arithmetic" in text:
         return (
             "these products cannot be taken under torch.func.vmap: make the operator with"
@@ -93,7 +154,7 @@ NOT_TWICE = (
 
 def require_recorded(node: Any) -> None:
     """Raise a RuntimeError where the graph behind a node was never recorded."""
-    if type(node).__name__ == "CheckpointFunctionBackward":
+    if recorded.is_reentrant_checkpoint(node):
         raise RuntimeError(
             "the graph holds a reentrant checkpoint, behind which the parameters cannot be seen:"
             " call torch.utils.checkpoint.checkpoint with use_reentrant=False"
@@ -127,10 +188,6 @@ def upstream(
             continue
         node = edge[0]
         require_recorded(node)
-        backward = getattr(getattr(node, "_forward_cls", None), "backward", None)
-        if getattr(backward, "__code__", None) is _ONCE:
+        if recorded.is_once_differentiable(node):
             raise RuntimeError(NOT_TWICE)
-        todo += [source for source in node.next_functions if source[0] is not None]
-
-
-_ONCE = getattr(once_differentiable(lambda _: None), "__code__", object())
+        todo += [source for source in recorded.sources(node) if source[0] is not None]

@@ -1,4 +1,4 @@
-"""The outcome of every solver and step, one word each, with the sentence a user reads."""
+"""The outcome of a solve or a step: one word, and a sentence for the user."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import enum
 class Status(enum.Enum):
     """How a solve or a step ended.
 
-    A numerical failure is a value of this type, never an exception and never a silent patch.
-    ``status.value`` is a stable word for logs and files, ``str(status)`` the sentence.
+    A numerical failure is a value of this type, never an exception and never a silent correction.
+    ``status.value`` is a stable word for logs and files; ``str(status)`` is the sentence.
 
     Example:
         >>> Status("max_iter") is Status.MAX_ITER
         True
         >>> print(Status.STATIONARY)
-        The gradient is exactly zero: nothing to do, the parameters are unchanged.
+        The gradient is exactly zero: the parameters are unchanged.
 
     """
 
@@ -30,7 +30,7 @@ class Status(enum.Enum):
     )
     ZERO_CURVATURE = (
         "zero_curvature",
-        "The curvature along the direction is zero to working precision: it does not bound a step.",
+        "The curvature along a direction is zero to working precision: it does not bound a step.",
     )
     INDEFINITE_PRECONDITIONER = (
         "indefinite_preconditioner",
@@ -38,51 +38,54 @@ class Status(enum.Enum):
     )
     NONFINITE_INPUT = (
         "nonfinite_input",
-        "The right-hand side or the starting point holds a NaN or an infinity.",
+        "The right-hand side or the starting point contains a NaN or an infinity.",
     )
     NONFINITE_OPERATOR = (
         "nonfinite_operator",
-        "A product with the operator or the preconditioner held a NaN or an infinity,"
+        "A product with the operator or the preconditioner contains a NaN or an infinity,"
         " or the solution overflowed.",
     )
 
     STAGNATED = (
         "stagnated",
-        "The residual cannot be brought, or shown to be, below the tolerance: the working precision"
-        " allows no more.",
+        "The working precision does not allow the residual to be reduced below the tolerance, or"
+        " to be verified to be below it.",
     )
     PROGRESS_BELOW_TOLERANCE = (
         "progress_below_tolerance",
-        "The model value improved by less than the asked fraction an iteration.",
+        "The model value improved by less than the requested fraction per iteration.",
     )
     BREAKDOWN = (
         "breakdown",
-        "The recurrence broke down: a search direction vanished while the residual has not."
+        "The recurrence broke down: a search direction vanished and the residual did not."
         " The preconditioner is singular, or a vector underflowed.",
     )
     LEAST_SQUARES = (
         "least_squares",
-        "The system has no solution; x makes the residual's norm as small as it can be.",
+        "The system has no solution; x minimizes the norm of the residual.",
     )
 
     # Trust-region subproblems
-    BOUNDARY = "boundary", "The path of iterates left the trust region: the step ends at its edge."
+    BOUNDARY = "boundary", "The iterates left the trust region: the step ends at its boundary."
     INFEASIBLE = (
         "infeasible",
-        "No step within the ball satisfies the linear constraints: the step returned reduces their"
+        "No step within the ball satisfies the linear constraints: the returned step reduces their"
         " violation.",
     )
 
     # Optimizer steps
-    ACCEPTED = "accepted", "The step was taken: the loss fell and the KL is within delta."
+    ACCEPTED = (
+        "accepted",
+        "The step was taken: the loss decreased, and the KL, if one is bounded, is within delta.",
+    )
     RECOVERING = (
         "recovering",
-        "The step was taken to reduce the violation of a constraint: the KL is within delta, the"
-        " loss may have risen.",
+        "The step was taken to reduce the violation of a constraint: the KL is within delta, but"
+        " the loss may have increased.",
     )
     STATIONARY = (
         "stationary",
-        "The gradient is exactly zero: nothing to do, the parameters are unchanged.",
+        "The gradient is exactly zero: the parameters are unchanged.",
     )
     ZERO_LENGTH = (
         "zero_length",
@@ -108,14 +111,14 @@ class Status(enum.Enum):
     )
     REJECTED_RATIO = (
         "rejected_ratio",
-        "No radius that was tried reduced the loss as its quadratic model said: the parameters were"
-        " restored.",
+        "No radius that was tried reduced the loss as its quadratic model predicted: the parameters"
+        " were restored.",
     )
     NOT_REPRODUCIBLE = (
         "not_reproducible",
-        "The closure returned something else at the parameters before the step than in its first"
-        " call, so no trial can be compared: the parameters were restored. check_closure tests for"
-        " it.",
+        "A second call of the closure at the initial parameters returned another value than the"
+        " first, so that no trial can be compared: the parameters were restored. check_closure"
+        " tests a closure for this.",
     )
     NONFINITE_LOSS = (
         "nonfinite_loss",
@@ -123,7 +126,7 @@ class Status(enum.Enum):
     )
     NONFINITE_GRADIENT = (
         "nonfinite_gradient",
-        "The gradient holds a NaN or an infinity: the parameters are unchanged.",
+        "The gradient contains a NaN or an infinity: the parameters are unchanged.",
     )
     NONFINITE_TRIAL = (
         "nonfinite_trial",
@@ -132,12 +135,12 @@ class Status(enum.Enum):
     )
 
     def __new__(cls, value: str, message: str) -> Status:
-        """Make a member known by its word, carrying its sentence."""
+        """Make a member with ``value`` as its word and ``message`` as its sentence."""
         member = object.__new__(cls)
         member._value_ = value
         member.message = message
         return member
 
     def __str__(self) -> str:
-        """Return the sentence a user reads."""
+        """Return the sentence for the user."""
         return self.message

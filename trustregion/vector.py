@@ -1,6 +1,6 @@
-"""A list of parameters seen as one flat vector; the only file that knows parameter shapes.
+"""A list of parameters as one flat vector, with inner products and norms of such vectors.
 
-Inner products of flat vectors stand here too.
+This is the only file that handles the shapes of parameters.
 """
 
 from __future__ import annotations
@@ -15,18 +15,20 @@ from torch import Tensor
 class ParameterVector:
     """The flat view ``theta`` of shape ``(n,)`` of a list of parameters.
 
-    The vector keeps references, not copies: it reads and writes the parameters themselves.
-    Non-contiguous parameters are read and written in their logical order. Parameters must share
-    one real floating dtype (float32 or float64) and one device, and appear once each: a tied
-    parameter is one tensor used in several places, as ``module.parameters()`` lists it.
+    The vector holds references, not copies: it reads and writes the parameters themselves.
+    Non-contiguous parameters are read and written in their logical order. All parameters must have
+    the same dtype, float32 or float64, and the same device. Each must appear once: a tied
+    parameter is one tensor that is used in several places, and ``module.parameters()`` lists it
+    once.
 
     Args:
         params: the parameters, in the order of their slices of the vector.
-        names: optional names for error messages; positions are used otherwise.
+        names: the names of the parameters in error messages. The default is their positions.
 
     Raises:
-        TypeError: something in ``params`` is not a tensor of float32 or float64.
-        ValueError: no parameters, mixed dtypes or devices, the same memory listed twice.
+        TypeError: an element of ``params`` is not a tensor, or not of float32 or float64.
+        ValueError: there are no parameters, they differ in dtype or device, or the same memory is
+            listed twice.
 
     Example:
         >>> weight, bias = torch.zeros(2, 2), torch.ones(1)
@@ -96,15 +98,31 @@ class ParameterVector:
                 )
 
     def ravel(self, tensors: Sequence[Tensor | None]) -> Tensor:
-        """Concatenate tensors shaped like the parameters to a new ``(n,)`` vector; None is zero."""
+        """Concatenate tensors shaped like the parameters to a new ``(n,)`` vector.
+
+        None stands for zeros.
+
+        Raises:
+            TypeError: a tensor is sparse.
+
+        """
         flat = [
-            p.new_zeros(p.numel()) if t is None else t.reshape(-1)
-            for t, p in zip(tensors, self.params, strict=True)
+            p.new_zeros(p.numel()) if t is None else self._dense(i, t).reshape(-1)
+            for i, (t, p) in enumerate(zip(tensors, self.params, strict=True))
         ]
         return torch.cat(flat)
 
+    def _dense(self, position: int, t: Tensor) -> Tensor:
+        """Return ``t``, or raise if it is sparse, as for ``nn.Embedding(sparse=True)``."""
+        if t.layout is not torch.strided:
+            raise TypeError(
+                f"the gradient of parameter {self.names[position]} is sparse, and curvature needs"
+                " dense ones: build the layer with sparse=False"
+            )
+        return t
+
     def ravel_at(self, positions: Sequence[int], tensors: Sequence[Tensor | None]) -> Tensor:
-        """Return the ``(n,)`` vector of tensors for some of the parameters; zero elsewhere."""
+        """Return the ``(n,)`` vector of tensors for some parameters, with zeros elsewhere."""
         slots: list[Tensor | None] = [None] * len(self.params)
         for i, t in zip(positions, tensors, strict=True):
             slots[i] = t
@@ -114,6 +132,14 @@ class ParameterVector:
         """Return views of an ``(n,)`` vector shaped like the parameters."""
         parts = vector.split(self.sizes)
         return [part.view(p.shape) for part, p in zip(parts, self.params, strict=True)]
+
+    def tangents(self, vector: Tensor) -> list[Tensor]:
+        """Return an ``(n,)`` vector as tensors shaped like the parameters, for reading only.
+
+        Unlike the views of :meth:`unravel`, they are valid tangents of a parameter that holds
+        complex numbers as real pairs: see :func:`split_like`.
+        """
+        return split_like(vector, self.params)
 
     @torch.no_grad()
     def values(self) -> Tensor:
@@ -125,7 +151,7 @@ class ParameterVector:
         """Write an ``(n,)`` vector into the parameters in place, bit for bit."""
         for p, part in zip(self.params, self.unravel(vector), strict=True):
             p.copy_(part)
-        torch.clear_autocast_cache()  # it holds casts of the old values while autocast lasts
+        torch.clear_autocast_cache()  # under autocast it holds casts of the old values
 
     def name_nonfinite(self, vector: Tensor) -> str | None:
         """Return the name of the first parameter whose slice is not finite, or None."""
@@ -136,9 +162,24 @@ class ParameterVector:
         return next(bad)
 
 
+def split_like(vector: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Return the consecutive parts of an ``(n,)`` vector, shaped like ``tensors``.
+
+    A part is a view, or a copy where a view could not be read as complex pairs:
+    ``torch.view_as_complex``, which is the derivative of ``torch.view_as_real``, requires an even
+    storage offset, and even strides, of which ``n`` is one under ``vmap``.
+    """
+    parts = vector.split([t.numel() for t in tensors])
+    odd = vector.numel() % 2
+    return [
+        (part.clone() if odd or part.storage_offset() % 2 else part).view(t.shape)
+        for part, t in zip(parts, tensors, strict=True)
+    ]
+
+
 def dot(u: Tensor, v: Tensor) -> float:
     """Return the inner product ``u'v`` of two ``(n,)`` vectors, accumulated in float64."""
-    if u.dtype is not torch.float64:  # asked first: a cast to the same dtype costs a quarter
+    if u.dtype is not torch.float64:  # a cast to the same dtype would cost a quarter of the time
         u = u.double()
     if v.dtype is not torch.float64:
         v = v.double()
@@ -146,14 +187,14 @@ def dot(u: Tensor, v: Tensor) -> float:
 
 
 def exponent(u: Tensor) -> int | None:
-    """Return ``e`` with max|u| in [2^(e-1), 2^e), or None for ``u = 0``."""
+    """Return the ``e`` with max|u| in [2^(e-1), 2^e), or None for ``u = 0``."""
     largest = u.abs().max().item() if u.numel() else 0.0
     return math.frexp(largest)[1] if largest else None
 
 
 def ldexp(u: Tensor, e: int) -> Tensor:
     """Return ``u * 2^e`` as a new tensor, exact unless the result over- or underflows."""
-    part = max(min(e, 1000), -1000)  # in steps, since 2^1074 is not a float64
+    part = max(min(e, 1000), -1000)  # in parts, since 2^1074 is not a float64
     out = u.double() * math.ldexp(1.0, part)
     return (ldexp(out, e - part) if e != part else out).to(u.dtype)
 

@@ -1,4 +1,4 @@
-"""Which families of torch.distributions are known, and which are refused for which reason."""
+"""The families of torch.distributions: the supported ones, and the refused ones with a reason."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ def _logits_and_count(distribution: _Counted) -> Tensors:
     if isinstance(count, Tensor) and count.requires_grad:
         raise TypeError(
             f"a {type(distribution).__name__} whose total_count requires a gradient is refused as a"
-            " trust-region metric: only for a fixed count has its KL a closed form. Detach it, or"
-            " give it to MonteCarloFisherOperator or EmpiricalFisherOperator"
+            " trust-region metric: its KL has a closed form for a fixed count only. Detach it, or"
+            " use MonteCarloFisherOperator or EmpiricalFisherOperator"
         )
-    if not isinstance(count, Tensor):  # of a Multinomial, whose logits have an event dimension
+    if not isinstance(count, Tensor):  # a Multinomial, whose logits have an event dimension
         return logits, torch.full_like(logits[..., 0], count, requires_grad=False)
     return logits, count
 
@@ -83,14 +83,14 @@ FAMILIES: dict[type[Distribution], Family] = {
 
 _SUPPORT = "its support moves with its parameters, so the Fisher matrix does not exist"
 _NO_KL = (
-    "no closed form of its KL that is exact for small changes is known here."
-    " MonteCarloFisherOperator and EmpiricalFisherOperator do without one"
+    "no closed form of its KL that is exact for small changes is implemented."
+    " MonteCarloFisherOperator and EmpiricalFisherOperator do not need one"
 )
 REFUSED: dict[type[Distribution], str] = {
     td.Laplace: (
-        "its KL is not smooth at equal parameters, where automatic differentiation takes the"
-        " curvature of |x| for zero, so the Hessian of the KL is not the Fisher matrix."
-        " MonteCarloFisherOperator and EmpiricalFisherOperator do without one"
+        "its KL is not smooth at equal parameters, where automatic differentiation returns a"
+        " curvature of zero for |x|, so the Hessian of the KL is not the Fisher matrix."
+        " MonteCarloFisherOperator and EmpiricalFisherOperator do not need a KL"
     ),
     td.Uniform: _SUPPORT,
     td.Pareto: _SUPPORT,

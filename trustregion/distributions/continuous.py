@@ -1,4 +1,4 @@
-"""Continuous families but the normal ones: KL without cancellation, Fisher in closed form."""
+"""Continuous families except the normal ones: KL without cancellation, Fisher in closed form."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def exponential_fisher(params: Tensors) -> Metric:
 def gamma_kl(old: Tensors, new: Tensors) -> Tensor:
     """Return the KL of gammas, parameters concentration and rate.
 
-    The gap of ``lgamma(a) - a log a``, and what the means ``a / b`` differ.
+    It is the gap of ``lgamma(a) - a log a`` plus a term for the difference of the means ``a / b``.
     """
     valid = positive(*old, *new)
     (a0, b0), (a1, b1) = old, new
@@ -68,8 +68,9 @@ def shape_fisher(params: Tensors) -> Metric:
 def dirichlet_kl(old: Tensors, new: Tensors) -> Tensor:
     """Return the KL of Dirichlets, parameter concentration.
 
-    The sum of the concentrations times a categorical KL of the means, new to old, and gaps of
-    ``lgamma(a) - a log a`` in which the one of the sum is always a part only of the others.
+    It is the sum of the concentrations times a categorical KL of the means, new to old, plus the
+    gaps of ``lgamma(a) - a log a`` of the concentrations, minus the gap of their sum, which is
+    always smaller.
     """
     valid = positive(old[0], new[0])
     possible = valid.all(-1)
@@ -135,8 +136,8 @@ def half_cauchy_fisher(params: Tensors) -> Metric:
 def _gumbel_gap(m: Tensor, e: Tensor, c: Tensor) -> Tensor:
     """Return the KL of Gumbels for the ratio ``c = 1 + e`` of scales, and ``m`` new scales apart.
 
-    With ``w = m + lgamma(1 + c)`` it is ``exp_gap(w)`` and the gap of lgamma between 1 and ``c``,
-    which is the one between 2 and ``1 + c`` and a logarithm.
+    With ``w = m + lgamma(1 + c)`` it is ``exp_gap(w)`` plus the gap of lgamma between 1 and ``c``,
+    which is the gap between 2 and ``1 + c`` plus the gap of a logarithm.
     """
     two = torch.full_like(c, 2.0)
     above = stirling_gap(two, 1 + c, e) + entropy_gap(two, 1 + c, e)
@@ -165,8 +166,8 @@ def gumbel_fisher(params: Tensors) -> Metric:
 def weibull_kl(old: Tensors, new: Tensors) -> Tensor:
     """Return the KL of Weibulls, parameters scale and concentration.
 
-    That of Gumbels, since minus the logarithm of a Weibull is one, with loc ``-log(scale)`` and
-    scale ``1 / concentration``.
+    Minus the logarithm of a Weibull variable is a Gumbel variable with loc ``-log(scale)`` and
+    scale ``1 / concentration``, and the KL is invariant under this map.
     """
     (s0, k0), (s1, k1) = old, new
     t = (s0 - s1) / s1

@@ -1,7 +1,7 @@
 """The discrete families: KL without cancellation, Fisher matrix in closed form.
 
-Counts are a parameter tensor that never moves: its entries of the Fisher matrix are zero, and two
-distributions with different counts are infinitely far apart.
+Counts are a constant parameter tensor: its entries of the Fisher matrix are zero, and the KL of two
+distributions with different counts is infinite.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from torch.nn.functional import log_softmax, logsigmoid
 from .family import Metric, Tensors
 from .gaps import exp_gap, log_gap
 
-_OVERFLOW = 300.0  # its exp, and a sum of many, is still a float64
+_OVERFLOW = 300.0  # its exp, and a sum of many such terms, does not overflow in float64
 
 
 def categorical_kl(old: Tensors, new: Tensors) -> Tensor:
-    """Return the KL of categoricals, parameter logits; -inf is an action that is masked."""
+    """Return the KL of categoricals, parameter logits; a logit of -inf is a masked action."""
     l0, l1 = old[0], new[0]
-    # Normalised anew: float32 logits are normalised to 1e-7 only, which a KL of 1e-8 would show.
+    # Logits from float32 are normalized to 1e-7 only, which would affect a KL of 1e-8.
     log_p = log_softmax(l0, -1)
     p = log_p.exp()
-    # With the mean of l1 - l0 under p taken off, KL = log(sum p exp(c)) = log1p(sum p exp_gap(c)).
+    # Without the mean of l1 - l0 under p, KL = log(sum p exp(c)) = log1p(sum p exp_gap(c)).
     here, there = l0 > -torch.inf, l1 > -torch.inf
     c = torch.where(here & there, l1 - l0, 0.0)
     c = c - (p * c).sum(-1, keepdim=True)
@@ -35,8 +35,8 @@ def categorical_kl(old: Tensors, new: Tensors) -> Tensor:
 
 
 def _expected_difference(p: Tensor, log_p: Tensor, log_q: Tensor) -> Tensor:
-    """Return p (log p - log q): 0 for p = 0, a masked action; inf for p > 0 = q."""
-    possible = p > 0  # masked inside, where a derivative would see inf - inf
+    """Return p (log p - log q): 0 for p = 0, a masked action, and inf for p > 0 = q."""
+    possible = p > 0  # masked inside, since a derivative would contain inf - inf
     return p * (torch.where(possible, log_p, 0.0) - torch.where(possible, log_q, 0.0))
 
 
@@ -55,8 +55,10 @@ def bernoulli_kl(old: Tensors, new: Tensors) -> Tensor:
     """Return the KL of Bernoullis, parameter logits."""
     l0, l1 = old[0], new[0]
     change = l1 - l0
-    near = change.abs() <= 1  # not so for two infinite ones
-    sign = torch.where(l0 > 0, -1.0, 1.0).to(l0)  # counts the rarer outcome: 1 - p is not small
+    near = change.abs() <= 1  # False for two infinite logits
+    sign = torch.where(l0 > 0, -1.0, 1.0).to(
+        l0
+    )  # p is for the rarer outcome, so that 1 - p is not small
     d, p = torch.where(near, sign * change, 0.0), torch.sigmoid(sign * l0)
     u = p * d.expm1()
     gap = p * exp_gap(d) - log_gap(u, 1 + u)
@@ -75,15 +77,15 @@ def bernoulli_fisher(params: Tensors) -> Metric:
 
 
 def _for_each(old: Tensor, new: Tensor) -> Tensor:
-    """Return the KL of Bernoullis for each expected success, ``KL / p``."""
+    """Return the KL of Bernoullis per expected success, ``KL / p``."""
     p = torch.sigmoid(old)
-    rare = p < torch.finfo(p.dtype).tiny * 2.0**52  # where the quotient has lost digits, or is 0/0
+    rare = p < torch.finfo(p.dtype).tiny * 2.0**52  # the quotient has lost digits, or is 0/0
     kl = torch.where(rare, 0.0, bernoulli_kl((old,), (new,))) / torch.where(rare, 1.0, p)
     return torch.where(rare, exp_gap(torch.where(rare, new - old, 0.0)), kl)
 
 
 def geometric_kl(old: Tensors, new: Tensors) -> Tensor:
-    """Return the KL of geometrics, parameter logits of a success, which ends the trials."""
+    """Return the KL of geometrics, parameter logits of the success that ends the trials."""
     return _for_each(old[0], new[0])
 
 
@@ -94,11 +96,11 @@ def geometric_fisher(params: Tensors) -> Metric:
 
 
 def counted(kl: Callable[[Tensors, Tensors], Tensor]) -> Callable[[Tensors, Tensors], Tensor]:
-    """Return the KL of a sum of n like ones, with n as the second parameter."""
+    """Return the KL of a sum of n equal variables, with n as the second parameter."""
 
     def of_sum(old: Tensors, new: Tensors) -> Tensor:
         possible = (old[1] == new[1]) & (old[1] >= 0)
-        # no trial says nothing, also of logits for which the KL of one is infinite
+        # zero trials have a KL of zero, even if the KL of one trial is infinite
         value = torch.where(old[1] > 0, kl(old[:1], new[:1]), 0.0)
         return torch.where(possible, torch.where(possible, old[1], 1.0) * value, torch.inf)
 
@@ -108,7 +110,7 @@ def counted(kl: Callable[[Tensors, Tensors], Tensor]) -> Callable[[Tensors, Tens
 def counted_fisher(
     fisher: Callable[[Tensors], Metric], event_dims: int = 0
 ) -> Callable[[Tensors], Metric]:
-    """Return the Fisher matrix of a sum of n like ones, with n as the second parameter."""
+    """Return the Fisher matrix of a sum of n equal variables, with n as the second parameter."""
 
     def of_sum(params: Tensors) -> Metric:
         metric = fisher(params[:1])
@@ -128,17 +130,17 @@ def failures_kl(old: Tensors, new: Tensors) -> Tensor:
 
 
 def failures_fisher(params: Tensors) -> Metric:
-    """Return the Fisher matrix of the successes before one failure in the logits."""
+    """Return the Fisher matrix of the successes before one failure in their logits."""
     success = torch.sigmoid(params[0])
     return lambda d: (success * d[0],)
 
 
 def poisson_kl(old: Tensors, new: Tensors) -> Tensor:
-    """Return the KL of Poissons, parameter rate; a rate of 0 is a certain 0."""
+    """Return the KL of Poissons, parameter rate; a rate of 0 gives 0 with certainty."""
     r0, r1 = old[0], new[0]
     valid = (r0 >= 0) & (r1 >= 0) & r0.isfinite() & r1.isfinite()
     some = valid & (r0 > 0)
-    s0, s1 = torch.where(some, r0, 1.0), torch.where(some, r1, 1.0)  # no derivative is NaN
+    s0, s1 = torch.where(some, r0, 1.0), torch.where(some, r1, 1.0)  # so that no derivative is NaN
     kl = s0 * log_gap((s1 - s0) / s0, s1 / s0)
     return torch.where(valid, torch.where(some, kl, r1), torch.inf)
 

@@ -1,4 +1,4 @@
-"""What the package needs to know of a distribution family."""
+"""The interface of a distribution family."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ class Family:
     """A distribution family in closed form.
 
     Attributes:
-        parameters: distribution -> its parameter tensors, still attached to the graph, each with
-            the batch shape in front.
-        kl: ``(old, new)`` parameter tensors -> KL(old || new), one value per element of the batch
-            shape, or more of them that are to be summed. Called with float64 tensors.
+        parameters: distribution -> its parameter tensors, attached to the graph. Their shapes start
+            with the batch shape.
+        kl: ``(old, new)`` parameter tensors in float64 -> KL(old || new), one value per element of
+            the batch shape, or several values that are summed.
         fisher: parameter tensors -> the map ``d -> M d`` from a change of the parameter tensors to
-            a tuple of the same shapes. What does not depend on ``d`` is computed once.
+            a tuple of the same shapes. Terms that do not depend on ``d`` are computed once.
 
     """
 
@@ -35,7 +35,8 @@ class Family:
 def in_float64(fisher: Callable[[Tensors], Metric]) -> Callable[[Tensors], Metric]:
     """Return ``fisher`` evaluated in float64 for parameters of any dtype.
 
-    For families whose ``M d`` is a difference of large numbers, or has squares that overflow.
+    It is for families whose ``M d`` is a difference of large numbers, or contains squares that
+    overflow.
     """
 
     def wrapped(params: Tensors) -> Metric:
@@ -51,7 +52,7 @@ def in_float64(fisher: Callable[[Tensors], Metric]) -> Callable[[Tensors], Metri
 
 
 def positive(*tensors: Tensor) -> Tensor:
-    """Return where all of the tensors are positive and finite, which a NaN is not."""
+    """Return a mask of the elements that are positive and finite in all tensors."""
     first, *others = tensors
     valid = (first > 0) & (first < torch.inf)
     for t in others:

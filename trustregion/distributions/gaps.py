@@ -1,8 +1,8 @@
 r"""Gaps of convex functions above their tangents, :math:`f(x_1) - f(x_0) - f'(x_0)(x_1 - x_0)`.
 
-The KL of an exponential family is such a gap. Taken as written it loses all digits for near points;
-here each is a sum of terms that are computed to rounding error and do not cancel. All are plain
-tensor code in float64 and can be differentiated twice, also where the two points are equal.
+The KL of an exponential family is such a gap. Evaluated as written, it loses all digits for close
+points; here each gap is a sum of terms that are accurate to rounding error and do not cancel. All
+are tensor operations in float64 and twice differentiable, also at equal points.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# Below them the series below are exact to rounding; above them a difference loses two digits.
+# Up to these arguments the series are exact to rounding; beyond, a difference loses two digits.
 _NEAR_LOG = 1 / 8
 _NEAR_EXP = 1 / 64
-_HUGE = 1e300  # infinity less this is infinite and not a NaN
-_SHIFT = 10  # Stirling's series is taken at arguments from here on
+_HUGE = 1e300  # infinity minus this is infinite and not a NaN
+_SHIFT = 10  # the smallest argument of Stirling's series
 # B_2j / (2j (2j - 1)), the coefficients of x^(1 - 2j) in Stirling's series (DLMF 5.11.1)
 _STIRLING = (
     1 / 12,
@@ -54,12 +54,13 @@ def entropy_gap(x0: Tensor, x1: Tensor, d: Tensor) -> Tensor:
 def stirling_gap(x0: Tensor, x1: Tensor, d: Tensor) -> Tensor:
     """Return the gap of ``lgamma(x) - x log x`` for positive points ``d = x1 - x0`` apart.
 
-    It is convex, since trigamma(x) > 1/x. Stirling's series from 10 on, the recurrence below.
+    It is convex, since trigamma(x) > 1/x. Stirling's series is used from 10 on, and the recurrence
+    for smaller points.
     """
     low = torch.minimum(x0, x1) < _SHIFT
     start = torch.where(low, float(_SHIFT), 0.0)
     series = _series_gap(x0 + start, x1 + start, d)
-    # 1 and 1 have no gap
+    # the gap of 1 and 1 is zero
     x0, x1, d = torch.where(low, x0, 1.0), torch.where(low, x1, 1.0), torch.where(low, d, 0.0)
     out = entropy_gap(x0 + _SHIFT, x1 + _SHIFT, d) - entropy_gap(x0, x1, d)
     for k in range(_SHIFT):
@@ -93,6 +94,6 @@ def stirling_curvature(x: Tensor) -> Tensor:
     for j, c in enumerate(_STIRLING, 1):
         series = series + c * (2 * j - 1) * (2 * j) * power
         power = power * y * y
-    # torch's trigamma is exact to 1e-9 only, its Hurwitz zeta function to rounding
+    # torch's trigamma is accurate to 1e-9 only, its Hurwitz zeta function to rounding
     near = torch.special.zeta(2.0, small) - small.reciprocal()
     return torch.where(low, near, series)

@@ -10,7 +10,7 @@ from .gaps import log_gap
 
 
 def scale_kl(s0: Tensor, s1: Tensor) -> Tensor:
-    """Return the KL of two normals around one mean; infinite for an impossible scale."""
+    """Return the KL of two normals with the same mean; infinite for an invalid scale."""
     ratio = s0 / s1
     gap = log_gap((s0 - s1) / s1 * (ratio + 1), ratio.square())
     return torch.where(positive(s0, s1), gap / 2, torch.inf)
@@ -27,7 +27,7 @@ def normal_kl(old: Tensors, new: Tensors) -> Tensor:
     (mu0, s0), (mu1, s1) = old, new
     spread = scale_kl(s0, s1)
     both = spread + ((mu0 - mu1) / s1).square() / 2
-    return torch.where(spread < torch.inf, both, spread)  # 0/0 where the scale is impossible
+    return torch.where(spread < torch.inf, both, spread)  # 0/0 for an invalid scale
 
 
 def normal_fisher(params: Tensors) -> Metric:
@@ -42,7 +42,7 @@ def mvn_kl(old: Tensors, new: Tensors) -> Tensor:
     (mu0, l0), (mu1, l1) = old, new
     d0, d1 = l0.diagonal(dim1=-2, dim2=-1), l1.diagonal(dim1=-2, dim2=-1)
     possible = positive(d0, d1).all(-1)
-    # L1^-1 L0 - 1, of the difference so that near factors lose nothing
+    # L1^-1 L0 - 1, computed from the difference so that close factors lose no digits
     a = torch.linalg.solve_triangular(l1, (l0 - l1).tril(), upper=False)
     z = torch.linalg.solve_triangular(l1, (mu0 - mu1).unsqueeze(-1), upper=False)
     below = a.tril(-1).square().sum((-2, -1))
@@ -54,7 +54,9 @@ def mvn_fisher(params: Tensors) -> Metric:
     """Return the Fisher matrix of multivariate normals, parameters loc and scale_tril."""
     scale_tril = params[1]
     inverse = torch.linalg.solve_triangular(
-        scale_tril, torch.eye(scale_tril.shape[-1]).to(scale_tril), upper=False
+        scale_tril,
+        torch.eye(scale_tril.shape[-1], device=scale_tril.device).to(scale_tril),
+        upper=False,
     )
     inverse_t = inverse.mT
 
@@ -68,16 +70,17 @@ def mvn_fisher(params: Tensors) -> Metric:
 
 
 def low_rank_kl(old: Tensors, new: Tensors) -> Tensor:
-    """Return the KL of low-rank normals, parameters loc, cov_factor and cov_diag; n^3 a sample.
+    """Return the KL of low-rank normals, parameters loc, cov_factor and cov_diag.
 
-    With ``E = L1^-1 (S0 - S1) L1^-T`` it is ``(tr E - log det(I + E)) / 2`` and the means' part.
+    With ``E = L1^-1 (S0 - S1) L1^-T`` it is ``(tr E - log det(I + E)) / 2`` plus the term of the
+    means. Cost: n^3 operations per sample.
     """
     (mu0, w0, v0), (mu1, w1, v1) = old, new
     valid = positive(v0, v1)
     possible = valid.all(-1)
     v0, v1 = torch.where(valid, v0, 1.0), torch.where(valid, v1, 1.0)
-    eye = torch.eye(v0.shape[-1]).to(v0)
-    # S = D (I + U U') D with D^2 = cov_diag, so that variances of any scale are one
+    eye = torch.eye(v0.shape[-1], device=v0.device).to(v0)
+    # S = D (I + U U') D with D^2 = cov_diag, which normalizes the scale of the variances
     scale = v1.rsqrt().unsqueeze(-1)
     u0, u1, du = scale * w0, scale * w1, scale * (w0 - w1)
     change = du @ u0.mT + u1 @ du.mT + torch.diag_embed((v0 - v1) / v1)
@@ -87,7 +90,7 @@ def low_rank_kl(old: Tensors, new: Tensors) -> Tensor:
     e = (e + e.mT) / 2
     c, info0 = torch.linalg.cholesky_ex(eye + e)
     below = c.tril(-1).square()
-    # The squared pivots less one, of the entries of E and not of 1 + E
+    # The squared pivots minus one, from the entries of E and not of 1 + E
     pivots = e.diagonal(dim1=-2, dim2=-1) - below.sum(-1)
     ratio = c.diagonal(dim1=-2, dim2=-1).square()
     z = torch.linalg.solve_triangular(l1, scale * (mu0 - mu1).unsqueeze(-1), upper=False)
@@ -100,7 +103,7 @@ def low_rank_fisher(params: Tensors) -> Metric:
     _, factor, variance = params
     scale = variance.rsqrt().unsqueeze(-1)
     u = scale * factor
-    eye = torch.eye(variance.shape[-1]).to(variance)
+    eye = torch.eye(variance.shape[-1], device=variance.device).to(variance)
     root, _ = torch.linalg.cholesky_ex(eye + u @ u.mT)
     whiten = torch.linalg.solve_triangular(root, torch.diag_embed(scale.squeeze(-1)), upper=False)
     white_factor = whiten @ factor

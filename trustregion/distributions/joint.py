@@ -16,14 +16,15 @@ class Joint:
     """A prediction as the tuple of its independent factors, for one batch.
 
     Attributes:
-        labels: where each factor stands in the prediction, its type and its transforms.
+        labels: the path of each factor in the prediction, its type and its transforms.
         families: the closed forms of each factor.
         parameters: the parameter tensors of each factor.
-        constants: the constants of each factor's transforms, in float64.
+        constants: the constants of the transforms of each factor, in float64.
         batch_size: the size of the first dimension of the batch.
-        weights: float64, of the shape of one or more leading batch dimensions; None for ones over
-            the first.
-        total: what sums over the batch are divided by: the batch size, or the sum of the weights.
+        weights: the weights in float64, with the shape of one or more leading batch dimensions;
+            None for equal weights over the first dimension.
+        total: the sum of the weights, by which a sum over the batch is divided to give a mean; the
+            batch size without weights.
 
     """
 
@@ -36,7 +37,7 @@ class Joint:
     total: float
 
     def frozen(self) -> Joint:
-        """Return a copy with detached float64 parameters, which later writes cannot change."""
+        """Return a copy with detached float64 parameters, independent of later writes."""
         params = tuple(
             tuple(t.detach().to(torch.float64, copy=True) for t in tensors)
             for tensors in self.parameters
@@ -44,14 +45,14 @@ class Joint:
         return replace(self, parameters=params)
 
     def mean_kl(self, new: Joint) -> Tensor:
-        """KL(self || new), joint over factors and dimensions, mean over the batch, in float64."""
+        """Return KL(self || new): joint over factors and dimensions, mean over the batch."""
         total = torch.zeros((), dtype=torch.float64, device=self.parameters[0][0].device)
         for kl in self._kls(new):
             total = total + self._summed(kl)
         return total / self.total
 
     def largest_kl(self, new: Joint) -> Tensor:
-        """KL(self || new) of the sample where it is largest, of those with a positive weight."""
+        """Return the largest KL(self || new) of a sample with a positive weight."""
         rows = self.batch_size if self.weights is None else int((self.weights > 0).sum())
         return torch.stack([kl.reshape(rows, -1).sum(1) for kl in self._kls(new)]).sum(0).max()
 
@@ -66,13 +67,13 @@ class Joint:
             yield family.kl(old64, new64)
 
     def flat_parameters(self) -> Tensors:
-        """All parameter tensors, factor by factor."""
+        """Return the parameter tensors of all factors."""
         return tuple(t for tensors in self.parameters for t in tensors)
 
     def fisher(self) -> Metric:
         """Return ``d -> M d`` over :meth:`flat_parameters`, summed over the batch.
 
-        The sum is weighted, and samples of weight 0 have rows of exact zeros.
+        The sum is weighted; samples of weight 0 have rows of exact zeros.
         """
         detached = [tuple(self._counted(t.detach()) for t in p) for p in self.parameters]
         maps = [family.fisher(t) for family, t in zip(self.families, detached, strict=True)]
@@ -90,8 +91,8 @@ class Joint:
         return apply
 
     def _counted(self, t: Tensor) -> Tensor:
-        """Return the samples that count, with all weighted dimensions as the first."""
-        # Selected and not multiplied by zero, which an infinity of the padding would survive.
+        """Return the samples of positive weight, with the weighted dimensions flattened to one."""
+        # They are selected, since zero times an infinity in the padding would be NaN.
         return t if self.weights is None else t[self.weights > 0]
 
     def _summed(self, kl: Tensor) -> Tensor:
@@ -101,7 +102,7 @@ class Joint:
         return weights @ kl.reshape(len(weights), -1).sum(1)
 
     def _spread(self, counted: Iterable[Tensor], like: Tensors) -> Iterable[Tensor]:
-        """Return the weighted tensors of the samples that count, among zeros for the others."""
+        """Return the tensors times the weights, with zeros for the samples of weight 0."""
         if self.weights is None:
             return counted
         mask = self.weights > 0
@@ -121,15 +122,15 @@ class Joint:
         if structure(self) != structure(new):
             raise ValueError(
                 "the two predictions differ in structure:"
-                f" {_describe(self)} against {_describe(new)}. The same distributions over the same"
-                " batch are needed to measure a KL: keep the batch fixed within a step"
+                f" {_describe(self)} against {_describe(new)}. A KL needs the same distributions"
+                " over the same batch: keep the batch fixed within a step"
             )
         for label, ours, theirs in zip(self.labels, self.constants, new.constants, strict=True):
             if not all(map(torch.equal, ours, theirs)):
                 raise ValueError(
                     f"the two predictions differ in the constants of the transforms of {label},"
-                    " which must be the same to measure a KL: let the base distribution carry what"
-                    " changes"
+                    " which must be the same for a KL: let the base distribution depend on the"
+                    " model instead"
                 )
         if self.weights is None and new.weights is None:
             return

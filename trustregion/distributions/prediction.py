@@ -1,4 +1,4 @@
-"""From what a model predicts, distributions and their weights, to a joint distribution."""
+"""The predictions of a model, as a joint distribution of independent factors."""
 
 from __future__ import annotations
 
@@ -26,17 +26,20 @@ class Weighted:
     w_i` and :math:`\sum_i w_i J_i' M_i J_i / \sum_i w_i`, so a mask over padded sequences is a
     weight. The loss is the caller's own: it should use the same weights.
 
-    A sample of weight 0 adds exactly nothing to the KL, and ``M`` maps to exact zeros there,
-    whatever the parameters are. Derivatives still pass through the network for it, where zero times
-    NaN is NaN, in a gradient as in a product: give padding finite inputs, such as zeros.
+    A sample of weight 0 contributes exactly zero to the KL, and the result of ``M`` is exactly zero
+    there, for any parameters. Derivatives still pass through the network for this sample, where
+    zero times NaN is NaN, both in a gradient and in a product: give padding finite inputs, such as
+    zeros.
 
-    Accepted wherever a prediction is, around all of it and not inside a dict, list or tuple.
+    It is accepted in place of any prediction, around the whole prediction and not inside a dict,
+    list or tuple.
 
     Args:
         prediction: a distribution, or a dict, list or tuple of independent ones.
-        weights: real, not negative and finite, or bool, with a positive sum. The shape is a leading
-            part of the batch shape of every factor: ``(N,)``, or ``(N, T)`` for the steps of N
-            sequences, which are then the samples of the mean. Taken as constants.
+        weights: a real tensor, finite and not negative, or a bool tensor, with a positive sum. Its
+            shape is a leading part of the batch shape of every factor: ``(N,)``, or ``(N, T)`` for
+            the steps of N sequences, which are then the samples of the mean. The weights are
+            constants: no derivative is taken in them.
 
     Example:
         >>> from torch.distributions import Normal
@@ -53,10 +56,10 @@ class Weighted:
 
 
 def leaves_of(prediction: Factors, path: str = "") -> Iterator[tuple[str, Distribution]]:
-    """Yield the distributions of a prediction, of any family, each with where it stands.
+    """Yield the distributions of a prediction, of any family, each with its path.
 
     Raises:
-        TypeError: something that is not a distribution.
+        TypeError: a part of the prediction is not a distribution.
 
     """
     if isinstance(prediction, Distribution):
@@ -83,10 +86,10 @@ def leaves_of(prediction: Factors, path: str = "") -> Iterator[tuple[str, Distri
 
 
 def batch_size_of(batches: Mapping[str, torch.Size]) -> int:
-    """Return the size of the first dimension, from the batch shape of each factor by its label.
+    """Return the size of the first dimension of the batch shapes, which are given by label.
 
     Raises:
-        ValueError: no factors, factors with different sizes, or an empty batch.
+        ValueError: there are no factors, they differ in size, or the batch is empty.
 
     """
     if not batches:
@@ -102,10 +105,10 @@ def batch_size_of(batches: Mapping[str, torch.Size]) -> int:
 def checked_weights(
     weights: Tensor, batches: Mapping[str, torch.Size], device: torch.device
 ) -> Tensor:
-    """Return the weights in float64 on ``device``, a copy without graph.
+    """Return a detached copy of the weights in float64 on ``device``.
 
     Raises:
-        ValueError: they are no weights of these batches.
+        ValueError: the weights are invalid, or do not fit the batch shapes.
 
     """
     if not isinstance(weights, Tensor) or weights.is_complex():
@@ -148,14 +151,14 @@ def _weights(
 def joint_of(prediction: Prediction) -> Joint:
     """Resolve a prediction (a distribution, or a dict, list or tuple of them) to a :class:`Joint`.
 
-    The first dimension of a distribution's batch shape is the batch; all others, the event
-    dimensions of ``Independent`` and all factors are summed, since they are one joint event.
-    With :class:`Weighted` the batch are all dimensions that the weights have.
+    The first dimension of the batch shape is the batch. All other dimensions, the event dimensions
+    of ``Independent`` and all factors are one joint event, over which the KL is summed. With
+    :class:`Weighted`, all dimensions of the weights are the batch.
 
     Raises:
-        TypeError: not a distribution, or a family that is unknown or refused.
-        ValueError: an empty prediction or batch, factors with different batch sizes, or weights
-            that are no weights of this batch.
+        TypeError: a part is not a distribution, or its family is unknown or refused.
+        ValueError: the prediction or the batch is empty, the factors have different batch sizes, or
+            the weights are invalid or do not fit the batch.
 
     """
     weighted = isinstance(prediction, Weighted)
@@ -186,7 +189,7 @@ def joint_of(prediction: Prediction) -> Joint:
 
 
 def mean_kl(old: Prediction, new: Prediction) -> Tensor:
-    """KL(old || new) in nats: joint over all dimensions, mean over the batch, in float64.
+    """Return KL(old || new) in nats: joint over all dimensions, mean over the batch, in float64.
 
     Args:
         old: a distribution, or a dict, list or tuple of independent ones; :class:`Weighted` for a
@@ -197,7 +200,7 @@ def mean_kl(old: Prediction, new: Prediction) -> Tensor:
         A float64 scalar, differentiable in the parameters of both.
 
     Raises:
-        TypeError: a family that is unknown or refused.
+        TypeError: a family is unknown or refused.
         ValueError: the predictions differ in structure, shape or weights.
 
     Example:

@@ -1,4 +1,4 @@
-"""Finding the family of a distribution, by its exact type."""
+"""The registry of families, by the exact type of a distribution."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ def register_distribution(
     *,
     like: type[Distribution] | None = None,
 ) -> None:
-    """Teach the package a distribution family, or that a subclass behaves like a known one.
+    """Register a distribution family, or a subclass that behaves like a known family.
 
     Families are looked up by exact type, because a subclass may change ``log_prob`` and with it
-    the KL and the Fisher. A registration overrides an earlier one and the list of refusals.
+    the KL and the Fisher matrix. A registration overrides earlier ones and refusals.
 
     Args:
         cls: the distribution class.
-        family: its closed forms.
-        like: instead of ``family``, a known class with the same parameters, KL and Fisher.
+        family: the closed forms of the family.
+        like: instead of ``family``, a known class with the same parameters, KL and Fisher matrix.
 
     Raises:
-        TypeError: ``cls`` is not a class of distributions, ``family`` is not a :class:`Family`.
-        ValueError: both or neither of ``family`` and ``like``, or ``like`` is unknown.
+        TypeError: ``cls`` is not a class of distributions, or ``family`` is not a :class:`Family`.
+        ValueError: both or neither of ``family`` and ``like`` are given, or ``like`` is unknown.
 
     Example:
         >>> import torch
@@ -59,12 +59,12 @@ def register_distribution(
 
 
 class Factor(NamedTuple):
-    """A distribution resolved: its name, its closed forms, and what holds its parameters."""
+    """The name and the closed forms of a distribution, and the distribution with its parameters."""
 
     name: str
     family: Family
     holder: Distribution
-    constants: Tensors  # of its transforms
+    constants: Tensors  # the constants of its transforms
 
 
 def resolve(distribution: Distribution) -> Factor:
@@ -78,7 +78,7 @@ def resolve(distribution: Distribution) -> Factor:
     if cls in _FAMILIES:
         return Factor(cls.__name__, _FAMILIES[cls], distribution, ())
     if isinstance(distribution, td.Independent):
-        # a KL and a Fisher sum over its event dimensions, as they do anyway
+        # the KL and the Fisher matrix are sums over all event dimensions in any case
         base = resolve(distribution.base_dist)
         return base._replace(name=f"{cls.__name__}({base.name})")
     if isinstance(distribution, td.TransformedDistribution) and cls is td.TransformedDistribution:
@@ -91,7 +91,7 @@ def resolve(distribution: Distribution) -> Factor:
             raise TypeError(
                 f"{cls.__name__} is refused as a trust-region metric: {reason}. Use another"
                 f" family, or register_distribution({cls.__name__}, Family(...)) with a KL and"
-                " a Fisher that you know to agree"
+                " a Fisher matrix that agree"
             )
     subclass_of = next((c.__name__ for c in _FAMILIES if isinstance(distribution, c)), None)
     hint = f", or register_distribution({cls.__name__}, like={subclass_of})" if subclass_of else ""

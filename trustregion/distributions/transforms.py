@@ -1,4 +1,4 @@
-"""Transforms that carry no parameters: the KL and the Fisher matrix of the base are theirs too."""
+"""Invertible transforms without parameters, which leave the KL and the Fisher matrix unchanged."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch.distributions import Transform
 
 from .family import Tensors
 
-# One to one, and their attributes that are numbers or tensors.
+# The invertible transforms, with their attributes that are numbers or tensors.
 _INVERTIBLE: dict[type[Transform], tuple[str, ...]] = {
     td.AffineTransform: ("loc", "scale"),
     td.ExpTransform: (),
@@ -23,10 +23,10 @@ _INVERTIBLE: dict[type[Transform], tuple[str, ...]] = {
 
 
 def constants_of(transform: Transform) -> tuple[tuple[str, ...], Tensors]:
-    """Return the names of the transforms that a transform is made of, and all their constants.
+    """Return the names of the parts of a transform, and the constants of all parts.
 
     Raises:
-        TypeError: a transform with parameters, one not known to be one to one.
+        TypeError: a part has parameters, or is not known to be invertible.
 
     """
     if isinstance(transform, td.ComposeTransform):
@@ -47,12 +47,14 @@ def constants_of(transform: Transform) -> tuple[tuple[str, ...], Tensors]:
         )
     constants: list[Tensor] = []
     for attribute in _INVERTIBLE[type(known)]:
-        value = torch.as_tensor(getattr(known, attribute))
+        value = getattr(known, attribute)
+        if not isinstance(value, Tensor):
+            value = torch.tensor(value, device="cpu")
         if value.requires_grad:
             raise TypeError(
                 f"a distribution through {name} whose {attribute} requires a gradient is refused"
                 " as a trust-region metric: parameters inside its transforms would be invisible to"
-                " the KL. Let the base distribution carry them, as in Normal(loc, scale), or"
+                " the KL. Let the base distribution have them, as in Normal(loc, scale), or"
                 f" detach {attribute}"
             )
         constants.append(value.to(torch.float64, copy=True))

@@ -8,7 +8,9 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from .rules import Place, Rule, Site, Tangents, reduce_to
+from .. import recorded
+from ..recorded import Place
+from .rules import Rule, Site, Tangents, reduce_to
 
 
 class Elementwise(Rule):
@@ -18,7 +20,9 @@ class Elementwise(Rule):
 
     def __init__(self, site: Site) -> None:
         super().__init__(site)
-        place = site.outputs[0]
+        place, *others = site.outputs
+        if others or site.inputs != (place,):
+            raise ValueError("not a function of one tensor, element by element")
         self.slope = site.node(torch.ones(place.shape, dtype=place.dtype, device=place.device))
 
     def jvp(self, tangents: Tangents) -> Tensor:
@@ -37,7 +41,7 @@ class Sum(Rule):
 
     def __init__(self, site: Site) -> None:
         super().__init__(site)
-        sign = -1 if site.node.name().startswith("Sub") else 1
+        sign = -1 if recorded.name(site.node).startswith("Sub") else 1
         self.alpha = sign * site.number("alpha")
         self.fresh = site.needs == (True, True)
 
@@ -101,7 +105,7 @@ class MatrixProduct(Rule):
 
     def __init__(self, site: Site) -> None:
         super().__init__(site)
-        left, right = FACTORS[site.node.name()]
+        left, right = FACTORS[recorded.name(site.node)]
         self.added = len(site.needs) == 3
         needs_a, needs_b = site.needs[-2:]
         self.buffered = needs_a or needs_b

@@ -11,6 +11,10 @@ from torch import Tensor
 from ..vector import ParameterVector
 
 
+class Unusable(ValueError):
+    """No way of differentiating can linearise these outputs in these parameters."""
+
+
 class Linearisation(abc.ABC):
     r"""The Jacobian :math:`J = dy/d\theta` of a model's outputs at its current parameters.
 
@@ -54,17 +58,17 @@ def active(outputs: Sequence[Tensor]) -> list[int]:
     """Return the positions of the outputs that carry a graph.
 
     Raises:
-        ValueError: none does.
+        Unusable: none does, or the outputs were made in inference mode.
 
     """
     if any(y.is_inference() for y in outputs):
-        raise ValueError(
+        raise Unusable(
             "the outputs were made under torch.inference_mode(), which records no graph: leave it,"
             " or use torch.no_grad() around the code that needs it"
         )
     positions = [i for i, y in enumerate(outputs) if y.requires_grad]
     if not positions:
-        raise ValueError(
+        raise Unusable(
             "the outputs carry no graph: build the distribution, or the loss, from the model's"
             " outputs with grad enabled, without detach(), .item() or torch.no_grad()"
         )
@@ -75,19 +79,19 @@ def trainable(vector: ParameterVector) -> list[int]:
     """Return the positions of the parameters that require a gradient.
 
     Raises:
-        ValueError: none does.
+        Unusable: none does.
 
     """
     positions = [i for i, p in enumerate(vector.params) if p.requires_grad]
     if not positions:
-        raise ValueError("no parameter requires a gradient: all of them are frozen")
+        raise Unusable("no parameter requires a gradient: all of them are frozen")
     return positions
 
 
 def require_used(used: Sequence[int], vector: ParameterVector) -> None:
-    """Raise a ValueError where the outputs use none of the parameters."""
+    """Raise :class:`Unusable` where the outputs use none of the parameters."""
     if not used:
-        raise ValueError(
+        raise Unusable(
             "the outputs do not depend on the parameters: their graph leads to none of the"
             f" {len(vector.params)} given"
         )

@@ -8,7 +8,8 @@ from collections.abc import Collection, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from .rules import Place, Step
+from ..recorded import Place
+from .rules import Step
 from .shapes import Transpose
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from .. import recorded
+from ..autodiff import explanation, out_of_memory
 from . import onednn
 from .arithmetic import FACTORS, Elementwise, MatrixProduct, Product, Sum
 from .layers import (
@@ -14,19 +16,22 @@ from .layers import (
     MaxPool2d,
     Softmax,
 )
-from .rules import Rule, Site
+from .rules import Rule, Site, UnreadableGraph
 from .shapes import Expand, Permute, Reshape, Same, Select, Transpose
 
 _RESHAPES = ("View", "UnsafeView", "ReshapeAlias", "Unsqueeze", "Squeeze")
 _FUNCTIONS = (
     "Tanh", "Sigmoid", "Relu", "LeakyRelu", "Elu", "Gelu", "Silu", "Mish", "Softplus", "Hardtanh",
     "Hardswish", "Hardsigmoid", "LogSigmoid", "Exp", "Expm1", "Log", "Log1p", "Sqrt", "Rsqrt",
-    "Sin", "Cos", "Abs", "Neg", "Erf", "Atan", "Reciprocal", "Clamp", "ClampMin", "ClampMax", "Pow",
+    "Sin", "Cos", "Abs", "Neg", "Erf", "Atan", "Reciprocal", "ClampMin", "ClampMax", "Pow",
 )  # fmt: skip
 _RULES: dict[str, type[Rule]] = {
     **{f"{name}Backward{i}": Reshape for name in _RESHAPES for i in range(3)},
     **{f"{name}Backward0": Elementwise for name in _FUNCTIONS},
-    **dict.fromkeys(("MulBackward1", "DivBackward1", "RsubBackward1"), Elementwise),  # a number
+    # by a number
+    **dict.fromkeys(
+        ("MulBackward1", "DivBackward1", "RsubBackward1", "ClampBackward1"), Elementwise
+    ),
     **dict.fromkeys(("AddBackward1", "SubBackward1"), Same),
     **dict.fromkeys(("AddBackward0", "SubBackward0"), Sum),
     **dict.fromkeys(FACTORS, MatrixProduct),
@@ -52,11 +57,20 @@ _RULES: dict[str, type[Rule]] = {
 
 
 def rule_for(site: Site) -> Rule:
-    """Return the rule of a node; the general one where a node has not saved what it used to."""
-    kind = _RULES.get(site.node.name(), Rule)
+    """Return the rule of a node; the general one where its own rule cannot be made.
+
+    Raises:
+        UnreadableGraph: no rule is right for the node.
+
+    """
+    kind = _RULES.get(recorded.name(site.node), Rule)
     if kind is MatrixProduct and onednn.fits(site):
         kind = onednn.DenseProduct
     try:
         return kind(site)
-    except AttributeError:
+    except UnreadableGraph:
+        raise
+    except Exception as error:  # the node differs from those that the rule was written for
+        if out_of_memory(error) or explanation(error):  # a freed graph helps no rule
+            raise
         return Rule(site)

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ..autodiff import differentiate
+from ..autodiff import differentiate, out_of_memory, require_unhooked
 from ..vector import ParameterVector, dot, norm
-from .base import Linearisation, trainable
+from .base import Linearisation, Unusable, trainable
 from .graph import GraphLinearisation
 from .tape import TapeLinearisation
 
@@ -22,59 +21,81 @@ BACKENDS = ("auto", "tape", "graph")
 def linearise(
     outputs: Sequence[Tensor], vector: ParameterVector, backend: str = "auto"
 ) -> Linearisation:
-    """Return the Jacobian of ``outputs`` in the parameters, by the fastest way that can.
+    """Return the Jacobian of ``outputs`` in the parameters, by the fastest backend that is right.
 
     Args:
         outputs: tensors with the graph that made them; the graph is kept alive.
         vector: the parameters.
-        backend: ``"tape"``: sweeps over the recorded graph, node by node, without autograd;
-            ``"graph"``: double backward through it; ``"auto"``: the first where it can and where
-            it agrees with autograd at random vectors, and the second otherwise. Graphs of a
-            structure that has agreed are not compared again. Cost of the comparison: about two
-            products. Gradient hooks are seen only where it is made.
+        backend: ``"tape"``: sweeps over the recorded graph, node by node, without autograd.
+            ``"graph"``: double backward through it. ``"auto"``: the first if it can be made and
+            agrees with autograd at random vectors, and the second otherwise. A graph is not
+            compared again if one of the same structure, read by the same rules, has agreed. The
+            comparison costs about two products. Hooks on activations are seen only where it is
+            made, hooks on parameters always.
 
     Raises:
-        ValueError: an unknown backend, or outputs that do not depend on the parameters.
+        ValueError: the backend is unknown, the outputs do not depend on the parameters, or a
+            gradient hook changes the gradient of a parameter.
         RuntimeError: a part of the model cannot be differentiated, or its graph was freed.
 
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    require_unhooked(vector.params[i] for i in trainable(vector))
     if backend == "tape":
         return TapeLinearisation(outputs, vector)
-    if backend == "auto":
-        with suppress(RuntimeError):  # autograd may still be able, or says why it is not
-            tape = TapeLinearisation(outputs, vector)
-            # rounding is far below the root of the unit, a wrong rule far above
-            if _is_right(tape, math.sqrt(tape.eps)):
-                return tape
+    tape = _verified_tape(outputs, vector) if backend == "auto" else None
+    return tape or _verified_graph(outputs, vector)
+
+
+def _verified_tape(outputs: Sequence[Tensor], vector: ParameterVector) -> Linearisation | None:
+    """Return the tape; None where it cannot be made or its products are not those of autograd."""
+    try:
+        tape = TapeLinearisation(outputs, vector)
+        # rounding is far below the root of the unit, a wrong rule far above
+        return tape if _distance(tape, math.sqrt(tape.eps)) <= math.sqrt(tape.eps) else None
+    except Unusable:
+        raise
+    except Exception as error:  # autograd may still be able to, or says why it is not
+        if out_of_memory(error):
+            raise
+        return None
+
+
+def _verified_graph(outputs: Sequence[Tensor], vector: ParameterVector) -> Linearisation:
     graph = GraphLinearisation(outputs, vector)
-    # far above the rounding of single precision, far below a derivative left out
-    if graph.eps < 1e-6 and not _is_right(graph, 0.1):
+    if graph.eps > 1e-6:  # half precision: rounding may be as large as a derivative left out
+        return graph
+    distance = _distance(graph, 0.1)
+    if distance == math.inf:
+        raise RuntimeError(
+            "the model cannot be differentiated twice: the derivative of its gradient is not finite"
+            " where the gradient is. Use the default backend, or from_function(fn, params, ...,"
+            ' backend="functional"), which differentiates in forward mode'
+        )
+    if distance > 0.1:
         raise RuntimeError(
             "the model cannot be differentiated twice: the derivative of its gradient is not that"
             " of its outputs. A torch.autograd.Function in it needs a backward made of"
             " differentiable operations"
         )
-    return graph
+    return graph  # also at values that are not finite, of which the caller tells
 
 
 _AGREED: set[int] = set()  # structures of graphs whose products were those of autograd
-_MANY = 10_000  # of them, after which the set is emptied
+_MANY = 10_000  # structures in that set, after which it is emptied
 
 
-def _is_right(J: TapeLinearisation | GraphLinearisation, tolerance: float) -> bool:
-    """Whether the products are those of autograd; the tape only where there is no doubt."""
-    structure = J.structure
-    if structure in _AGREED:
-        return True
+def _distance(J: TapeLinearisation | GraphLinearisation, tolerance: float) -> float:
+    """Return how far the products are from those of autograd; 0 for a structure that agreed."""
+    if J.structure in _AGREED:
+        return 0.0
     found = disagreement(J)
-    right = found.size <= tolerance
-    if right and found.complete:
+    if found.complete and found.size <= tolerance:
         if len(_AGREED) > _MANY:
             _AGREED.clear()
-        _AGREED.add(structure)
-    return right or (math.isnan(found.size) and isinstance(J, GraphLinearisation))
+        _AGREED.add(J.structure)
+    return found.size
 
 
 @dataclass(frozen=True)
@@ -82,8 +103,9 @@ class Disagreement:
     """How far the products are from those of autograd.
 
     Attributes:
-        size: the largest relative error found; NaN where the values are not finite.
-        complete: every parameter that is used had a part in it.
+        size: the largest relative error found; infinite where the products are not finite though
+            the gradients are, and NaN where the gradients are not finite or all zero.
+        complete: whether every parameter that is used had a part in the comparison.
     """
 
     size: float
@@ -118,5 +140,8 @@ def disagreement(J: Linearisation) -> Disagreement:
     count, rounding = sum(seen), J.eps * sum(norm(x) * norm(t) for x, t in terms)
     gap = abs(sum(dot(x, t) for x, t in terms) - count)
     errors.append(max(gap - rounding, 0.0) / math.sqrt(count or 1))
-    finite = count and all(map(math.isfinite, [*errors, gap, rounding]))
-    return Disagreement(max(errors) if finite else math.nan, all(seen[i] for i in J.used))
+    complete = all(seen[i] for i in J.used)
+    if not count or not all(map(math.isfinite, [*sizes, norm(v) ** 2])):
+        return Disagreement(math.nan, complete)
+    finite = all(map(math.isfinite, [*errors, gap, rounding]))
+    return Disagreement(max(errors) if finite else math.inf, complete)

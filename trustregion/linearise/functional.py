@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ..autodiff import NOT_TWICE
+from ..autodiff import NOT_TWICE, out_of_memory
+from ..replay import repeatable
 from ..vector import ParameterVector, dot, norm
 from .base import Linearisation, Unmoved, rounding_unit
 from .choose import BACKENDS
@@ -29,7 +30,8 @@ class FunctionalLinearisation(Linearisation):
 
     It works under :func:`torch.func.vmap` over stacked parameters, and for what can be
     differentiated in forward mode but not twice in reverse, as a compiled module. The function is
-    run again for each ``Jv``, so that it must be deterministic.
+    run again for each ``Jv``, so that it must be deterministic, up to torch's global random
+    numbers, which :func:`from_function` replays.
 
     Args:
         outputs_of: parameters, one tensor each -> the outputs.
@@ -56,7 +58,7 @@ class FunctionalLinearisation(Linearisation):
     def jvp(self, v: Tensor) -> Tensors:
         """Return ``Jv``. Cost: one run of the function in forward mode."""
         self._unmoved.check()
-        return forward(self._outputs_of, self._point, tuple(self.vector.unravel(v)))
+        return forward(self._outputs_of, self._point, tuple(self.vector.tangents(v)))
 
     def vjp(self, u: Sequence[Tensor]) -> Tensor:
         """Return ``J'u``. Cost: one backward pass."""
@@ -219,10 +221,11 @@ def from_function(
             "torch.inference_mode() lets nothing be differentiated: use torch.no_grad() instead"
         )
     vector = ParameterVector(params.values(), list(params))
+    model = repeatable(fn)  # one dropout mask in all runs
 
     def run(p: Params) -> Any:
         with sdpa_kernel(SDPBackend.MATH):  # the fused kernels cannot be differentiated twice
-            return fn(p, *inputs)
+            return model(p, *inputs)
 
     def by_function() -> T:
         with _in_words():
@@ -243,6 +246,8 @@ def from_function(
             operator = by_function()
             _try_product(operator)
         except RuntimeError as other:
+            if out_of_memory(other):
+                raise
             raise RuntimeError(f"{error}. In forward mode: {other}") from other
     return operator
 

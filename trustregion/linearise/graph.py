@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .. import recorded
 from ..autodiff import differentiate, edge_of, upstream
 from ..vector import ParameterVector
 from .base import Linearisation, Unmoved, active, require_used, rounding_unit, trainable
@@ -15,9 +16,9 @@ from .base import Linearisation, Unmoved, active, require_used, rounding_unit, t
 class GraphLinearisation(Linearisation):
     """``J`` by double backward: works for whatever torch can differentiate twice.
 
-    The graph is differentiated once, into ``w -> J'w``, recorded at ``w = 0``. Its derivative in
-    ``w`` along ``v`` is ``Jv``: one backward pass through the recorded map. Memory: the graph, and
-    about as much again for its derivative.
+    The graph is differentiated once, into ``w -> J'w``, recorded at a random ``w``. Its
+    derivative in ``w`` along ``v`` is ``Jv``: one backward pass through the recorded map. Memory:
+    the graph, and about as much again for its derivative.
 
     Raises:
         ValueError: the outputs do not depend on the parameters.
@@ -35,9 +36,12 @@ class GraphLinearisation(Linearisation):
         nodes = [node for node, _ in upstream([edge_of(y) for y in self._y])]
         kinds = tuple(type(node).__name__ for node in nodes)
         self.structure = hash((self.backend, kinds, tuple(y.shape for y in self._y)))
-        places = (m for node in nodes for m in getattr(node, "_input_metadata", ()))
-        self.eps = rounding_unit([vector.dtype, *(m.dtype for m in places)])
-        self._w = [torch.zeros_like(y, requires_grad=True) for y in self._y]
+        dtypes = (dtype for node in nodes for dtype in recorded.dtypes(node))
+        self.eps = rounding_unit([vector.dtype, *dtypes])
+        generator = torch.Generator().manual_seed(0)
+        # linear in w; yet some nodes take logarithms of what they are given
+        random = (torch.randn(y.shape, generator=generator) for y in self._y)
+        self._w = [w.to(y).requires_grad_() for w, y in zip(random, self._y, strict=True)]
         inputs = [vector.params[i] for i in positions]
         with torch.enable_grad():
             pullback = differentiate(self._y, inputs, self._w, create_graph=True)
@@ -55,7 +59,7 @@ class GraphLinearisation(Linearisation):
     def jvp(self, v: Tensor) -> tuple[Tensor, ...]:
         """Return ``Jv``. Cost: one backward pass through ``w -> J'w``."""
         self._unmoved.check()
-        parts = self.vector.unravel(v)
+        parts = self.vector.tangents(v)
         tangents = differentiate(self._pullback, self._w, [parts[i] for i in self.used])
         slots: list[Tensor | None] = [None] * len(self.outputs)
         for i, tangent in zip(self._active, tangents, strict=True):

@@ -9,7 +9,6 @@ from torch import Tensor
 from torch.nn.functional import embedding, embedding_bag
 
 from .rules import Rule, Site, Tangents, UnreadableGraph
-from .shapes import signed
 
 
 class Softmax(Rule):
@@ -19,7 +18,7 @@ class Softmax(Rule):
 
     def __init__(self, site: Site) -> None:
         super().__init__(site)
-        self.p, self.dim = site.saved("result"), signed(site.number("dim"))
+        self.p, self.dim = site.saved("result"), site.number("dim")
 
     def jvp(self, tangents: Tangents) -> Tensor:
         """Return ``p (t - p't)``."""
@@ -113,7 +112,7 @@ class Embedding(Rule):
     def __init__(self, site: Site) -> None:
         super().__init__(site)
         _require_plain(site)
-        self.indices, padding = site.saved("indices"), signed(site.number("padding_idx"))
+        self.indices, padding = site.saved("indices"), site.number("padding_idx")
         self.padded = (self.indices == padding).unsqueeze(-1) if padding >= 0 else None
 
     def jvp(self, tangents: Tangents) -> Tensor:
@@ -129,7 +128,7 @@ class EmbeddingBag(Rule):
 
     def __init__(self, site: Site) -> None:
         super().__init__(site)
-        weights, padding = site.number("per_sample_weights"), signed(site.number("padding_idx"))
+        weights, padding = site.number("per_sample_weights"), site.number("padding_idx")
         self.bags = site.saved("indices"), site.saved("offsets")
         _require_plain(site)
         self.options = {
@@ -155,7 +154,8 @@ def _require_plain(site: Site) -> None:
 class Attention(Rule):
     """Fused scaled dot-product attention, which torch itself cannot differentiate twice.
 
-    The probabilities are computed anew at each tangent, as the fused kernel does.
+    The probabilities are computed anew at each tangent, as the fused kernel does. A query that the
+    mask leaves without a key gets a row of zeros.
     """
 
     fresh = True
@@ -170,12 +170,22 @@ class Attention(Rule):
             shape = (self.q.shape[-2], self.k.shape[-2])
             above = torch.ones(shape, dtype=torch.bool, device=self.q.device).triu(1)
             self.mask = torch.zeros(shape).to(self.q).masked_fill_(above, -torch.inf)
+        self.without_key = None
+        if self.mask is not None and self.mask.numel():
+            top = self.mask.amax(-1, keepdim=True)
+            # the kernel's own derivative is wrong where the mask drowns all scores of a row
+            drowned = top.isfinite() & (top < -1 / torch.finfo(top.dtype).eps)
+            without_key = top == -torch.inf
+            self.case = (bool(without_key.any()), bool(drowned.any()))
+            self.without_key = without_key if self.case[0] else None
 
     def jvp(self, tangents: Tangents) -> Tensor:
         """Return the change by the queries, the keys and the values."""
         dq, dk, dv = tangents[:3]
         scores = self.scale * (self.q @ self.k.mT)
         p = torch.softmax(scores if self.mask is None else scores + self.mask, -1)
+        if self.without_key is not None:
+            p = p.masked_fill_(self.without_key, 0.0)
         pairs = ((dq, self.k), (self.q, dk))
         terms = [x @ y.mT for x, y in pairs if x is not None and y is not None]
         out = None if dv is None else p @ dv

@@ -12,11 +12,12 @@ import platform
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from .. import recorded
 from .arithmetic import FACTORS, MatrixProduct
 from .rules import Rule, Site, Tangents
 
@@ -31,19 +32,26 @@ def fits(site: Site) -> bool:
         return False
     added = site.inputs[0] if len(site.needs) == 3 else None
     row = added is None or len(added.shape) == 1
-    unscaled = getattr(node, "_saved_alpha", 1) == getattr(node, "_saved_beta", 1) == 1
-    inner = getattr(node, f"_saved_{FACTORS[node.name()][0]}_sym_sizes", (0, 0))[1]
+    unscaled = all(
+        recorded.saved(node, x) == 1 for x in ("alpha", "beta") if recorded.saves(node, x)
+    )
+    inner = _inner(site)
     worth = 2 * place.numel * inner > _WORTH_A_CALL
     used = any(site.needs[-2:]) and torch.backends.mkldnn.enabled and _on_amd()
     return row and unscaled and worth and used
+
+
+def _inner(site: Site) -> int:
+    """Return the number of terms in each sum of the product; 0 where the node does not tell."""
+    sizes = f"{FACTORS[recorded.name(site.node)][0]}_sym_sizes"
+    return site.number(sizes)[1] if recorded.saves(site.node, sizes) else 0
 
 
 @cache
 def _on_amd() -> bool:
     if not (torch.backends.mkldnn.is_available() and torch.backends.mkl.is_available()):
         return False
-    operator = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
-    if operator is None or "default" not in operator.overloads():
+    if recorded.onednn_linear() is None:
         return False
     cpuinfo = Path("/proc/cpuinfo")
     text = cpuinfo.read_text() if cpuinfo.exists() else platform.processor()
@@ -54,7 +62,7 @@ def _times(x: Tensor, w: Tensor, added: Tensor | None = None) -> Tensor:
     """Return ``x w'``, plus a row."""
     if added is not None:  # it is read as if it were contiguous
         added = added.expand(w.shape[0]).contiguous()
-    return torch.ops.mkldnn._linear_pointwise(_dense(x), _dense(w), added, "none", [], "")
+    return cast(Any, recorded.onednn_linear())(_dense(x), _dense(w), added)
 
 
 def _dense(x: Tensor) -> Tensor:

@@ -8,31 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cache
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
+
+from .. import recorded
+from ..recorded import Place
 
 Tangents: TypeAlias = "Sequence[Tensor | None]"
 
 
 class UnreadableGraph(RuntimeError):
     """The graph holds a node that is not a plain function; another backend may cope with it."""
-
-
-@dataclass(frozen=True)
-class Place:
-    """What tensors a node takes or gives."""
-
-    shape: torch.Size
-    dtype: torch.dtype
-    device: torch.device
-
-    @property
-    def numel(self) -> int:
-        """Its number of elements."""
-        return self.shape.numel()
 
 
 @dataclass(frozen=True)
@@ -55,22 +43,21 @@ class Site:
 
     def saved(self, name: str) -> Tensor:
         """Return a tensor that the node has saved, without its graph."""
-        tensor = getattr(self.node, f"_saved_{name}").detach()
+        tensor = recorded.saved(self.node, name).detach()
         self.saved_tensors.append(tensor)
         return tensor
 
     def number(self, name: str) -> Any:
         """Return a number, or a list of them, that the node has saved."""
-        return getattr(self.node, f"_saved_{name}")
+        return recorded.saved(self.node, name)
+
+    def facts(self) -> tuple[object, ...]:
+        """Return all there is to know of the node but the elements of its tensors."""
+        return (recorded.name(self.node), self.inputs, self.outputs, self.numbers())
 
     def numbers(self) -> tuple[object, ...]:
         """Return all numbers that the node has saved; of a tensor only that there is one."""
-        return tuple(_shown(getattr(self.node, name)) for name in _saved_by(type(self.node)))
-
-
-@cache
-def _saved_by(kind: type) -> tuple[str, ...]:
-    return tuple(name for name in dir(kind) if name.startswith("_saved_"))
+        return tuple(_shown(self.number(name)) for name in recorded.saved_names(self.node))
 
 
 def _shown(value: Any) -> object:
@@ -104,12 +91,14 @@ class Rule:
         fresh: the tangents share no memory with those of the inputs.
         gives: the tangents, and the cotangents it writes to no given memory, are new tensors that
             nothing else refers to, so that the next rule may write over them.
+        case: what else decides whether the rule is right: facts about the saved values.
         over: whether :meth:`jvp` and :meth:`vjp` write over what they are given.
         tangent: where :meth:`jvp` writes.
         cotangents: where :meth:`vjp` writes, for each input.
     """
 
     buffered = elementwise = fresh = gives = False
+    case: tuple[object, ...] = ()
 
     def __init__(self, site: Site) -> None:
         self.site = site
@@ -150,9 +139,13 @@ class Rule:
         return out if len(out) > 1 else out[0]
 
     def _linearise(self) -> tuple[list[Tensor], list[Tensor | None]]:
-        """Record the pullback at zero: ``w``, and what the node makes of it for each input."""
+        """Record the pullback at ones: ``w``, and what the node makes of it for each input.
+
+        It is linear in ``w``; yet some nodes compute it by way of the logarithm of ``w``, which has
+        no derivative at zero.
+        """
         w = [
-            torch.zeros(p.shape, dtype=p.dtype, device=p.device, requires_grad=True)
+            torch.ones(p.shape, dtype=p.dtype, device=p.device, requires_grad=True)
             for p in self.site.outputs
         ]
         with torch.enable_grad():

@@ -8,6 +8,7 @@ from typing import cast
 
 from torch import Tensor
 
+from .. import recorded
 from .rules import Rule, Site, Tangents
 
 
@@ -16,7 +17,8 @@ class Arrangement(Rule, abc.ABC):
 
     def __init__(self, site: Site) -> None:
         super().__init__(site)
-        assert site.inputs[0] is not None
+        if site.inputs[0] is None or len(site.inputs) + len(site.outputs) > 2:
+            raise ValueError("not a map of one tensor to one")
         self.source, self.target = site.inputs[0], site.outputs[0]
 
     def jvp(self, tangents: Tangents) -> Tensor:
@@ -49,6 +51,11 @@ def _start(t: Tensor) -> int:
 class Reshape(Arrangement):
     """Another shape of the same elements in their logical order."""
 
+    def __init__(self, site: Site) -> None:
+        super().__init__(site)
+        if self.source.numel != self.target.numel:
+            raise ValueError("not a view of the same elements")
+
     def _forward(self, t: Tensor) -> Tensor:
         return t.reshape(self.target.shape)
 
@@ -72,10 +79,10 @@ class Permute(Arrangement):
     def __init__(self, site: Site) -> None:
         super().__init__(site)
         n = len(self.source.shape)
-        if hasattr(site.node, "_saved_dims"):
-            self.dims = [signed(d) % n for d in site.number("dims")]
+        if recorded.saves(site.node, "dims"):
+            self.dims = [d % n for d in site.number("dims")]
         else:
-            a, b = (signed(site.number(name)) % n for name in ("dim0", "dim1"))
+            a, b = (site.number(name) % n for name in ("dim0", "dim1"))
             self.dims = list(range(n))
             self.dims[a], self.dims[b] = b, a
         self.inverse = [self.dims.index(i) for i in range(n)]
@@ -98,13 +105,13 @@ class Expand(Arrangement):
 
 
 class Same(Arrangement):
-    """A copy, in the dtype of the output."""
+    """A copy, in the dtype and on the device of the output."""
 
     def _forward(self, t: Tensor) -> Tensor:
-        return t.to(self.target.dtype)
+        return t.to(self.target.device, self.target.dtype)
 
     def _backward(self, u: Tensor) -> Tensor:
-        return u.to(self.source.dtype)
+        return u.to(self.source.device, self.source.dtype)
 
 
 class Select(Arrangement):
@@ -112,7 +119,7 @@ class Select(Arrangement):
 
     def __init__(self, site: Site) -> None:
         super().__init__(site)
-        self.dim, self.index = signed(site.number("dim")), signed(site.number("index"))
+        self.dim, self.index = site.number("dim"), site.number("index")
 
     def _forward(self, t: Tensor) -> Tensor:
         return t.select(self.dim, self.index)
@@ -121,8 +128,3 @@ class Select(Arrangement):
         out = u.new_zeros(self.source.shape)
         out.select(self.dim, self.index).copy_(u)
         return out
-
-
-def signed(value: int) -> int:
-    """Return a whole number that torch shows without its sign, of 64 bits."""
-    return value - 2**64 if value >= 2**63 else value

@@ -7,15 +7,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import get_gradient_edge
 
+from .. import recorded
 from ..autodiff import explained, raise_in_words, require_recorded
 from ..vector import ParameterVector
 from .base import Linearisation, Unmoved, active, require_used, rounding_unit, trainable
 from .buffers import plan
 from .catalogue import rule_for
-from .rules import Place, Site, Step, UnreadableGraph
+from .rules import Site, Step, UnreadableGraph
 from .shapes import Transpose
 
 
@@ -92,9 +92,9 @@ class TapeLinearisation(Linearisation):
         first: dict[Any, int] = {}
         self._values = 0
         for node in _topological([e.node for e in edges if e is not None]):
-            size = len(node._input_metadata)
-            variable = getattr(node, "variable", None)
-            inputs = [first[n] + k if n in first else -1 for n, k in node.next_functions]
+            size = len(recorded.outputs(node))
+            variable = recorded.leaf(node)
+            inputs = [first[n] + k if n in first else -1 for n, k in recorded.sources(node)]
             if variable is not None:
                 if id(variable) not in index:
                     continue
@@ -115,11 +115,10 @@ class TapeLinearisation(Linearisation):
 
     @property
     def structure(self) -> int:
-        """A number that graphs of the same nodes, numbers, shapes and connections share."""
-        sites = [(s.inputs, s.rule.site) for s in self._steps]
+        """A number that graphs share whose nodes, numbers, shapes, connections and rules agree."""
         program = tuple(
-            (site.node.name(), inputs, site.inputs, site.outputs, site.numbers())
-            for inputs, site in sites
+            (step.inputs, type(step.rule), step.rule.case, step.rule.site.facts())
+            for step in self._steps
         )
         return hash((program, tuple(self._ends), tuple(self._leaves.items())))
 
@@ -193,26 +192,22 @@ def _topological(roots: Sequence[Any]) -> list[Any]:
             require_recorded(node)
             seen.add(node)
             stack.append((node, True))
-            stack += [(n, False) for n, _ in node.next_functions if n is not None]
+            stack += [(n, False) for n, _ in recorded.sources(node) if n is not None]
     return order
 
 
 def _require_readable(node: Any) -> None:
     """Raise if the node is Python code, or writes into a view of what other nodes made."""
-    if any(place.dtype.is_complex for place in _places(node)):
+    if any(place.dtype.is_complex for place in recorded.outputs(node)):
         raise UnreadableGraph('the graph holds complex numbers: use backend="graph"')
-    name = type(node).__name__ if isinstance(node, BackwardCFunction) else node.name()
-    if isinstance(node, BackwardCFunction) or name.startswith("torch::autograd::"):
+    if recorded.is_custom(node):
         raise UnreadableGraph(
-            f'the graph holds {name}, which cannot be linearised on its own: use backend="graph"'
+            f"the graph holds {recorded.name(node)}, which cannot be linearised on its own: use"
+            ' backend="graph"'
         )
 
 
 def _site(node: Any, inputs: Sequence[int]) -> Site:
     """Return a node with its surroundings."""
-    places = [None if n is None else _places(n)[k] for n, k in node.next_functions]
-    return Site(node, tuple(i >= 0 for i in inputs), tuple(places), tuple(_places(node)))
-
-
-def _places(node: Any) -> list[Place]:
-    return [Place(torch.Size(m.shape), m.dtype, m.device) for m in node._input_metadata]
+    places = [None if n is None else recorded.outputs(n)[k] for n, k in recorded.sources(node)]
+    return Site(node, tuple(i >= 0 for i in inputs), tuple(places), recorded.outputs(node))

@@ -1,4 +1,4 @@
-"""The abstract symmetric operator on flat vectors, and its algebra."""
+"""Symmetric linear operators on flat vectors, and their algebra."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from ..vector import dot, norm
 
 
 class LinearOperator(abc.ABC):
-    """A symmetric linear map ``A`` on vectors of shape ``(n,)``, known by its products only.
+    """A symmetric linear map ``A`` on vectors of shape ``(n,)``, defined by its products.
 
-    ``A @ v`` and ``A.mv(v)`` are the product, ``A + B`` and ``2.0 * A`` are operators again.
+    ``A @ v`` and ``A.mv(v)`` are the product with ``v``; ``A + B`` and ``2.0 * A`` are operators.
 
     Example:
         >>> A = DenseOperator(torch.diag(torch.tensor([1.0, 2.0])))
@@ -35,18 +35,20 @@ class LinearOperator(abc.ABC):
     def mv(self, v: Tensor) -> Tensor:
         """Return the product ``A v`` of shape ``(n,)``.
 
-        ``v`` is lent: an operator does not write to it, and does not keep it. Both kinds of mistake
-        make a kernel's vectors change behind its back; the first is refused by name.
+        ``v`` belongs to the caller: an operator must neither write to it nor keep a reference to
+        it, since solvers reuse their vectors. A write is detected and raises.
         """
 
     def mm(self, V: Tensor) -> Tensor:
         """Return the products ``A V`` with the columns of ``V``, shape ``(n, k)``.
 
-        Column by column here; an operator that has a faster way overrides it.
+        The default is one product per column; operators with a faster method override it.
         """
         out = torch.empty_like(V)
         for i, v in enumerate(V.unbind(1)):
-            out[:, i] = product(self, v.contiguous())  # copied, in case the next one overwrites it
+            out[:, i] = product(
+                self, v.contiguous()
+            )  # copied, since the next product may overwrite it
         return out
 
     def __matmul__(self, v: Tensor) -> Tensor:
@@ -77,7 +79,7 @@ OperatorLike: TypeAlias = "LinearOperator | Tensor | Callable[[Tensor], Tensor]"
 
 
 class DenseOperator(LinearOperator):
-    """The operator of a square matrix ``(n, n)``, which is taken to be symmetric."""
+    """The operator of a square matrix ``(n, n)``, which is assumed to be symmetric."""
 
     def __init__(self, matrix: Tensor) -> None:
         if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
@@ -97,8 +99,11 @@ class DenseOperator(LinearOperator):
 class FunctionOperator(LinearOperator):
     """The operator of a function ``v -> A v``.
 
-    The kernels run without recording a graph; a function that differentiates, such as a Hessian
-    product by a second backward pass, is run with grad enabled once it has asked for it.
+    The solvers run without recording a graph. A function that differentiates, such as a Hessian
+    product by double backward, fails there, and from then on is run with grad enabled.
+
+    The function must be deterministic: one that draws random numbers is not of one matrix.
+    :func:`check_symmetric` detects that.
     """
 
     def __init__(
@@ -181,7 +186,7 @@ def congruent(A: LinearOperator, d: Tensor) -> LinearOperator:
 
 
 def product(A: LinearOperator, v: Tensor) -> Tensor:
-    """Return ``A v`` after checking that it is like ``v``, and that ``v`` was left alone."""
+    """Return ``A v`` after checking its shape and dtype, and that ``v`` was not written to."""
     version = v._version
     out = A.mv(v)
     if not isinstance(out, Tensor) or out.shape != v.shape or out.dtype is not v.dtype:
@@ -192,7 +197,7 @@ def product(A: LinearOperator, v: Tensor) -> Tensor:
         )
         raise ValueError(
             f"the operator must map a vector of shape {tuple(v.shape)} and dtype {v.dtype} to one"
-            f" alike, got {given}"
+            f" of the same shape and dtype, got {given}"
         )
     if v._version != version:
         raise ValueError(
@@ -203,13 +208,15 @@ def product(A: LinearOperator, v: Tensor) -> Tensor:
 
 
 def as_operator(A: OperatorLike, like: Tensor) -> LinearOperator:
-    """Return an operator from an operator, a square tensor or a callable, fit for vectors ``like``.
+    """Return an operator from an operator, a square tensor or a callable.
 
-    ``like`` has the shape ``(n,)``.
+    Args:
+        A: the operator, tensor or callable.
+        like: a vector of the shape ``(n,)`` and the dtype that the operator must act on.
 
     Raises:
         TypeError: ``A`` is none of the three.
-        ValueError: shape or dtype do not fit ``like``.
+        ValueError: the shape or the dtype of the operator do not fit ``like``.
 
     """
     if isinstance(A, Tensor):
@@ -230,7 +237,7 @@ def as_operator(A: OperatorLike, like: Tensor) -> LinearOperator:
 
 
 def to_dense(A: LinearOperator) -> Tensor:
-    """Return the matrix ``(n, n)`` of an operator, column by column. Cost: n products."""
+    """Return the matrix ``(n, n)`` of an operator. Cost: n products."""
     return A.mm(torch.eye(A.shape[0], dtype=A.dtype, device=A.device))
 
 
@@ -238,9 +245,9 @@ def to_dense(A: LinearOperator) -> Tensor:
 def check_symmetric(A: LinearOperator | Tensor, *, probes: int = 2, seed: int = 0) -> None:
     """Raise if random probes show that an operator is not symmetric.
 
-    Compares ``u'(Av)`` with ``v'(Au)`` for random ``u`` and ``v`` from a generator of its own. The
-    kernels do not ask: an operator that is not symmetric makes their recurrences meaningless, and
-    this finds a general one out with probability one. Cost: ``2 * probes`` products.
+    It compares ``u'(Av)`` with ``v'(Au)`` for random ``u`` and ``v`` from a separate generator. The
+    solvers do not check symmetry, without which their recurrences are meaningless. An asymmetric
+    operator is detected with probability one, up to rounding. Cost: ``2 * probes`` products.
 
     Raises:
         ValueError: the two differ by more than rounding explains.
@@ -256,7 +263,7 @@ def check_symmetric(A: LinearOperator | Tensor, *, probes: int = 2, seed: int = 
     n = A.shape[0]
     generator = torch.Generator().manual_seed(seed)
     for _ in range(probes):
-        pair = torch.randn(2, n, generator=generator, dtype=torch.float64)
+        pair = torch.randn(2, n, generator=generator, dtype=torch.float64, device="cpu")
         u, v = pair.to(A.device, A.dtype)
         Au, Av = A.mv(u), A.mv(v)
         gap = abs(dot(u, Av) - dot(v, Au))
@@ -265,6 +272,6 @@ def check_symmetric(A: LinearOperator | Tensor, *, probes: int = 2, seed: int = 
         if not gap <= math.sqrt(torch.finfo(A.dtype).eps) * size:
             raise ValueError(
                 f"the operator is not symmetric: u'Av and v'Au differ by {gap / size:.2g} |Au| |v|"
-                " for random u and v. The kernels need a symmetric operator: check the derivative"
-                " that makes it, or use (A + A') / 2"
+                " for random u and v. The solvers need a symmetric operator: check the derivative"
+                " that defines it, or use (A + A') / 2"
             )

@@ -1,16 +1,19 @@
-"""The mean of the operators of many batches, in the memory of one."""
+"""The mean of the operators of many batches, with the memory of one."""
 
 from __future__ import annotations
 
+import math
 import types
 from collections.abc import Callable, Iterable, Iterator
-from itertools import islice
+from itertools import count, islice
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SequentialSampler
 
+from .. import recorded
+from ..replay import Replay, kept
 from ..vector import ParameterVector
 from .base import LinearOperator, product
 
@@ -20,40 +23,46 @@ Batches: TypeAlias = "Iterable[Any] | Callable[[], Iterable[Any]]"
 class BatchedOperator(LinearOperator):
     r"""The operator :math:`\sum_b w_b A_b / \sum_b w_b` of shape ``(n, n)`` over batches of data.
 
-    With the numbers of samples as weights, the Fisher matrices and the GGN of mean losses of any
-    partition of the data combine to those of the whole.
+    With the numbers of samples as weights, the Fisher matrices of a partition of the data combine
+    to the Fisher matrix of all data; so do the GGN of mean losses.
 
-    Each product goes once through the batches, makes the operator of a batch, multiplies and drops
-    it: memory of one batch, at the price of a forward pass and of the operator's construction for
-    each batch and product. :meth:`mm` does so once for all columns. The operators of the first
-    batches are kept while they fit in ``cache_bytes``; a kept operator belongs to the parameters at
-    which it was made, so that a new :class:`BatchedOperator` is needed once they change. A product
-    raises where it sees that they did.
+    Each product iterates over the batches once. For each batch it constructs the operator,
+    multiplies, and discards the operator. It needs the memory of one batch, and costs a forward
+    pass and the construction of an operator per batch and product. :meth:`mm` does so once for all
+    columns. The operators of the first batches are kept while they fit in ``cache_bytes``. A kept
+    operator is valid at the parameters at which it was constructed, so that a new
+    :class:`BatchedOperator` is needed after they change; a product raises if it detects a change.
 
-    The products are summed in float64. The first batch is made once at construction. For a part of
-    the samples, let ``make`` index the batch with :func:`subsample`: one seed, one part.
+    The products are summed in float64. The operator of the first batch is also constructed at
+    construction. For a subset of the samples, let ``make`` index the batch with :func:`subsample`,
+    with a fixed seed.
+
+    Each batch sees the same numbers from torch's global generators in every product. A model with
+    dropout therefore has one mask per batch, and a data set with random augmentation returns the
+    same batches. A product leaves the generators as they were.
 
     Args:
         make: batch -> the operator of the batch, as ``lambda b: FisherOperator(model(b), params)``.
-        batches: what a ``for`` loop can go through again and again, in the same order: a list, a
-            DataLoader that does not shuffle, or a function that returns a new iterator each time.
-            A DataLoader with a sampler of its own is refused unless that is a list of positions.
-        size: batch -> its weight, the number of samples. Needed for what is not a
-            :class:`FisherOperator` or one from scores; for these it is their ``total``, the number
-            of samples or the sum of their weights.
-        cache_bytes: what the kept operators may hold, counted as the distinct memory that
-            they and their graphs refer to, the batches included.
+        batches: an iterable that can be iterated over repeatedly, in the same order: a list, a
+            DataLoader that does not shuffle, or a function that returns a new iterator per call.
+            A DataLoader with a custom sampler is refused unless that is a list of positions.
+        size: batch -> its weight, the number of samples. It is needed unless ``make`` returns a
+            :class:`FisherOperator`, an :class:`EmpiricalFisherOperator` or a
+            :class:`MonteCarloFisherOperator`; the weight of these is their ``total``, the number of
+            samples or the sum of their weights.
+        cache_bytes: the limit on the memory of the kept operators: the distinct memory that they
+            and their graphs refer to, including the batches.
 
     Attributes:
-        batch_size: sum of the weights, known after the first product; None before.
-        cached: how many operators are kept.
+        total: the sum of the weights; None before the first product.
+        cached: the number of operators that are kept.
 
     Raises:
-        TypeError: ``batches`` or what ``make`` returns is of a wrong type.
-        ValueError: no batches, an iterator that serves one pass only, a loader that shuffles, a
-            batch of size zero or unknown size, operators that do not fit each other, or another
-            sequence of sizes than in the first pass.
-        RuntimeError: a parameter of a kept operator was changed in place.
+        TypeError: ``batches`` or the result of ``make`` has a wrong type.
+        ValueError: there are no batches, ``batches`` is an iterator for a single pass or a loader
+            that shuffles, the size of a batch is zero or unknown, the operators differ in shape or
+            dtype, or the sizes differ from those of the first pass.
+        RuntimeError: a parameter of a kept operator was modified in place.
 
     Example:
         >>> from torch.distributions import Normal
@@ -61,7 +70,7 @@ class BatchedOperator(LinearOperator):
         >>> w = torch.zeros(1, requires_grad=True)
         >>> batches = [torch.tensor([1.0, 2.0]), torch.tensor([4.0])]
         >>> F = BatchedOperator(lambda x: FisherOperator(Normal(x * w, 1.0), [w]), batches)
-        >>> F @ torch.ones(1), F.batch_size
+        >>> F @ torch.ones(1), F.total
         (tensor([7.]), 3.0)
 
     """
@@ -79,20 +88,20 @@ class BatchedOperator(LinearOperator):
             raise ValueError(f"cache_bytes must be at least 0, got {cache_bytes}")
         self._make, self._batches, self._size = make, batches, size
         self._kept: list[tuple[LinearOperator, float]] = []
-        self._versions: dict[int, tuple[Tensor, int]] = {}  # of the parameters of those
+        self._versions: dict[int, tuple[Tensor, int]] = {}  # versions of their parameters
         self._room, self._seen, self._full = cache_bytes, set[tuple[str, int]](), cache_bytes == 0
-        self.batch_size: float | None = None
-        nothing = object()
-        first = next(iter(self._pass()), nothing)
-        if first is nothing:
+        self._replay = Replay()
+        self.total: float | None = None
+        first = next(self._pass(), None)
+        if first is None:
             raise ValueError("there are no batches: batches is empty")
-        operator, weight = self._operator(first)
+        operator, weight = self._operator(*first)
         super().__init__(operator.shape[0], operator.dtype, operator.device)
         self._weights = [weight]
 
     @property
     def cached(self) -> int:
-        """How many operators are kept."""
+        """The number of operators that are kept."""
         return len(self._kept)
 
     def mv(self, v: Tensor) -> Tensor:
@@ -104,42 +113,52 @@ class BatchedOperator(LinearOperator):
         return self._mean(V, lambda A: A.mm(V))
 
     def _mean(self, like: Tensor, times: Callable[[LinearOperator], Tensor]) -> Tensor:
-        total = torch.zeros_like(like, dtype=torch.float64)
+        out = torch.zeros_like(like, dtype=torch.float64)
         weights: list[float] = []
-        for operator, weight in self._operators():
-            total.add_(times(operator), alpha=weight)
-            weights.append(weight)
-            del operator  # its memory is for the next one
-        known = self._weights if self.batch_size else self._weights + weights[1:]
+        with kept():
+            for operator, weight in self._operators():
+                out.add_(times(operator), alpha=weight)
+                weights.append(weight)
+                del operator  # frees its memory for the next one
+        known = self._weights if self.total else self._weights + weights[1:]
         if weights != known:
             raise ValueError(
-                f"this pass went over {len(weights)} batches, of sizes that begin with"
-                f" {weights[:3]}, an earlier one over {len(known)}, which begin with {known[:3]}. A"
-                " product needs the same batches each time: pass a list, a DataLoader that does not"
+                f"this pass had {len(weights)} batches, of sizes that begin with {weights[:3]}, and"
+                f" an earlier one {len(known)} batches, which begin with {known[:3]}. A product"
+                " needs the same batches each time: pass a list, a DataLoader that does not"
                 " shuffle, or a function that returns a new iterator at each call"
             )
-        self._weights, self.batch_size = weights, sum(weights)
-        return total.div_(self.batch_size).to(like.dtype)
+        self._weights, self.total = weights, sum(weights)
+        return out.div_(self.total).to(like.dtype)
 
     def _operators(self) -> Iterator[tuple[LinearOperator, float]]:
         self._check_unmoved()
         yield from list(self._kept)
-        if self.batch_size is not None and len(self._kept) == len(self._weights):
-            return  # all of them: no need to load the data
+        if self.total is not None and len(self._kept) == len(self._weights):
+            return  # all operators are kept: the data need not be loaded
         start = len(self._kept)
-        for i, batch in enumerate(islice(self._pass(), start, None), start):
-            operator, weight = self._operator(batch)
+        for i, batch in islice(self._pass(), start, None):
+            operator, weight = self._operator(i, batch)
             self._check_fits(operator)
             yield operator, weight
-            self._keep(i, operator, weight)  # after its product, which may allocate
+            self._keep(
+                i, operator, weight
+            )  # after its product, which may allocate memory that counts
             del operator
 
-    def _pass(self) -> Iterable[Any]:
-        return self._batches() if callable(self._batches) else self._batches
+    def _pass(self) -> Iterator[tuple[int, Any]]:
+        """Yield the batches with their numbers; even to iterate, a DataLoader draws a seed."""
+        given, nothing = self._batches, object()
+        batches = self._replay.run("start", lambda: iter(given() if callable(given) else given))
+        for i in count():
+            batch = self._replay.run(("load", i), lambda: next(batches, nothing))
+            if batch is nothing:
+                return
+            yield i, batch
 
-    def _operator(self, batch: Any) -> tuple[LinearOperator, float]:
+    def _operator(self, i: int, batch: Any) -> tuple[LinearOperator, float]:
         with torch.enable_grad():
-            operator = self._make(batch)
+            operator = self._replay.run(("make", i), lambda: self._make(batch))
         if not isinstance(operator, LinearOperator):
             raise TypeError(
                 "make must return a LinearOperator, as in lambda batch: FisherOperator(model(batch)"
@@ -164,15 +183,19 @@ class BatchedOperator(LinearOperator):
             )
 
     def _keep(self, i: int, operator: LinearOperator, weight: float) -> None:
-        """Keep the operator of batch ``i`` if all before it are kept and it fits in the room."""
+        """Keep the operator of batch ``i`` if it fits and all before it are kept."""
         if self._full or i != len(self._kept):
             return
         seen = set(self._seen)
-        size = _memory(operator, seen)
+        try:
+            size = _memory(operator, seen)
+        except recorded.UnreadableNode:  # its memory cannot be counted
+            size = math.inf
         if size > self._room:
             self._full = True
             return
-        self._room, self._seen = self._room - size, seen
+        self._room -= int(size)
+        self._seen = seen
         self._kept.append((operator, weight))
         vectors = (part for part in _reached(operator) if isinstance(part, ParameterVector))
         for p in (p for vector in vectors for p in vector.params if not p.is_inference()):
@@ -182,7 +205,7 @@ class BatchedOperator(LinearOperator):
         if any(p._version != version for p, version in self._versions.values()):
             raise RuntimeError(
                 f"parameters were changed in place since {self.cached} operators of batches were"
-                " kept, which belong to the old ones: make a new BatchedOperator at the new"
+                " kept, which are valid at the old ones: make a new BatchedOperator at the new"
                 " parameters, or use cache_bytes=0"
             )
 
@@ -205,7 +228,7 @@ def _check_batches(batches: Batches) -> None:
         )
     if isinstance(batches, DataLoader):
         _check_order(batches)
-    elif iter(batches) is iter(batches):  # an iterator, or what gives the same one again
+    elif iter(batches) is iter(batches):  # an iterator, or an iterable with a single one
         raise ValueError(
             "batches is an iterator, which is exhausted after one pass, and every product needs a"
             " pass: pass a list, a DataLoader, or a function that returns a new iterator"
@@ -213,9 +236,9 @@ def _check_batches(batches: Batches) -> None:
 
 
 def _check_order(loader: DataLoader[Any]) -> None:
-    """Raise where a loader may go through its data in another order in each pass."""
+    """Raise if the order of a loader's data may differ between passes."""
     if isinstance(loader.dataset, IterableDataset):
-        return  # has no order but its own
+        return  # it defines the order itself
     order: Any = loader.sampler if loader.batch_sampler is None else loader.batch_sampler
     while isinstance(order, BatchSampler):
         order = order.sampler
@@ -240,7 +263,7 @@ def _memory(root: Any, seen: set[tuple[str, int]]) -> int:
 
 
 def _reached(root: Any) -> Iterator[Any]:
-    """Yield ``root`` and what it refers to, each once."""
+    """Yield ``root`` and all objects that it refers to, each once."""
     todo, alive = [root], []
     visited: set[int] = set()
     while todo:
@@ -248,22 +271,22 @@ def _reached(root: Any) -> Iterator[Any]:
         if id(part) in visited:
             continue
         visited.add(id(part))
-        alive.append(part)  # an id is free again once its object is gone
+        alive.append(part)  # the id of a deleted object may be reused
         yield part
         todo += [part.grad_fn] if isinstance(part, Tensor) else _parts(part)
 
 
 def _storage(t: Tensor) -> tuple[tuple[str, int], int]:
-    """Return which memory a tensor refers to, and its bytes."""
+    """Return the identity and the bytes of the memory that a tensor refers to."""
     try:
         storage = t.untyped_storage()
         return (str(t.device), storage.data_ptr()), storage.nbytes()
-    except NotImplementedError:  # a tensor that torch.func wraps
+    except NotImplementedError:  # a tensor wrapped by torch.func
         return ("wrapped", id(t)), t.nbytes
 
 
 def _parts(part: Any) -> Iterable[Any]:
-    """Return what an object refers to: its attributes, items, closure, or saved tensors."""
+    """Return the objects that ``part`` refers to: attributes, items, closure or saved tensors."""
     if isinstance(part, (str, bytes, int, float, type, types.ModuleType, torch.nn.Module)):
         return ()
     if isinstance(part, dict):
@@ -275,8 +298,8 @@ def _parts(part: Any) -> Iterable[Any]:
     if isinstance(part, types.MethodType):
         return (part.__self__, part.__func__)
     if isinstance(part, torch.autograd.graph.Node):
-        saved = [getattr(part, name) for name in dir(part) if name.startswith("_saved_")]
-        sources = [node for node, _ in part.next_functions]
+        saved = [recorded.saved(part, name) for name in recorded.saved_names(part)]
+        sources = [node for node, _ in recorded.sources(part)]
         return [*saved, *getattr(part, "saved_tensors", ()), *sources]
     slots = [getattr(part, name, None) for name in getattr(type(part), "__slots__", ())]
     return [*getattr(part, "__dict__", {}).values(), *slots]

@@ -1,4 +1,4 @@
-"""The Fisher matrix of a model's predictions as an operator, from the graph that made them."""
+"""The Fisher matrix of a model's predictions, from their recorded graph."""
 
 from __future__ import annotations
 
@@ -21,27 +21,34 @@ class FisherOperator(GaussNewtonOperator):
     r"""The Fisher matrix :math:`F = \frac1N \sum_i J_i' M_i J_i` of shape ``(n, n)``.
 
     :math:`J_i` is the Jacobian of the distribution's parameters for sample *i* in the model's
-    parameters, and :math:`M_i` the Fisher matrix of the family there, in closed form. ``F`` is
-    symmetric positive semi-definite by construction, and equals the Hessian of
+    parameters, and :math:`M_i` the Fisher matrix of the family at that sample, in closed form.
+    ``F`` is symmetric positive semidefinite by construction, and equals the Hessian of
     KL(old || new) at the current parameters.
 
-    Each product runs ``J``, ``M`` and ``J'``, linearised once from the graph of the prediction:
-    four matrix products a dense layer, no forward pass. A KL double backward costs six.
+    A product applies ``J``, ``M`` and ``J'``, which are linearized once from the graph of the
+    prediction. It costs four matrix products per dense layer and no forward pass; a double
+    backward through the KL costs six.
 
     Parameters that are frozen or that the prediction does not use have rows of exact zeros.
 
     Args:
-        distribution: the prediction, with its graph; a torch distribution, or a dict, list or
-            tuple of independent ones; :class:`Weighted` for a weighted mean. Its graph is kept
-            alive by the operator.
-        params: the parameters, in the order of the flat vector. An already built
-            :class:`ParameterVector` is taken as it is.
-        backend: ``"tape"``: sweeps over the recorded graph, node by node, in kept memory;
-            ``"graph"``: double backward through it, slower and in less memory; ``"auto"``: the
-            first where it can and agrees with autograd. :attr:`backend` says which it is.
+        distribution: the prediction, with its graph: a torch distribution, or a dict, list or
+            tuple of independent ones, or :class:`Weighted` for a weighted mean. The operator keeps
+            the graph alive.
+        params: the parameters, in the order of the flat vector. An existing
+            :class:`ParameterVector` is used directly.
+        backend: ``"tape"`` sweeps over the recorded graph, node by node, in memory that it keeps;
+            ``"graph"`` is double backward through it, which is slower and needs less memory;
+            ``"auto"`` is the first if it supports the graph and agrees with autograd, and the
+            second otherwise. The attribute ``backend`` is the one in use.
+        linearisation: the products with ``J``. The default is to read them from the graph.
+
+    Attributes:
+        joint: the prediction as a :class:`Joint` distribution.
+        batch_size: the number of samples. The sum of their weights is ``total``.
 
     Raises:
-        TypeError: a family that is unknown or refused, or parameters of a wrong type.
+        TypeError: a family is unknown or refused, or a parameter has a wrong type.
         ValueError: the prediction does not depend on the parameters.
         RuntimeError: a part of the model cannot be differentiated twice, or its graph was freed.
 
@@ -63,14 +70,14 @@ class FisherOperator(GaussNewtonOperator):
         params: ParameterVector | Iterable[Tensor],
         *,
         backend: str = "auto",
+        linearisation: Linearisation | None = None,
     ) -> None:
         vector = params if isinstance(params, ParameterVector) else ParameterVector(params)
         joint = distribution if isinstance(distribution, Joint) else joint_of(distribution)
-        self._finish(linearise(joint.flat_parameters(), vector, backend), joint)
-
-    def _finish(self, linearisation: Linearisation, joint: Joint) -> None:
+        if linearisation is None:
+            linearisation = linearise(joint.flat_parameters(), vector, backend)
         super().__init__(linearisation, joint.fisher(), joint.total)
-        self.joint, self.batch_size = joint, joint.total
+        self.joint, self.batch_size = joint, joint.batch_size
 
     @classmethod
     def from_function(
@@ -84,23 +91,23 @@ class FisherOperator(GaussNewtonOperator):
     ) -> Self:
         """Return the Fisher matrix of the prediction ``fn(params, *inputs)`` in ``params``.
 
-        It needs no graph, and works under :func:`torch.func.vmap` over stacked parameters. The
+        It needs no graph and works under :func:`torch.func.vmap` over stacked parameters. The
         flat vector has the order of the dict.
 
         Args:
             fn: ``(params, *inputs)`` -> the prediction.
             params: the parameters by name; they need not require a gradient.
-            *inputs: what else ``fn`` takes.
-            backend: as for the class; ``"functional"`` for :class:`FunctionalLinearisation`, which
-                runs ``fn`` again for each product. ``"auto"`` takes that under a transform and for
-                what cannot be differentiated twice.
-            subsample: a count or a fraction of the samples, see :func:`subsample`.
-            seed: of the subsample.
+            *inputs: the other arguments of ``fn``.
+            backend: as for the class, or ``"functional"``, which runs ``fn`` again for each product
+                with the random numbers of the first run. ``"auto"`` chooses it under a transform
+                and for models that cannot be differentiated twice.
+            subsample: the count or the fraction of the samples to use, see :func:`subsample`.
+            seed: the seed of the subsample.
 
         Raises:
-            TypeError: ``params`` is not a dict, or a family that is unknown or refused.
-            ValueError: as for the class, or inputs that a subsample cannot index.
-            RuntimeError: no way of differentiating can.
+            TypeError: ``params`` is not a dict, or a family is unknown or refused.
+            ValueError: as for the class, or a subsample cannot index the inputs.
+            RuntimeError: no method of differentiation supports the model.
 
         Example:
             >>> from torch.distributions import Normal
@@ -122,12 +129,10 @@ class FisherOperator(GaussNewtonOperator):
             def joint_at(*tensors: Tensor) -> Joint:
                 return joint_of(run(dict(zip(vector.names, tensors, strict=True))))
 
-            operator = cls.__new__(cls)
-            operator._finish(
-                FunctionalLinearisation(lambda *p: joint_at(*p).flat_parameters(), vector),
-                joint_at(*vector.params),
+            linearisation = FunctionalLinearisation(
+                lambda *p: joint_at(*p).flat_parameters(), vector
             )
-            return operator
+            return cls(joint_at(*vector.params), vector, linearisation=linearisation)
 
         chosen = select(inputs, subsample, seed)
         return from_function(fn, params, chosen, backend, graph, functional)
@@ -137,22 +142,22 @@ class FisherOperator(GaussNewtonOperator):
         r"""Return ``R`` of shape ``(m, n)`` with :math:`R'R = F`, a map for least squares.
 
         ``lsqr(F.root(), y, damping=d)`` solves :math:`(F + d I) x = R'y`, and
-        :meth:`FisherRoot.lift` gives the ``y`` with :math:`R'y = g` for the gradient ``g`` of a
-        loss. It needs no more iterations than :func:`cg`. In float32, measured on linear models at
-        conditions of ``F`` from 1e2 to 1e6 with a damping of 1e-6 of its largest eigenvalue, its
-        error is 5 to 1e5 times smaller where ``R x`` comes near ``y``. For a ``y`` mostly out of
-        reach, as the gradient of noisy labels gives, the problem itself is as sensitive as the
-        condition of ``F``: the error is 1000 times smaller to 200 times larger, smaller for sure at
-        an ``F`` of deficient rank and moderate condition only.
+        :meth:`FisherRoot.lift` returns the ``y`` with :math:`R'y = g` for the gradient ``g`` of a
+        loss. It needs no more iterations than :func:`cg`. In float32, measured on linear models
+        with condition numbers of ``F`` from 1e2 to 1e6 and a damping of 1e-6 times its largest
+        eigenvalue, its error is 5 to 1e5 times smaller where ``R x`` can come close to ``y``. Where
+        most of ``y`` is out of reach, as for the gradient of noisy labels, the problem itself is as
+        sensitive as the condition number of ``F``: the error is between 1000 times smaller and 200
+        times larger, and reliably smaller only for an ``F`` of deficient rank and moderate
+        condition.
 
-        With ``C`` outputs a sample, the cost is ``C + 1`` products with the metric, none with the
-        network, and the eigenvectors of N matrices ``(C, C)`` in float64; the memory is N C^2. That
-        is for few outputs a sample: ``C`` counts all factors, and ``d + d^2`` for a
-        ``MultivariateNormal``.
+        With ``C`` outputs per sample, the cost is ``C + 1`` products with the metric, none with the
+        network, and the eigenvectors of N matrices ``(C, C)`` in float64; the memory is N C^2. It
+        is therefore meant for few outputs per sample: ``C`` counts all factors, and is ``d + d^2``
+        for a ``MultivariateNormal``.
 
         Raises:
-            ValueError: the family is not one with parameters for each sample; see
-                :class:`FisherRoot`.
+            ValueError: samples share parameters of the family; see :class:`FisherRoot`.
 
         Example:
             >>> from torch.distributions import Categorical

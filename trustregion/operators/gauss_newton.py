@@ -1,4 +1,4 @@
-"""Operators of the form J' M J: a metric on a model's outputs, pulled back to its parameters."""
+"""Operators of the form J' M J: a metric on a model's outputs, in its parameters."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..linearise import Linearisation
-from ..vector import ParameterVector
+from ..vector import ParameterVector, split_like
 from .base import LinearOperator
 from .map import FunctionMap, LinearMap
 
@@ -19,18 +19,18 @@ Tensors: TypeAlias = tuple[Tensor, ...]
 class GaussNewtonOperator(LinearOperator):
     r"""The operator :math:`J' M J / N` of shape ``(n, n)``.
 
-    :math:`J` is the Jacobian of a model's outputs in its parameters, :math:`M` a symmetric map on
-    the outputs, positive semidefinite as a rule. :class:`FisherOperator`, :class:`GGNOperator` and
-    the sampled Fisher matrices are this for their own ``M``.
+    :math:`J` is the Jacobian of a model's outputs in its parameters, and :math:`M`, the metric, is
+    a symmetric map on the outputs, usually positive semidefinite. :class:`FisherOperator`,
+    :class:`GGNOperator` and the sampled Fisher matrices are special cases.
 
     Args:
-        linearisation: ``J``.
-        metric: ``d -> M d`` on tuples of tensors shaped like the outputs. What it returns may share
-            memory with ``d``; it must not write to it.
+        linearisation: the products with ``J``.
+        metric: ``d -> M d`` on tuples of tensors shaped like the outputs. The result may share
+            memory with ``d``, which must not be written to.
         total: ``N``, the number of samples or the sum of their weights.
 
     Attributes:
-        apply_metric: ``d -> M d`` on tuples of tensors, as given.
+        apply_metric: the argument ``metric``.
 
     """
 
@@ -44,7 +44,7 @@ class GaussNewtonOperator(LinearOperator):
 
     @property
     def backend(self) -> str:
-        """Which way of differentiating makes the products."""
+        """The method of differentiation."""
         return self._linearisation.backend
 
     @property
@@ -54,7 +54,7 @@ class GaussNewtonOperator(LinearOperator):
 
     @property
     def total(self) -> float:
-        """``N``, what the sum over the samples is divided by."""
+        """``N``, the number of samples or the sum of their weights."""
         return self._total
 
     @property
@@ -64,11 +64,11 @@ class GaussNewtonOperator(LinearOperator):
 
     @property
     def used(self) -> tuple[int, ...]:
-        """Positions of the parameters that the outputs depend on; other rows are zero."""
+        """The positions of the parameters that the outputs depend on; other rows are zero."""
         return self._linearisation.used
 
     def jvp(self, v: Tensor) -> Tensors:
-        """Return ``Jv``: the change of each output along ``v``."""
+        """Return ``Jv``, one tensor per output."""
         return tuple(t.clone() for t in self._linearisation.jvp(v))
 
     def vjp(self, u: Sequence[Tensor]) -> Tensor:
@@ -82,10 +82,10 @@ class GaussNewtonOperator(LinearOperator):
 
     @property
     def jacobian(self) -> LinearMap:
-        """The Jacobian ``J`` of shape ``(m, n)``: of all outputs, flattened.
+        """The Jacobian ``J`` of all outputs, flattened, of shape ``(m, n)``.
 
-        Its rows are the outputs in the order of :meth:`jvp`, each in its logical order; a product
-        with ``J`` or with ``J'`` costs half a product with the operator.
+        The rows follow the outputs in the order of :meth:`jvp`, each in its logical order. A
+        product with ``J`` or with ``J'`` costs half a product with the operator.
 
         Example:
             >>> from torch.distributions import Normal
@@ -109,7 +109,7 @@ class GaussNewtonOperator(LinearOperator):
     def metric(self, u: Tensor) -> Tensor:
         """Return ``M u`` of shape ``(m,)``.
 
-        With it, the product is ``jacobian.rmv(metric(jacobian.mv(v))) / N``.
+        The product with the operator is ``jacobian.rmv(metric(jacobian.mv(v))) / N``.
         """
         return self._flatten(self.apply_metric(self._unflatten(u)))
 
@@ -117,5 +117,4 @@ class GaussNewtonOperator(LinearOperator):
         return torch.cat([t.reshape(-1) for t in tensors]).to(self.dtype)
 
     def _unflatten(self, u: Tensor) -> Tensors:
-        parts = u.split([y.numel() for y in self.outputs])
-        return tuple(part.view(y.shape) for part, y in zip(parts, self.outputs, strict=True))
+        return tuple(split_like(u, self.outputs))

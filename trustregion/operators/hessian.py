@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
@@ -17,42 +18,80 @@ from ..vector import ParameterVector
 from .base import LinearOperator
 
 
-class _DoubleBackward(LinearOperator):
-    """The Hessian of a scalar with a graph; the graph of its gradient is kept."""
+@dataclass(frozen=True)
+class Derivatives:
+    """The first and second derivatives of a scalar at the parameters.
 
-    backend = "graph"
+    Attributes:
+        gradient: the gradient, shape ``(n,)``.
+        product: the Hessian as ``v -> H v``.
+        used: the positions of the parameters that the scalar depends on.
+        backend: ``"graph"``, or ``"functional"`` from a function.
 
-    def __init__(self, value: Tensor, vector: ParameterVector, what: str) -> None:
-        trainable = [i for i, p in enumerate(vector.params) if p.requires_grad]
-        inputs = [vector.params[i] for i in trainable]
-        if not (value.requires_grad and inputs):
-            raise ValueError(f"the {what} does not depend on the parameters")
-        for _ in upstream([edge_of(value)]):  # raises where a derivative would be taken for zero
-            pass
-        with torch.enable_grad():
-            grads = differentiate([value], inputs, create_graph=True)
-        used = [(i, g) for i, g in zip(trainable, grads, strict=True) if g is not None]
-        if not used:
-            raise ValueError(f"the {what} does not depend on the parameters")
-        curved = {i: g for i, g in used if g.requires_grad}
+    """
 
-        def product(v: Tensor) -> Tensor:
-            parts = vector.unravel(v)
-            products = differentiate(list(curved.values()), inputs, [parts[i] for i in curved])
-            return vector.ravel_at(trainable, products)
+    gradient: Tensor
+    product: Callable[[Tensor], Tensor]
+    used: tuple[int, ...]
+    backend: str
 
-        gradient = vector.ravel_at(trainable, grads).detach()
-        self._keep(vector, product, gradient, [i for i, _ in used])
 
-    def _keep(
-        self,
-        vector: ParameterVector,
-        product: Callable[[Tensor], Tensor],
-        gradient: Tensor,
-        used: Iterable[int],
-    ) -> None:
+def double_backward(value: Tensor, vector: ParameterVector, what: str) -> Derivatives:
+    """Return the derivatives of a scalar with a graph; the graph of its gradient is kept.
+
+    Args:
+        value: the scalar.
+        vector: the parameters.
+        what: the name of the scalar in an error message.
+
+    Raises:
+        ValueError: the scalar does not depend on the parameters.
+        RuntimeError: a part of the model cannot be differentiated twice, or its graph was freed.
+
+    """
+    trainable = [i for i, p in enumerate(vector.params) if p.requires_grad]
+    inputs = [vector.params[i] for i in trainable]
+    if not (value.requires_grad and inputs):
+        raise ValueError(f"the {what} does not depend on the parameters")
+    for _ in upstream([edge_of(value)]):  # raises where a derivative would be taken for zero
+        pass
+    with torch.enable_grad():
+        grads = differentiate([value], inputs, create_graph=True)
+    used = [(i, g) for i, g in zip(trainable, grads, strict=True) if g is not None]
+    if not used:
+        raise ValueError(f"the {what} does not depend on the parameters")
+    curved = {i: g for i, g in used if g.requires_grad}
+
+    def product(v: Tensor) -> Tensor:
+        parts = vector.tangents(v)
+        products = differentiate(list(curved.values()), inputs, [parts[i] for i in curved])
+        return vector.ravel_at(trainable, products)
+
+    gradient = vector.ravel_at(trainable, grads).detach()
+    return Derivatives(gradient, product, tuple(i for i, _ in used), "graph")
+
+
+def forward_over_reverse(loss: Callable[..., Tensor], vector: ParameterVector) -> Derivatives:
+    """Return the derivatives of ``loss(*params)``, which runs again for each product."""
+    point = tuple(p.detach() for p in vector.params)
+    gradient, times = hessian(loss, point)
+    slope = vector.ravel(gradient(*point)).detach()
+    unmoved = Unmoved(p for p in point if not p.is_inference())
+
+    def product(v: Tensor) -> Tensor:
+        unmoved.check()
+        return vector.ravel(times(tuple(vector.tangents(v))))
+
+    return Derivatives(slope, product, tuple(range(len(point))), "functional")
+
+
+class _ScalarHessian(LinearOperator):
+    """The Hessian of a scalar, from its derivatives."""
+
+    def __init__(self, derivatives: Derivatives, vector: ParameterVector) -> None:
         super().__init__(vector.numel, vector.dtype, vector.device)
-        self._product, self.gradient, self.used = product, gradient, tuple(used)
+        self.gradient, self.used = derivatives.gradient, derivatives.used
+        self.backend, self._product = derivatives.backend, derivatives.product
 
     @torch.no_grad()
     def mv(self, v: Tensor) -> Tensor:
@@ -60,25 +99,25 @@ class _DoubleBackward(LinearOperator):
         return self._product(v)
 
 
-class HessianOperator(_DoubleBackward):
+class HessianOperator(_ScalarHessian):
     r"""The Hessian :math:`\nabla^2_\theta \ell` of a loss at the parameters, shape ``(n, n)``.
 
-    Symmetric, and indefinite as a rule: use it with ``minres``, ``steihaug`` or ``gltr``, or with
-    a shift. The graph of the gradient is built once and kept; each product is one backward pass
-    through it.
+    It is symmetric and usually indefinite: use it with ``minres``, ``steihaug`` or ``gltr``, or
+    with a shift. The graph of the gradient is built once and kept; each product is one backward
+    pass through it.
 
     Parameters that are frozen or that the loss does not use have rows of exact zeros. Over an empty
-    batch all of it is zero, also where the loss, a mean, is NaN.
+    batch the matrix is zero, even though a loss that is a mean is NaN.
 
     Args:
-        loss: a scalar with its graph, which the operator keeps alive.
-        params: the parameters, in the order of the flat vector. An already built
-            :class:`ParameterVector` is taken as it is.
+        loss: a scalar with its graph, which the operator keeps alive; or its derivatives.
+        params: the parameters, in the order of the flat vector. An existing
+            :class:`ParameterVector` is used directly.
 
     Attributes:
         gradient: the gradient of the loss, shape ``(n,)``.
         backend: ``"graph"``, or ``"functional"`` from a function.
-        used: positions of the parameters that the loss depends on.
+        used: the positions of the parameters that the loss depends on.
 
     Raises:
         TypeError: the loss is not a tensor.
@@ -96,10 +135,14 @@ class HessianOperator(_DoubleBackward):
 
     """
 
-    def __init__(self, loss: Tensor, params: ParameterVector | Iterable[Tensor]) -> None:
+    def __init__(
+        self, loss: Tensor | Derivatives, params: ParameterVector | Iterable[Tensor]
+    ) -> None:
         vector = params if isinstance(params, ParameterVector) else ParameterVector(params)
-        check_loss(loss)
-        super().__init__(loss, vector, "loss")
+        if not isinstance(loss, Derivatives):
+            check_loss(loss)
+            loss = double_backward(loss, vector, "loss")
+        super().__init__(loss, vector)
 
     @classmethod
     def from_function(
@@ -113,23 +156,24 @@ class HessianOperator(_DoubleBackward):
     ) -> Self:
         """Return the Hessian of the scalar ``fn(params, *inputs)`` in ``params``.
 
-        It needs no graph, and works under :func:`torch.func.vmap` over stacked parameters. The
+        It needs no graph and works under :func:`torch.func.vmap` over stacked parameters. The
         flat vector has the order of the dict.
 
         Args:
             fn: ``(params, *inputs)`` -> the loss.
             params: the parameters by name; they need not require a gradient.
-            *inputs: what else ``fn`` takes.
-            backend: ``"graph"``; ``"functional"``, the derivative of the gradient in forward mode,
-                which runs ``fn`` again for each product; or ``"auto"``.
-            subsample: a count or a fraction of the samples, see :func:`subsample`.
-            seed: of the subsample.
+            *inputs: the other arguments of ``fn``.
+            backend: ``"graph"``; ``"functional"``, which differentiates the gradient in forward
+                mode and runs ``fn`` again for each product, with the random numbers of the first
+                run; or ``"auto"``.
+            subsample: the count or the fraction of the samples to use, see :func:`subsample`.
+            seed: the seed of the subsample.
 
         Raises:
             TypeError: ``params`` is not a dict.
             ValueError: as for the class.
-            RuntimeError: no way of differentiating can; or, from a product, the parameters were
-                changed in place since.
+            RuntimeError: no method of differentiation supports the model; or, in a product, the
+                parameters have been modified in place.
 
         Example:
             >>> params = {"x": torch.tensor([1.0, 2.0])}
@@ -146,20 +190,7 @@ class HessianOperator(_DoubleBackward):
             def loss(*tensors: Tensor) -> Tensor:
                 return run(dict(zip(vector.names, tensors, strict=True)))
 
-            point = tuple(p.detach() for p in vector.params)
-            everything = tuple(range(len(point)))
-            gradient, times = hessian(loss, point)
-            slope = vector.ravel(gradient(*point)).detach()
-            unmoved = Unmoved(p for p in point if not p.is_inference())
-
-            def product(v: Tensor) -> Tensor:
-                unmoved.check()
-                return vector.ravel(times(tuple(vector.unravel(v))))
-
-            operator = cls.__new__(cls)
-            operator.backend = "functional"
-            operator._keep(vector, product, slope, everything)
-            return operator
+            return cls(forward_over_reverse(loss, vector), vector)
 
         chosen = select(inputs, subsample, seed)
         return from_function(
@@ -167,19 +198,19 @@ class HessianOperator(_DoubleBackward):
         )
 
 
-class KLHessianOperator(_DoubleBackward):
+class KLHessianOperator(_ScalarHessian):
     r"""The Hessian of :math:`\theta' \mapsto` KL(theta || theta') at ``theta``, shape ``(n, n)``.
 
-    It equals :class:`FisherOperator` there, and is kept as an independent cross-check and as the
-    baseline of the benchmarks: the KL's gradient graph is built once and kept, and each product
-    is one backward pass through it (six matrix products a dense layer).
+    It equals :class:`FisherOperator` there, and serves as an independent check of it and as the
+    baseline of the benchmarks. The graph of the gradient of the KL is built once and kept, and each
+    product is one backward pass through it: six matrix products per dense layer.
 
     Args:
         distribution: the prediction, with its graph, as for :class:`FisherOperator`.
         params: the parameters, in the order of the flat vector.
 
     Raises:
-        TypeError: a family that is unknown or refused.
+        TypeError: a family is unknown or refused.
         ValueError: the prediction does not depend on the parameters.
 
     Example:
@@ -197,15 +228,15 @@ class KLHessianOperator(_DoubleBackward):
         joint = joint_of(distribution)
         with torch.enable_grad():
             kl = joint.frozen().mean_kl(joint)
-        super().__init__(kl, vector, "distribution")
+        super().__init__(double_backward(kl, vector, "distribution"), vector)
 
 
 def check_loss(loss: Tensor) -> None:
-    """Raise where a loss is not a scalar tensor with a graph.
+    """Raise unless a loss is a scalar tensor with a graph.
 
     Raises:
-        TypeError: not a tensor.
-        ValueError: not a scalar, or without a graph.
+        TypeError: the loss is not a tensor.
+        ValueError: the loss is not a scalar, or has no graph.
 
     """
     check_scalar(loss)

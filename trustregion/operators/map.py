@@ -1,4 +1,4 @@
-"""Rectangular linear maps: a Jacobian, known by its products with vectors on either side."""
+"""Rectangular linear maps, such as Jacobians, defined by their products on both sides."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _BLOCK = 1 << 18  # entries converted to float64 at a time: 2 MiB, which stay in
 
 
 class LinearMap(abc.ABC):
-    """A linear map ``J`` of shape ``(m, n)``, known by ``J v`` and ``J' u``."""
+    """A linear map ``J`` of shape ``(m, n)``, defined by ``J v`` and ``J' u``."""
 
     def __init__(self, m: int, n: int, dtype: torch.dtype, device: torch.device) -> None:
         self.shape = (m, n)
@@ -31,7 +31,7 @@ class LinearMap(abc.ABC):
         """Return ``J' u`` of shape ``(n,)``."""
 
     def rows(self) -> Tensor:
-        """Return the matrix ``(m, n)``, row by row. Cost: m products ``J' u``."""
+        """Return the matrix ``(m, n)``. Cost: m products ``J' u``."""
         m, n = self.shape
         rows = torch.empty(m, n, dtype=self.dtype, device=self.device)
         for i in range(m):
@@ -44,7 +44,7 @@ class LinearMap(abc.ABC):
         r"""Return :math:`2^{-2e} J J'` of shape ``(m, m)``, summed in float64.
 
         The exponent ``e`` keeps the squares of huge or tiny entries in range. Cost: the products of
-        :meth:`rows`, and :math:`m^2 n` operations, since only the upper triangle is computed.
+        :meth:`rows` and :math:`m^2 n` operations, since only the upper triangle is computed.
 
         Example:
             >>> DenseMap(torch.tensor([[1.0, 2.0], [0.0, 4.0]])).gram(exponent=1)
@@ -87,7 +87,7 @@ class DenseMap(LinearMap):
         return self.matrix.T @ u
 
     def rows(self) -> Tensor:
-        """Return the matrix itself, at no product."""
+        """Return the matrix itself. Cost: no product."""
         return self.matrix
 
 
@@ -106,11 +106,11 @@ class FunctionMap(LinearMap):
         self.forward, self.adjoint = forward, adjoint
 
     def mv(self, v: Tensor) -> Tensor:
-        """Return ``forward(v)``, its shape checked."""
+        """Return ``forward(v)`` after checking its shape and dtype."""
         return _checked(self.forward(v), "J v", self.shape[0], v.dtype)
 
     def rmv(self, u: Tensor) -> Tensor:
-        """Return ``adjoint(u)``, its shape checked."""
+        """Return ``adjoint(u)`` after checking its shape and dtype."""
         return _checked(self.adjoint(u), "J' u", self.shape[1], u.dtype)
 
 
@@ -129,17 +129,17 @@ def wide_rmv(rows: Tensor, u: Tensor, exponent: int = 0) -> Tensor:
 
 
 def _blocks(rows: Tensor, exponent: int) -> Iterator[Tensor]:
-    """Yield ``2^-exponent rows`` in float64, a group of columns at a time."""
+    """Yield ``2^-exponent rows`` in float64, in groups of columns."""
     for part in rows.split(max(1, _BLOCK // max(1, rows.shape[0])), dim=1):
         yield ldexp(part.double(), -exponent)
 
 
 def as_map(J: LinearMap | Tensor) -> LinearMap:
-    """Return a map from a map or a matrix ``(m, n)``.
+    """Return ``J`` as a map; it may be a map or a matrix ``(m, n)``.
 
     Raises:
         TypeError: ``J`` is neither.
-        ValueError: a tensor that is not a matrix.
+        ValueError: ``J`` is a tensor that is not a matrix.
 
     """
     if isinstance(J, Tensor):
@@ -147,7 +147,7 @@ def as_map(J: LinearMap | Tensor) -> LinearMap:
     if not isinstance(J, LinearMap):
         raise TypeError(
             "J must be a LinearMap or a matrix (m, n), got"
-            f" {type(J).__name__}: make a map of two functions with FunctionMap"
+            f" {type(J).__name__}: make a map from two functions with FunctionMap"
         )
     return J
 

@@ -1,4 +1,4 @@
-"""A square root of the Fisher matrix as a map, for least squares with the model's Jacobian."""
+"""A square root of the Fisher matrix, for least-squares solvers."""
 
 from __future__ import annotations
 
@@ -19,24 +19,25 @@ class FisherRoot(LinearMap):
 
     .. math:: B_i = \Lambda_i^{1/2} V_i D_i,
 
-    so that outputs of very different scales do not round each other away. It is an orthogonal
-    matrix times the symmetric root of :math:`M_i`; no least-squares problem sees the difference.
-    Eigenvectors are not unique, so a ``y`` of shape ``(m,)`` belongs to the root that made it.
+    so that an output of a small scale is not lost in the rounding errors of one of a large scale.
+    :math:`B_i` is an orthogonal matrix times the symmetric root of :math:`M_i`, which does not
+    change a least-squares problem. Eigenvectors are not unique, so that a ``y`` of shape ``(m,)``
+    is valid for the root that returned it only.
 
-    The blocks are made in float64 from the parameters of the distribution: in float32 a block of
-    deficient rank would have a root that is off by the square root of the rounding. Eigenvalues
-    within rounding of zero are zero. A sample whose block is not finite gives rows of NaN, on which
-    a solver ends as ``NONFINITE_OPERATOR``.
+    The blocks are computed in float64 from the parameters of the distribution: in float32 the root
+    of a block of deficient rank would have an error of the square root of the rounding unit.
+    Eigenvalues within rounding of zero are set to zero. A sample whose block is not finite gives
+    rows of NaN, for which a solver returns ``NONFINITE_OPERATOR``.
 
-    Made by :meth:`FisherOperator.root`.
+    :meth:`FisherOperator.root` constructs it.
 
     Args:
         J: the Jacobian of all parameters of the distribution, :attr:`FisherOperator.jacobian`.
         joint: the distribution.
 
     Raises:
-        ValueError: a parameter tensor does not hold one slice a sample, or the Fisher matrix of the
-            family couples samples.
+        ValueError: a parameter tensor does not hold one slice per sample, or the Fisher matrix of
+            the family couples samples.
 
     """
 
@@ -56,24 +57,24 @@ class FisherRoot(LinearMap):
 
     @torch.no_grad()
     def rmv(self, u: Tensor) -> Tensor:
-        """Return ``R' u`` of shape ``(n,)``. Cost: as of :meth:`mv`."""
+        """Return ``R' u`` of shape ``(n,)``. The cost is that of :meth:`mv`."""
         rows = self._D * _times(self._V.mT, self._sizes * u.view(self._samples, -1))
         return self._J.rmv(torch.cat([part.reshape(-1) for part in rows.split(self._widths, 1)]))
 
     @torch.no_grad()
     def lift(self, u: Tensor) -> Tensor:
-        r"""Return ``y`` of shape ``(m,)`` with :math:`R'y = J'u`, at no product with ``J``.
+        r"""Return ``y`` of shape ``(m,)`` with :math:`R'y = J'u`, without a product with ``J``.
 
         With ``u`` the derivative of a loss in the parameters of the distribution, ``lsqr(R, y,
-        damping=d)`` solves :math:`(F + d I) x = g` for the gradient ``g`` of the loss. It needs a
-        ``u`` in the range of ``M``; a part outside is dropped. For a ``Categorical`` that asks for
-        entries that sum to zero for each sample: the derivative of a loss that normalises the
-        logits itself, as in the example, and not one in ``distribution.logits``, where
-        ``log_prob`` takes them to be normalised already. The ``M`` of the other families are
-        invertible, over the lower triangle of a ``scale_tril``.
+        damping=d)`` solves :math:`(F + d I) x = g` for the gradient ``g`` of the loss. ``u`` must
+        be in the range of ``M``; a component outside of it is dropped. For a ``Categorical`` the
+        entries of each sample must sum to zero. This holds for the derivative of a loss that
+        normalizes the logits itself, as in the example, and not for a derivative in
+        ``distribution.logits``, which ``log_prob`` assumes to be normalized already. The ``M`` of
+        the other families are invertible, over the lower triangle of a ``scale_tril``.
 
         Args:
-            u: shape ``(m,)``, in the order of the rows of ``J``.
+            u: the derivative, of shape ``(m,)`` in the order of the rows of ``J``.
 
         Raises:
             ValueError: ``u`` has another shape or dtype.
@@ -94,8 +95,8 @@ class FisherRoot(LinearMap):
         if u.shape != (self.shape[0],) or u.dtype != self.dtype:
             raise ValueError(
                 f"u must be a vector of shape ({self.shape[0]},) and dtype {self.dtype}, the"
-                " derivative of a loss in all parameter tensors of the distribution one after the"
-                f" other, got shape {tuple(u.shape)} and dtype {u.dtype}"
+                " concatenated derivatives of a loss in all parameter tensors of the distribution,"
+                f" got shape {tuple(u.shape)} and dtype {u.dtype}"
             )
         parts = u.split([self._samples * width for width in self._widths])
         y = _times(self._V, _by_sample(parts, self._samples) / self._D)
@@ -108,12 +109,12 @@ def _times(V: Tensor, rows: Tensor) -> Tensor:
 
 
 def _by_sample(tensors: tuple[Tensor, ...], samples: int) -> Tensor:
-    """Return the ``(N, C)`` rows, one a sample, of tensors that hold one slice a sample."""
+    """Return the ``(N, C)`` rows, one per sample, of tensors that hold one slice per sample."""
     return torch.cat([t.reshape(samples, -1) for t in tensors], dim=1)
 
 
 def _widths(joint: Joint) -> list[int]:
-    """Return how many entries of each parameter tensor belong to one sample."""
+    """Return the number of entries per sample of each parameter tensor."""
     samples = joint.batch_size
     for label, tensors in zip(joint.labels, joint.parameters, strict=True):
         for t in tensors:
@@ -137,9 +138,9 @@ def _blocks(joint: Joint, widths: list[int]) -> Tensor:
         return _by_sample(metric(tuple(p.reshape(t.shape) for p, t in parts)), samples)
 
     like = outputs[0]
-    # Zero times anything finite is an exact zero, so that no tolerance is needed here.
+    # Zero times any finite number is an exact zero, so that no tolerance is needed.
     generator = torch.Generator().manual_seed(0)
-    probe = torch.randn(samples, sum(widths), generator=generator, dtype=like.dtype)
+    probe = torch.randn(samples, sum(widths), generator=generator, dtype=like.dtype, device="cpu")
     probe[1::2] = 0.0
     across = products(probe.to(like.device))[1::2]
     if bool((across.isfinite() & (across != 0)).any()):
@@ -164,7 +165,7 @@ def factor_blocks(blocks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     _, e = torch.frexp(torch.where(alive, diagonal, 1.0))
     D = torch.ldexp(torch.ones_like(diagonal), e.div(2, rounding_mode="floor"))
     scaled = blocks / D.unsqueeze(2) / D.unsqueeze(1)
-    # eigh raises for one NaN in the batch
+    # eigh raises if any block of the batch contains a NaN
     values, Q = torch.linalg.eigh(torch.where(finite.view(-1, 1, 1), scaled, 0.0))
     rounding = values.shape[1] * torch.finfo(values.dtype).eps * values[:, -1:]
     values = torch.where(values > rounding, values, 0.0)

@@ -1,4 +1,4 @@
-"""Fisher matrices from scores: of the data's labels, or of labels that the model draws."""
+"""Fisher matrices from scores, at the labels of the data or at labels drawn from the model."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ from .gauss_newton import GaussNewtonOperator, Tensors
 class EmpiricalFisherOperator(GaussNewtonOperator):
     r"""The matrix :math:`\frac1N \sum_i g_i g_i'` of shape ``(n, n)`` of per-sample gradients.
 
-    :math:`g_i` is the gradient of the log-likelihood of sample *i*, or of its loss: the sign is of
-    no matter. It is positive semidefinite of rank at most ``N``, and not an estimate of the Fisher
-    matrix: the labels are the data's, not drawn from the model.
+    :math:`g_i` is the gradient of the log-likelihood or of the loss of sample *i*; the sign does
+    not matter. The matrix is positive semidefinite of rank at most ``N``. It is not an estimate of
+    the Fisher matrix, since the labels are those of the data and not drawn from the model.
 
     Args:
         log_probs: per-sample log-likelihoods or losses, shape ``(N,)``, with their graph.
-        params: the parameters, in the order of the flat vector. An already built
-            :class:`ParameterVector` is taken as it is.
-        backend: which way of differentiating makes the products.
+        params: the parameters, in the order of the flat vector. An existing
+            :class:`ParameterVector` is used directly.
+        backend: the method of differentiation, as for :class:`FisherOperator`.
 
     Attributes:
-        batch_size: ``N``.
+        batch_size: the number of samples ``N``, which is ``total`` as well.
 
     Raises:
         TypeError: ``log_probs`` is not a tensor.
-        ValueError: another shape, an empty batch, or no dependence on the parameters.
+        ValueError: ``log_probs`` has another shape, is empty, or does not depend on the parameters.
         RuntimeError: a part of the model cannot be differentiated twice, or its graph was freed.
 
     Example:
@@ -61,7 +61,7 @@ class EmpiricalFisherOperator(GaussNewtonOperator):
             )
         if log_probs.ndim != 1 or not log_probs.numel():
             raise ValueError(
-                "log_probs must hold one log-likelihood or loss a sample, shape (N,) with N > 0,"
+                "log_probs must hold one log-likelihood or loss per sample, shape (N,) with N > 0,"
                 f" got shape {tuple(log_probs.shape)}: sum over the other dimensions of a sample,"
                 " and use reduction='none'"
             )
@@ -75,34 +75,34 @@ class MonteCarloFisherOperator(GaussNewtonOperator):
     :math:`g_{si}` is the gradient of :math:`\log p(y_{si} | x_i)` at an outcome :math:`y_{si}`
     drawn from the model's own prediction. Its expectation over the seed is the Fisher matrix
     :math:`\frac1N \sum_i \mathrm{E}_y[g_i g_i']`; its rank is at most ``S N``, and its error falls
-    as :math:`1/\sqrt{S N}`. All that is asked of a distribution is ``sample`` and ``log_prob``, so
-    that it works for families without a closed form, as mixtures, and only where the score has mean
-    zero: not where the support depends on the parameters.
+    as :math:`1/\sqrt{S N}`. A distribution needs ``sample`` and ``log_prob`` only, so that families
+    without a closed form, such as mixtures, are supported. The score must have mean zero, which
+    excludes families whose support depends on the parameters.
 
-    Within one operator the outcomes are fixed. No global random number is used.
+    The outcomes are drawn once, at construction. Torch's global generators are left as they were.
 
     Args:
-        distribution: the prediction, with its graph; a torch distribution, or a dict, list or tuple
+        distribution: the prediction, with its graph: a torch distribution, or a dict, list or tuple
             of independent ones, whose log-probabilities are added. The first dimension of the batch
-            shape is the batch; the others are summed. With :class:`Weighted` the outer products are
-            weighted; outcomes are drawn for samples of weight 0 too, and left out, so that their
-            parameters must be valid ones.
-        params: the parameters, in the order of the flat vector. An already built
-            :class:`ParameterVector` is taken as it is.
-        samples: ``S``, the outcomes drawn for each sample. Cost and memory of the family grow with
-            it, those of the network do not.
-        seed: of the draw.
-        backend: which way of differentiating makes the products.
+            shape is the batch; the others are summed over. With :class:`Weighted` the outer
+            products are weighted; outcomes are also drawn for samples of weight 0, and discarded,
+            so that the parameters of these samples must be valid too.
+        params: the parameters, in the order of the flat vector. An existing
+            :class:`ParameterVector` is used directly.
+        samples: the number ``S`` of outcomes per sample. The cost and the memory of the family are
+            proportional to it; those of the network do not depend on it.
+        seed: the seed of the draw.
+        backend: the method of differentiation, as for :class:`FisherOperator`.
 
     Attributes:
-        batch_size: ``N``.
-        sample_weights: the weights in float64, ones over the batch where none are given.
+        batch_size: the number of samples ``N``. The sum of their weights is ``total``.
+        sample_weights: the weights in float64; ones if the prediction is not weighted.
 
     Raises:
-        TypeError: something that is not a distribution.
-        ValueError: parameters from which no outcome can be drawn, an empty prediction or batch,
-            factors with different batch sizes, weights that are none of this batch, no positive
-            number of samples, or no dependence on the parameters.
+        TypeError: a part of the prediction is not a distribution.
+        ValueError: no outcome can be drawn, the prediction or the batch is empty, the factors have
+            different batch sizes, the weights do not fit the batch, ``samples`` is not a positive
+            integer, or the prediction does not depend on the parameters.
         RuntimeError: a part of the model cannot be differentiated twice, or its graph was freed.
 
     Example:
@@ -153,7 +153,7 @@ def _identity(d: Tensors) -> Tensors:
 
 
 def _drawn(factors: Sequence[Distribution], weights: Tensor, samples: int, seed: int) -> Tensor:
-    """Return the log-probabilities ``(S, K)`` of outcomes, for the samples that count."""
+    """Return the log-probabilities ``(S, K)`` of outcomes, for the samples of positive weight."""
     device = weights.device
     with torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=_kind(device)):
         torch.manual_seed(seed)
@@ -169,8 +169,8 @@ def _drawn(factors: Sequence[Distribution], weights: Tensor, samples: int, seed:
 
 def _outcome(d: Distribution, samples: int) -> Tensor:
     try:
-        # A copy, which a transform with a cache does not know: it would take what the outcome was
-        # made of from there, and log_prob would lose a derivative.
+        # A copy, since a transform with a cache recognizes its own outcome and returns the cached
+        # value it came from, which would lose a derivative of log_prob.
         return d.sample(torch.Size([samples])).clone()
     except NotImplementedError:
         raise
@@ -182,4 +182,6 @@ def _outcome(d: Distribution, samples: int) -> Tensor:
 
 
 def _kind(device: torch.device) -> str:
-    return "cuda" if device.type == "cpu" else device.type  # fork_rng always keeps the CPU's
+    return (
+        "cuda" if device.type == "cpu" else device.type
+    )  # fork_rng always restores the CPU's generator

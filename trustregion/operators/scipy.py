@@ -1,4 +1,4 @@
-"""Operators as scipy knows them."""
+"""Conversion to scipy's linear operators."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 def to_scipy(A: LinearOperator) -> ScipyOperator:
     """Return ``A`` as a :class:`scipy.sparse.linalg.LinearOperator`.
 
-    It takes and gives numpy arrays in the dtype of ``A``; the products run where ``A`` lives.
+    It takes and returns numpy arrays of the dtype of ``A``; products run on the device of ``A``.
 
     Args:
         A: a symmetric operator.
@@ -35,10 +35,12 @@ def to_scipy(A: LinearOperator) -> ScipyOperator:
         from scipy.sparse.linalg import LinearOperator as Operator
     except ImportError as error:
         raise ImportError("to_scipy needs scipy: pip install scipy") from error
-    numpy_dtype = torch.empty(0, dtype=A.dtype).numpy().dtype
+    numpy_dtype = torch.empty(0, dtype=A.dtype, device="cpu").numpy().dtype
 
     def multiply(x: Any) -> Any:
-        given = torch.tensor(x, dtype=A.dtype, device=A.device)  # a copy: scipy lends its own
+        given = torch.tensor(
+            x, dtype=A.dtype, device=A.device
+        )  # a copy, since scipy reuses its array
         return (A @ given).detach().cpu().numpy()
 
     products = dict.fromkeys(("matvec", "rmatvec", "matmat", "rmatmat"), multiply)

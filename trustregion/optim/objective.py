@@ -269,7 +269,7 @@ class Objective:
         seen = {i for i, count in enumerate(counts) if count > 0}
         require_seen(seen, self.vector, [g, *rows])
         self.note(backend=F.backend)
-        return self.processes.operator(F, F.batch_size / total)
+        return self.processes.operator(F, F.total / total)
 
     def _beside(self, curvature: CurvatureClosure) -> Joint:
         return self._replay.beside(lambda: joint_of(curvature()))

@@ -1,4 +1,4 @@
-"""Approximate inverses of a damped curvature operator, as ``M=`` of the kernels."""
+"""Approximate inverses of a damped curvature operator, for ``M=`` of the solvers."""
 
 from .base import Preconditioner
 from .gate import Gated

@@ -1,4 +1,4 @@
-"""What a preconditioner is to an optimizer: built before a solve, told of it afterwards."""
+"""The interface of preconditioners that are rebuilt as the operator changes."""
 
 from __future__ import annotations
 
@@ -14,25 +14,24 @@ from ..solvers.solution import LinearSolution
 
 
 class Preconditioner(abc.ABC):
-    r"""A rule that makes :math:`M \approx (A + \lambda I)^{-1}`, once for each solve.
+    r"""A method to build :math:`M \approx (A + \lambda I)^{-1}` for each solve.
 
-    ``M`` is symmetric positive definite whatever ``A`` is, also where ``A`` is singular or not
-    finite and :math:`\lambda = 0`: it is then the identity on what the rule knows nothing of, up to
-    a factor. Its scale is of no matter to ``cg``. A solve calls, in this order::
+    ``M`` is symmetric positive definite for every ``A``, even one that is singular or not finite,
+    and for :math:`\lambda = 0`. On a subspace without information it is a multiple of the identity.
+    The scale of ``M`` does not affect ``cg``. For each solve an optimizer calls, in this order::
 
         M = preconditioner.build(A, damping)
         solve = cg(preconditioner.watch(A) + damping * Identity(n), b, M=M)
         preconditioner.observe(solve)
 
-    Only :meth:`build` has to be defined. All that a rule keeps from one solve to the next is in
-    :attr:`state`, tensors and numbers by name, so that a saved optimizer goes on as if it had not
-    stopped.
+    Only :meth:`build` is abstract. Everything that is kept between solves is in :attr:`state`, as
+    tensors and numbers by name, so that a saved optimizer resumes exactly.
 
     Attributes:
-        products: products with ``A`` that the last :meth:`build` spent; 0 where it reused one.
-        overhead: other work of the last build, in units of one product.
-        every: how many solves share the products of one build.
-        state: what is kept between solves.
+        products: the number of products with ``A`` in the last :meth:`build`; 0 for a reuse.
+        overhead: the other work of the last build, in units of one product with ``A``.
+        every: the number of solves that share the products of one build.
+        state: the tensors and numbers that are kept between solves.
 
     """
 
@@ -47,35 +46,35 @@ class Preconditioner(abc.ABC):
     def build(self, A: LinearOperator, damping: float) -> LinearOperator:
         """Return ``M`` for the operator ``A``, without its damping, and the damping.
 
-        Never raises for numerical trouble: it returns an identity, and the status of the solve
-        tells. Sets :attr:`products`.
+        It sets :attr:`products`. On numerical failure it returns an identity instead of raising,
+        and the status of the solve reports the failure.
         """
 
     def watch(self, A: LinearOperator) -> LinearOperator:
-        """Return ``A``, or the same operator with an eye on the products of the coming solve."""
+        """Return ``A``, or an equal operator that records the products of the next solve."""
         return A
 
-    def observe(self, solve: LinearSolution) -> None:  # noqa: B027 # most rules learn nothing
-        """Take note of a finished solve."""
+    def observe(self, solve: LinearSolution) -> None:  # noqa: B027 # optional
+        """Learn from a finished solve."""
 
-    def work(self, A: LinearOperator) -> float:  # noqa: ARG002 # most rules cost next to nothing
+    def work(self, A: LinearOperator) -> float:  # noqa: ARG002 # negligible by default
         """Return the cost of one product with ``M``, in units of one product with ``A``."""
         return 0.0
 
     def state_dict(self) -> dict[str, Any]:
-        """Return :attr:`state`, to be saved: references, not copies, as torch modules do."""
+        """Return :attr:`state` for saving: references, not copies, as for torch modules."""
         return dict(self.state)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a saved state, made with the same arguments; anew from an empty one."""
+        """Resume from a state saved with the same arguments; an empty one resets."""
         self.state = dict(state)
 
 
 def product_work(A: LinearOperator) -> float:
-    r"""Return roughly how many operations a product with ``A`` takes.
+    r"""Return an estimate of the number of operations in a product with ``A``.
 
-    :math:`8 N n` for a Gauss-Newton operator whose outputs have ``N`` rows: four matrix products a
-    layer, as of dense layers; :math:`2 n^2`, as of a matrix, otherwise.
+    It is :math:`8 N n` for a Gauss-Newton operator whose outputs have ``N`` rows, as for four
+    matrix products per dense layer, and :math:`2 n^2` otherwise, as for a matrix.
     """
     n = A.shape[0]
     if not isinstance(A, GaussNewtonOperator):
@@ -84,13 +83,13 @@ def product_work(A: LinearOperator) -> float:
 
 
 def check_damping(damping: object) -> None:
-    """Refuse a damping that is not a finite number or is negative."""
+    """Raise a ValueError unless a damping is a finite number and not negative."""
     if not (is_number(damping) and 0 <= damping < math.inf):
         raise ValueError(f"damping must be a finite number and not negative, got {shown(damping)}")
 
 
 def check_positive(name: str, value: object) -> None:
-    """Refuse a count that is not a positive integer."""
+    """Raise a ValueError unless a count is a positive integer."""
     check_count(name, value)
     if not value:
         raise ValueError(f"{name} must be a positive integer, got {shown(value)}")

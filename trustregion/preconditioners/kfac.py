@@ -1,4 +1,4 @@
-"""Kronecker factors of the layers, read from the graph of the forward pass, as a preconditioner."""
+"""Kronecker factors of layers, read from the recorded graph, as a preconditioner."""
 
 from __future__ import annotations
 
@@ -15,70 +15,76 @@ from ..operators.base import LinearOperator
 from ..operators.gauss_newton import GaussNewtonOperator
 from ..vector import ParameterVector
 from .base import Preconditioner, check_damping, check_positive, product_work
-from .kfac_layers import Factors, Layer, dense_layers, measure, recorded_layers
-from .kfac_noise import Samples, cotangents, draw_count, sample_weights
+from .kfac_factors import Factors, measure
+from .kfac_layers import Layer, dense_layers, recorded_layers
 from .kronecker import KroneckerBlock, KroneckerInverse
+from .output_noise import CoupledSamples, Samples, cotangents, draw_count, sample_weights
 
 Block: TypeAlias = dict[str, Any]  # of tensors and numbers, so that it can be saved
 
-# Measured on the policy of the docstring, in operations of a Fisher product:
-_EIGH = 100.0  # times n^3, an eigendecomposition in float64
-_PASS = 2.0  # a product of a backward pass or of a Gram matrix runs at half the speed
-_SMALL = 4.0  # one of two matrices of a layer's size at a quarter
+# Costs relative to an operation of a Fisher product, measured on the policies of the docstring:
+_EIGH = 100.0  # an eigendecomposition in float64, times n^3
+_PASS = 2.0  # an operation in a backward pass or a Gram matrix
+_SMALL = 4.0  # an operation in a product of two matrices of the size of a layer
 
 
 class KFAC(Preconditioner):
     r"""The inverse of the block-diagonal Kronecker approximation of a Gauss-Newton operator.
 
     The block of a layer ``y = W a + b`` in :math:`F = J'MJ/N` is approximated by
-    :math:`A \otimes G`, where ``A`` is the mean of ``a a'``, with a 1 behind ``a`` for the bias,
-    and ``G`` that of ``g g'`` over the gradients ``g`` at ``y`` of random changes of the outputs
-    with covariance ``M``. The eigenvectors of the two factors invert it with its damping exactly:
+    :math:`A \otimes G`. ``A`` is the mean of ``a a'``, where ``a`` has an additional entry 1 for
+    the bias. ``G`` is the mean of ``g g'`` over the gradients ``g`` in ``y`` of random changes of
+    the outputs with covariance ``M``. With damping, the eigenvectors of the two factors invert the
+    approximation exactly:
 
     .. math:: (A \otimes G + \lambda I)^{-1}
               = (Q_A \otimes Q_G) (\Lambda_A \otimes \Lambda_G + \lambda I)^{-1} (Q_A \otimes Q_G)'.
 
     For one linear layer with a constant metric this is the inverse of ``F + lambda I`` itself.
 
-    The recorded graph of the outputs holds all that is needed: the inputs of the layers, and the
-    way back to their outputs, at one backward pass for each draw and no product with ``F``.
-    Nothing is hooked, and nothing of the graph is kept after :meth:`build`. A layer that runs
-    several times, or at several positions of a sample, sums over its rows as if they were samples
-    (KFAC-expand). ``Conv2d`` layers are dense layers on patches. Weights of samples enter both
-    factors, by the order of the rows: those of the first sample first.
+    The inputs of the layers are read from the recorded graph of the outputs, and the gradients
+    come from one backward pass per draw; no product with ``F`` is needed. No hooks are registered,
+    and :meth:`build` keeps no reference to the graph. If a layer runs several times, or at several
+    positions of a sample, the sums over its rows treat these as samples (KFAC-expand). ``Conv2d``
+    layers are dense layers on patches. Weights of samples enter both factors, for rows in the order
+    of the samples.
 
-    Parameters outside of such layers (``log_std``, norms, embeddings, grouped convolutions) get
-    the diagonal of their own part of the operator, estimated as ``|v * (Fv)|`` for random signs
-    ``v`` there: exact where that part is diagonal, as for the ``log_std`` of a policy. Parameters
-    that the outputs do not use, and a layer whose factors are not finite, are damped only.
+    For parameters outside of such layers (``log_std``, norms, embeddings, grouped convolutions),
+    the diagonal of their part of the operator is estimated as ``|v * (Fv)|`` for random signs
+    ``v``. This is exact if that part is diagonal, as for the ``log_std`` of a policy. The curvature
+    of parameters that the outputs do not use, and of layers whose factors are not finite, is the
+    damping alone.
 
-    The inverse is positive definite always: eigenvalues below ``eps`` of the largest of their layer
-    are raised to it, and a layer without any curvature at ``damping = 0`` is taken to have the
-    largest curvature of all.
+    The inverse is always positive definite: eigenvalues below ``eps`` times the largest one of
+    their layer are raised to that value, and a layer without curvature at ``damping = 0`` is
+    assigned the largest curvature of all.
 
     On three batches of policies 64-64 in training, at a damping of 1e-3, 5 iterations of ``cg``
-    with it give 97 to 99 % of the best linear improvement, 10 without it 68 to 99 %. What it
-    improves first is the step and not the residual, so limit iterations rather than lower ``rtol``.
-    Cost there, over 2048 states: three to five products with ``F`` to build, an eighth to apply.
+    with it reach 97 to 99 % of the best linear improvement, and 10 iterations without it 68 to
+    99 %. It improves the step earlier than the residual, so limit the iterations rather than reduce
+    ``rtol``. Over 2048 states of these, a build costs three to five products with ``F``, and an
+    application an eighth of one.
 
     Args:
         module: the module whose ``Linear`` and ``Conv2d`` layers are approximated. The operator
-            must be made from the outputs of one forward pass of it, over its parameters in any
-            order.
-        samples: draws, one backward pass each; ``"exact"`` for the expectation over all, at a pass
-            for each output of a sample. One is enough for a batch of a thousand samples; at 64,
-            four are better.
-        every: how many solves share the factors; the damping is that of each solve. Factors age
-            fast: on the batches above those of the step before cost as many iterations as they
-            save. More than one is for wide layers, whose eigenvectors take longer than a solve.
-        decay: weight of the old factors in a running average over builds; it is a plain mean until
-            ``1 / (1 - decay)`` builds. For small batches where more draws are dear.
-        seed: of the draws, which use a generator of their own.
+            must be constructed from the outputs of one forward pass of the module, with its
+            parameters in any order.
+        samples: the number of draws, with one backward pass each, or ``"exact"`` for their
+            expectation, with one backward pass per output of a sample. One draw suffices for a
+            batch of a thousand samples; for 64 samples, four are better.
+        every: the number of solves that share the factors; each uses its own damping. Factors
+            become stale fast: on the batches above, factors of the previous step cost as many
+            iterations as they save. More than one is useful for wide layers, whose eigenvectors
+            take longer than a solve.
+        decay: the weight of the old factors in a running average over builds, which is a plain mean
+            for the first ``1 / (1 - decay)`` builds. It is useful for small batches where further
+            draws are expensive.
+        seed: the seed of the draws, which have a separate generator.
 
     Raises:
-        TypeError: ``module`` is not a module; :meth:`build` is given another kind of operator.
-        ValueError: the module has no such layer, or a number is out of range; :meth:`build` is
-            given an operator whose graph does not show one of the layers, or whose metric couples
+        TypeError: ``module`` is not a module, or :meth:`build` receives another kind of operator.
+        ValueError: the module has no such layer, or a number is out of range; or :meth:`build`
+            receives an operator whose graph contains none of the layers, or whose metric couples
             samples.
 
     Example:
@@ -127,8 +133,8 @@ class KFAC(Preconditioner):
     def build(self, A: LinearOperator, damping: float) -> LinearOperator:
         """Return ``M`` for a Gauss-Newton operator, without its damping, and the damping.
 
-        Cost: no product with ``A``; a backward pass for each draw, and a Gram matrix and the
-        eigenvectors of the two factors of each layer.
+        Cost: no product with ``A``; one backward pass per draw, and per layer the Gram matrices and
+        the eigenvectors of the two factors.
         """
         check_damping(damping)
         if not isinstance(A, GaussNewtonOperator):
@@ -141,7 +147,13 @@ class KFAC(Preconditioner):
             self.state = {"sizes": sizes, "solves": 0, "builds": 0}
         self.overhead = 0.0
         if self.state["solves"] % self.every == 0:
-            self._measure(A)
+            try:
+                self._measure(A)
+            except CoupledSamples as error:
+                raise ValueError(
+                    f"KFAC {error}: use another preconditioner, such as Jacobi, which takes any"
+                    " operator"
+                ) from error
         self.state["solves"] += 1
         starts = [0, *accumulate(sizes)]
         blocks = [
@@ -162,7 +174,7 @@ class KFAC(Preconditioner):
         return _SMALL * sum(4.0 * m * k * (m + k) for m, k in pairs) / product_work(A)
 
     def _measure(self, A: GaussNewtonOperator) -> None:
-        """Take the factors of the present graph into the state."""
+        """Compute the factors of the current graph and store them in the state."""
         count = self.state["builds"]
         generator = torch.Generator().manual_seed(self.seed + count)
         layers = recorded_layers(self.module, A)
@@ -183,9 +195,9 @@ class KFAC(Preconditioner):
 
 
 def _block(layer: Layer, new: Factors, before: Block | None, old: float) -> Block | None:
-    """Return a layer's entry of the state, averaged with the one before; None if not finite.
+    """Return the state of a layer, averaged with the previous one; None without a finite one.
 
-    Factors that are not finite leave the average as it was.
+    Factors that are not finite leave the average unchanged.
     """
     if before is not None and before["bias"] != layer.bias:
         before = None
@@ -203,19 +215,24 @@ def _block(layer: Layer, new: Factors, before: Block | None, old: float) -> Bloc
 def _rest_diagonal(
     A: GaussNewtonOperator, layers: Sequence[Layer], probes: int, generator: torch.Generator
 ) -> Tensor:
-    """Return an estimate of the diagonal at the parameters outside of ``layers``, zero in them."""
+    """Return an estimate of the diagonal for the parameters outside of ``layers``, else zero."""
     vector = A.vector
     covered = {i for layer in layers for i in (layer.weight, layer.bias)}
     rest = [i for i in A.used if i not in covered]
-    total = torch.zeros(vector.numel, dtype=torch.float64)
+    total = torch.zeros(vector.numel, dtype=torch.float64, device="cpu")
     if not rest:
         return total
-    # a linearisation of its own goes no further down the graph than to these
+    # A linearisation in these parameters alone visits a smaller part of the graph.
     part = linearise(A.outputs, ParameterVector([vector.params[i] for i in rest]))
     F = GaussNewtonOperator(part, A.apply_metric, A.total)
-    estimate = torch.zeros(F.shape[0], dtype=torch.float64)
+    estimate = torch.zeros(F.shape[0], dtype=torch.float64, device="cpu")
     for _ in range(probes):
-        v = torch.randint(2, (F.shape[0],), generator=generator).double().mul_(2).sub_(1)
+        v = (
+            torch.randint(2, (F.shape[0],), generator=generator, device="cpu")
+            .double()
+            .mul_(2)
+            .sub_(1)
+        )
         estimate += v * F.mv(v.to(F.device, F.dtype)).double().cpu()
     for i, values in zip(rest, part.vector.unravel(estimate.abs() / probes), strict=True):
         vector.unravel(total)[i].copy_(values)
@@ -223,7 +240,7 @@ def _rest_diagonal(
 
 
 def _build_work(factors: Sequence[Factors], passes: int) -> float:
-    """Return roughly how many operations it took to find the factors and their eigenvectors."""
+    """Return an estimate of the number of operations for the factors and their eigenvectors."""
     total = 0.0
     for f in factors:
         k, m = len(f.A), len(f.G)

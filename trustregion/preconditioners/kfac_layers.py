@@ -1,28 +1,27 @@
-"""What a recorded graph knows of its dense and convolutional layers: their inputs and gradients."""
+"""The dense and convolutional layers of a recorded graph, with their inputs and gradients."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, TypeAlias, cast
+from collections.abc import Hashable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
-from torch.nn.functional import pad, unfold
+from torch.nn.functional import unfold
 
-from ..arguments import REAL
+from .. import recorded
 from ..autodiff import differentiate
 from ..operators.gauss_newton import GaussNewtonOperator, Tensors
-from ..vector import exponent, ldexp
+from ..recorded import Node
+from ..vector import norm
 
-Node: TypeAlias = Any  # a node of the autograd graph; what it saved has no static type
-
-# Which input of a kind of node is a weight or a bias.
+# The position of the weight and of the bias among the inputs of each kind of node.
 _WEIGHT = {"AddmmBackward0": 2, "MmBackward0": 1, "ConvolutionBackward0": 1}
 _BIAS = {"AddmmBackward0": 0, "AddBackward0": 1, "ConvolutionBackward0": 2}
-_CHUNK = 1 << 22  # entries of unfolded images at a time: 16 MiB in float32
+_CHUNK = 1 << 22  # entries of the images to unfold at a time: 16 MiB in float32
 
 
 @dataclass(frozen=True)
@@ -32,24 +31,24 @@ class Layer:
     weight: int
     """The position of ``W`` among the parameters."""
     bias: int | None
-    """That of ``b``; None without a bias that is trained."""
+    """The position of ``b``; None without a bias that is trained."""
     uses: tuple[Node, ...]
-    """The nodes that multiplied by ``W``, one for each time that the layer ran."""
+    """The nodes of the products with ``W``, one for each time that the layer ran."""
 
+    @property
+    def positions(self) -> list[int]:
+        """The positions of ``W`` and of ``b``."""
+        return [self.weight] if self.bias is None else [self.weight, self.bias]
 
-@dataclass(frozen=True)
-class Factors:
-    r"""The factors of :math:`A \otimes G`, which stands for a block of the curvature.
-
-    In float64 on the CPU, where the eigenvectors of such small matrices are found fastest.
-    """
-
-    A: Tensor
-    """The weighted mean of ``a a'`` over all rows, with a 1 behind ``a`` where there is a bias."""
-    G: Tensor
-    """The sum of ``g g'`` over all rows, divided by the number of samples."""
-    rows: int
-    """Samples, times the positions of each, times the uses of the layer."""
+    @property
+    def kind(self) -> Hashable:
+        """The properties that reading the layer depends on, apart from its size."""
+        options = []
+        for node in self.uses:
+            reading = _read(node)
+            x = reading.input
+            options.append((recorded.name(node), reading.options, x.dtype, x.device.type))
+        return self.bias is None, frozenset(options)
 
 
 def dense_layers(module: nn.Module) -> list[nn.Module]:
@@ -58,13 +57,17 @@ def dense_layers(module: nn.Module) -> list[nn.Module]:
 
 
 def recorded_layers(module: nn.Module, A: GaussNewtonOperator) -> list[Layer]:
-    """Return the layers of ``module`` whose work the graph of the outputs of ``A`` shows.
+    """Return the layers of ``module`` whose products are in the graph of the outputs of ``A``.
 
-    A layer is left out if its weight entered something else as well, and a bias likewise.
+    A layer is left out if its weight is used in any other operation, and a bias is left out of its
+    layer for the same reason. A layer is also left out if it cannot be read in this release of
+    torch, or if it is read incorrectly: the first time that a kind of layer occurs in a process,
+    the gradient of its weight is computed from what was read, and compared with autograd.
 
     Raises:
-        ValueError: none of the weights is a parameter of ``A``, or those that are do not enter a
-            product that was recorded.
+        ValueError: none of the weights is a parameter of ``A``, or none of these is in a recorded
+            product.
+        UnreadableNode: the graph cannot be traversed in this release of torch.
 
     """
     params, used = A.vector.params, set(A.used)
@@ -73,14 +76,14 @@ def recorded_layers(module: nn.Module, A: GaussNewtonOperator) -> list[Layer]:
     layers: dict[int, Layer] = {}  # by the weight, which two modules may share
     known = reached = False
     for layer in dense_layers(module):
-        # not layer.weight, which a parametrisation would compute
+        # layer.weight would be computed by a parametrization
         weight, bias = (index.get(id(layer._parameters.get(name))) for name in ("weight", "bias"))
         known = known or weight is not None
         if weight is None or weight not in used:
             continue
         reached = True
         uses = graph.uses(params[weight], _WEIGHT, transposed=isinstance(layer, nn.Linear))
-        if not uses or not all(_is_plain(node) for node in uses):
+        if not uses or not all(map(_is_readable, uses)):
             continue
         if bias is not None and len(graph.uses(params[bias], _BIAS)) != len(uses):
             bias = None
@@ -92,37 +95,38 @@ def recorded_layers(module: nn.Module, A: GaussNewtonOperator) -> list[Layer]:
             " from_function made has leaves of its own: make it from the outputs of the module and"
             " module.parameters() instead"
         )
-    if reached and not layers:
+    agreeing = _agreeing(A, list(layers.values()))
+    if reached and not agreeing:
         raise ValueError(
             "the graph of the operator's outputs shows no product with the weight of a Linear or"
             " Conv2d layer of the module: KFAC reads the graph of a plain forward pass, without"
             " torch.compile, of layers that are not grouped or transposed; make an operator that"
             " from_function made with backend='functional' from the outputs of the module instead"
         )
-    return list(layers.values())
+    return agreeing
 
 
 @dataclass(frozen=True)
 class _Graph:
-    """The recorded graph, read from its leaves upwards."""
+    """The recorded graph, from the leaves to the outputs."""
 
     leaves: dict[int, Node]
-    """The node of each leaf tensor, by the tensor's id."""
+    """The node of each leaf tensor, by the id of the tensor."""
     consumers: dict[Node, list[tuple[Node, int]]]
-    """The nodes that each node enters, and as which input."""
+    """The nodes that use each node, and the position of their input."""
 
     @classmethod
     def of(cls, outputs: Tensors) -> _Graph:
         leaves: dict[int, Node] = {}
         consumers: dict[Node, list[tuple[Node, int]]] = {}
-        stack: list[Node] = [y.grad_fn for y in outputs if y.grad_fn is not None]
+        stack = [cast(Node, y.grad_fn) for y in outputs if y.grad_fn is not None]
         seen = set(stack)
         while stack:
             node = stack.pop()
-            leaf = getattr(node, "variable", None)
+            leaf = recorded.leaf(node)
             if leaf is not None:
                 leaves[id(leaf)] = node
-            for slot, (source, _) in enumerate(node.next_functions):
+            for slot, (source, _) in enumerate(recorded.sources(node)):
                 if source is None:
                     continue
                 consumers.setdefault(source, []).append((node, slot))
@@ -132,13 +136,13 @@ class _Graph:
         return cls(leaves, consumers)
 
     def uses(self, p: Tensor, slots: dict[str, int], *, transposed: bool = False) -> list[Node]:
-        """Return the nodes that a leaf enters in the given way; none if it enters another too."""
+        """Return the nodes that use a leaf at the given inputs; none if any other node uses it."""
         found: list[Node] = []
         stack = [(self.leaves.get(id(p)), False)]
         while stack:
             source, turned = stack.pop()
             for node, slot in self.consumers.get(source, ()):
-                name = node.name()
+                name = recorded.name(node)
                 if name == "ToCopyBackward0":  # the cast of autocast
                     stack.append((node, turned))
                 elif name == "TBackward0":
@@ -153,126 +157,135 @@ class _Graph:
 _MATMUL = ("AddmmBackward0", "MmBackward0")
 
 
-def _is_plain(node: Node) -> bool:
-    if node.name() != "ConvolutionBackward0":
-        return True
-    return node._saved_groups == 1 and not node._saved_transposed
+@dataclass(frozen=True)
+class _Reading:
+    """The values that the node of a product saved.
 
+    Attributes:
+        input: the input of the layer.
+        options: the options of a convolution; None for a product with a matrix.
+        patch: the number of entries in a patch of a convolution.
 
-@torch.no_grad()
-def measure(
-    A: GaussNewtonOperator,
-    layers: Sequence[Layer],
-    cotangents: Iterable[Tensors],
-    weights: Tensor | None = None,
-) -> list[Factors]:
-    """Return the factors of each layer, from one backward pass for each of the ``cotangents``.
-
-    A row of ``g`` is the gradient at the output of the layer for one sample, one position and one
-    use, and a row of ``a`` the input there. ``weights`` are those of the samples, which rows of
-    ``a`` take; the ``cotangents`` hold them already, so that a row of ``g`` is only left out where
-    its weight is 0. Rows that show another order than that of the samples count equally.
     """
-    if not layers:
-        return []
-    nodes, grams, shares = [], {}, dict[Node, Tensor | None]()
-    for layer in layers:
-        out = A.vector.params[layer.weight].shape[0]
-        nodes += layer.uses
-        grams.update(dict.fromkeys(layer.uses, torch.zeros(out, out, dtype=torch.float64)))
-    edges = cast("list[Tensor]", [GradientEdge(node, 0) for node in nodes])
-    active = [k for k, y in enumerate(A.outputs) if y.requires_grad]
-    ys = [A.outputs[k] for k in active]
-    for u in cotangents:
-        for node, g in zip(nodes, differentiate(ys, edges, [u[k] for k in active]), strict=True):
-            if g is not None:
-                rows = _gradient_rows(g)
-                share = shares.setdefault(node, _shares(weights, len(rows)))
-                if share is not None:
-                    left_out = rows[share == 0]
-                    if bool((left_out.isfinite() & (left_out != 0)).any()):
-                        shares[node] = None
-                    else:
-                        rows = rows[share > 0]
-                grams[node] = grams[node] + _gram(rows)
-    factors = []
-    for layer in layers:
-        parts = [_moments(node, shares.get(node)) for node in layer.uses]
-        moments = torch.stack([part for part, _ in parts]).sum(0)
-        G = torch.stack([grams[node] for node in layer.uses]).sum(0) / A.total
-        size = len(moments) if layer.bias is not None else len(moments) - 1
-        mean = moments[:size, :size] / moments[-1, -1]
-        factors.append(Factors(mean, G, sum(count for _, count in parts)))
-    return factors
+
+    input: Tensor
+    options: tuple[tuple[str, tuple[int, ...]], ...] | None = None
+    patch: int = 0
 
 
-def _shares(weights: Tensor | None, rows: int) -> Tensor | None:
-    """Return the weight of each row, sample by sample; None where the number does not fit."""
-    while weights is not None:
-        if rows % weights.numel() == 0:
-            return weights.reshape(-1).repeat_interleave(rows // weights.numel())
-        weights = weights.sum(-1) if weights.ndim > 1 else None  # a layer behind a pool
-    return None
+def _read(node: Node) -> _Reading:
+    kind = recorded.name(node)
+    if kind != "ConvolutionBackward0":
+        return _Reading(recorded.saved(node, "mat1" if kind == "AddmmBackward0" else "self"))
+    weight = recorded.saved(node, "weight")
+    options = {
+        name: tuple(recorded.saved(node, name)) for name in ("dilation", "padding", "stride")
+    }
+    options["kernel_size"] = tuple(weight.shape[2:])
+    return _Reading(recorded.saved(node, "input"), tuple(options.items()), weight[0].numel())
 
 
-def _gradient_rows(g: Tensor) -> Tensor:
+def _is_readable(node: Node) -> bool:
+    """Return whether a node is a readable product with a matrix or ungrouped convolution."""
+    try:
+        _read(node)
+        if recorded.name(node) != "ConvolutionBackward0":
+            return True
+        return recorded.saved(node, "groups") == 1 and not recorded.saved(node, "transposed")
+    except recorded.UnreadableNode:
+        return False
+
+
+def input_rows(node: Node) -> Iterator[Tensor]:
+    """Yield the inputs of a product in chunks, with one row for each row of its output."""
+    reading = _read(node)
+    if reading.options is None:
+        yield reading.input
+        return
+    x, options = reading.input, dict[str, Any](reading.options)
+    entries = reading.patch * x[0, 0].numel()  # for one image, at a stride of one
+    for part in x.split(max(1, _CHUNK // max(1, entries))):
+        yield unfold(part, **options).transpose(0, 1).flatten(1).T
+
+
+def gradient_rows(g: Tensor) -> Tensor:
     """Return the gradient at an output as rows: ``(N, out, h, w)`` of a convolution as N h w."""
     return g.transpose(0, 1).flatten(1).T if g.ndim == 4 else g
 
 
-def _moments(node: Node, share: Tensor | None) -> tuple[Tensor, int]:
-    """Return the weighted sum of ``a a'`` over the rows of the input, and their number.
+_AGREED: set[Hashable] = set()  # kinds of layers that agreed with autograd
 
-    Each row ``a`` has a 1 behind it.
+
+@torch.no_grad()
+def _agreeing(A: GaussNewtonOperator, layers: list[Layer]) -> list[Layer]:
+    """Return the layers for which what was read gives the gradient of the weight.
+
+    A bias for which it does not is left out of its layer.
     """
-    total, count = torch.zeros((), dtype=torch.float64), 0
-    for a in _input_rows(node):
-        rows = _real(a)
-        size = torch.ones(len(rows), 1, dtype=torch.float64, device=rows.device)
-        count += len(rows)
-        if share is not None:
-            part = share[count - len(rows) : count]
-            size = part[part > 0].sqrt().unsqueeze(1)
-            rows = rows[part > 0] * size.to(rows)
-        K = pad(_gram(rows), (0, 1, 0, 1))
-        K[-1, :-1] = K[:-1, -1] = (size.to(rows).T @ rows).squeeze(0).double().cpu()
-        K[-1, -1] = size.square().sum().cpu()
-        total = total + K
-    return total, count
+    unknown = [layer for layer in layers if layer.kind not in _AGREED]
+    if not unknown:
+        return layers
+    generator = torch.Generator().manual_seed(0)
+    ys = [y for y in A.outputs if y.requires_grad]
+    u = [torch.randn(y.shape, generator=generator, device="cpu").to(y) for y in ys]
+    nodes = [node for layer in unknown for node in layer.uses]
+    positions = [i for layer in unknown for i in layer.positions]
+    edges = cast("list[Tensor]", [GradientEdge(node, 0) for node in nodes])
+    grads = differentiate(ys, [*edges, *(A.vector.params[i] for i in positions)], u)
+    at_outputs = dict(zip(nodes, grads[: len(nodes)], strict=True))
+    exact = dict(zip(positions, grads[len(nodes) :], strict=True))
+    checked: dict[int, Layer | None] = {}
+    for layer in unknown:
+        ours = _read_gradients(layer, at_outputs)
+        checked[layer.weight] = _confirmed(layer, ours, [exact[i] for i in layer.positions])
+    kept = (checked.get(layer.weight, layer) for layer in layers)
+    return [layer for layer in kept if layer is not None]
 
 
-def _input_rows(node: Node) -> Iterator[Tensor]:
-    """Yield the inputs of a product, one row for each row of its output."""
-    if node.name() != "ConvolutionBackward0":
-        yield node._saved_mat1 if node.name() == "AddmmBackward0" else node._saved_self
-        return
-    x, weight = node._saved_input, node._saved_weight
-    options = {
-        "kernel_size": weight.shape[2:],
-        "dilation": node._saved_dilation,
-        "padding": node._saved_padding,
-        "stride": node._saved_stride,
-    }
-    patch = weight[0].numel() * x[0, 0].numel()  # entries for one image, at a stride of one
-    for part in x.split(max(1, _CHUNK // max(1, patch))):
-        yield unfold(part, **options).transpose(0, 1).flatten(1).T
+def _read_gradients(layer: Layer, at_outputs: dict[Node, Tensor | None]) -> list[Tensor] | None:
+    """Return the flat gradients of the weight and the bias, computed from what was read.
+
+    Return None if the numbers of rows of the inputs and the outputs differ.
+    """
+    weights, biases = [], []
+    for node in layer.uses:
+        g = at_outputs[node]
+        if g is None:
+            continue
+        rows, start = gradient_rows(g), 0
+        for a in input_rows(node):
+            if start + len(a) > len(rows):
+                return None
+            weights.append((rows[start : start + len(a)].T @ a).double().flatten())
+            start += len(a)
+        if start != len(rows):
+            return None
+        biases.append(rows.sum(0).double())
+    return [torch.stack(parts).sum(0) for parts in (weights, biases) if parts]
 
 
-def _gram(rows: Tensor) -> Tensor:
-    """Return ``X'X`` of rows ``X`` in float64 on the CPU, whatever their scale."""
-    X = _real(rows)
-    K = (X.T @ X).double().cpu()
-    size, info = K.trace().item() / max(1, X.numel()), torch.finfo(X.dtype)
-    # unless the mean square is so far from the ends of the range that no square has left it
-    if not math.sqrt(info.tiny) < size < math.sqrt(info.max):
-        e = exponent(X)
-        if e is None or not math.isfinite(X.abs().max().item()):
-            return K
-        X = ldexp(X, -e)
-        K = ldexp((X.T @ X).double().cpu(), 2 * e)
-    return K
+def _confirmed(layer: Layer, ours: list[Tensor] | None, exact: list[Tensor | None]) -> Layer | None:
+    """Return the layer, without an incorrect bias, or None for an incorrect weight."""
+    if ours is None:
+        return None
+    gaps = [_gap(x, r) for x, r in zip(ours, exact, strict=False)]
+    # An incorrect reading has an error of the size of the gradient; the rounding errors of TF32
+    # are 1e-3, those of half precision below 10 eps.
+    units = (torch.finfo(_read(node).input.dtype).eps for node in layer.uses)
+    tolerance = max(1e-2, *(10 * eps for eps in units))
+    wrong = [tolerance < gap < math.inf for gap in gaps]
+    if any(wrong[:1]):
+        return None
+    if any(wrong):
+        return replace(layer, bias=None)
+    if gaps and all(map(math.isfinite, gaps)):  # conclusive: neither zero nor nonfinite
+        _AGREED.add(layer.kind)
+    return layer
 
 
-def _real(X: Tensor) -> Tensor:
-    """Return a tensor that autocast made in float32."""
-    return X if X.dtype in REAL else X.float()
+def _gap(ours: Tensor, exact: Tensor | None) -> float:
+    """Return the relative difference; NaN if there is nothing to compare with."""
+    if exact is None:
+        return math.nan
+    size = norm(exact.reshape(-1))
+    return norm(ours - exact.reshape(-1)) / size if size else math.nan

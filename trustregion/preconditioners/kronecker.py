@@ -1,4 +1,4 @@
-"""The operator of inverted Kronecker products, one a layer, in their eigenvectors."""
+"""Inverses of Kronecker products, one per layer, by their eigenvectors."""
 
 from __future__ import annotations
 
@@ -15,38 +15,39 @@ from ..vector import ldexp, scalar_ldexp
 
 @dataclass(frozen=True)
 class KroneckerBlock:
-    r"""A curvature :math:`(Q_A \otimes Q_G) \mathrm{diag}(c) (Q_A \otimes Q_G)'` of one layer.
+    r"""The curvature :math:`(Q_A \otimes Q_G) \mathrm{diag}(c) (Q_A \otimes Q_G)'` of a layer.
 
-    It acts on matrices ``(out, in)``: the weight, with the bias as a last column where there is
-    one.
+    It acts on matrices ``(out, in)``: the weight, with the bias, if there is one, as the last
+    column.
     """
 
     weight: int
-    """Where the weight starts in the flat vector."""
+    """The position in the flat vector at which the weight starts."""
     bias: int | None
-    """Where the bias starts."""
+    """The position at which the bias starts; None without a bias."""
     Q_A: Tensor
     Q_G: Tensor
     curvature: Tensor
-    """``c`` as a matrix ``(out, in)`` in float64, finite, not negative but for rounding."""
+    """The matrix ``(out, in)`` of ``c`` in float64, finite and nonnegative up to rounding."""
 
 
 class KroneckerInverse(LinearOperator):
     r"""The operator :math:`(C + \lambda I)^{-1}` of a curvature ``C``, up to a factor.
 
-    ``C`` is block-diagonal, of blocks of Kronecker products and of single entries. Positive
-    definite by construction: in each block, curvature with damping below ``eps`` of the largest is
-    raised to that, since it is rounding, and where all of it is zero the largest of all blocks
-    stands in. The factor is one unless the inverse leaves the range of the dtype.
+    ``C`` is block-diagonal; its blocks are Kronecker products and single entries. The inverse is
+    positive definite by construction. In each block, damped curvature below ``eps`` times the
+    largest is a rounding error and is raised to that value; a block of zeros is assigned the
+    largest curvature of all blocks. The factor is one unless the inverse exceeds the range of the
+    dtype.
 
-    Cost of a product: four small matrix products a block.
+    A product costs four small matrix products per block.
 
     Args:
-        like: an operator of the shape, dtype and device wanted.
-        blocks: over disjoint parts of the vector.
-        diagonal: the curvature of the other entries, shape ``(n,)`` in float64, not negative; what
-            it holds at entries of blocks is not read.
-        damping: lambda, not negative.
+        like: an operator with the required shape, dtype and device.
+        blocks: the blocks, over disjoint parts of the vector.
+        diagonal: the curvature of the other entries, shape ``(n,)`` in float64, not negative. The
+            entries within blocks are ignored.
+        damping: the damping lambda, not negative.
 
     Example:
         >>> from trustregion import Identity
@@ -93,7 +94,7 @@ class KroneckerInverse(LinearOperator):
 
 
 def _slices(block: KroneckerBlock) -> list[slice]:
-    """Return where the columns of a block lie in the flat vector: the weight's, the bias's."""
+    """Return the slices of the flat vector that hold the weight and the bias of a block."""
     out, columns = block.curvature.shape
     if block.bias is None:
         return [slice(block.weight, block.weight + out * columns)]
@@ -102,7 +103,7 @@ def _slices(block: KroneckerBlock) -> list[slice]:
 
 
 def _inverses(curvatures: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    """Return positive inverses of curvatures, up to one factor for all, which is a power of two."""
+    """Return positive inverses of curvatures, up to a common factor, which is a power of two."""
     tops = [c.max().item() if c.numel() else 0.0 for c in curvatures]
     top, info = max(tops) or 1.0, torch.finfo(dtype)
     e = math.frexp(top)[1]  # in units of 2^e the largest is near one
@@ -110,7 +111,7 @@ def _inverses(curvatures: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
     for c, size in zip(curvatures, tops, strict=True):
         raised = c.clamp(min=info.eps * size) if size > 0 else torch.full_like(c, top)
         inverses.append(ldexp(raised, -e).reciprocal())
-    limit = info.max**0.75  # leaves room for the entries of a vector
+    limit = info.max**0.75  # leaves range for the entries of a vector
     largest = max(x.max().item() for x in inverses if x.numel())
     fits = scalar_ldexp(1.0, -e) > 1 / limit and scalar_ldexp(largest, -e) < limit
     shift = -e if fits else 0

@@ -1,4 +1,4 @@
-"""A sketch of the largest eigenvalues as a preconditioner."""
+"""A randomized approximation of the largest eigenvalues as a preconditioner."""
 
 from __future__ import annotations
 
@@ -12,32 +12,32 @@ from .base import Preconditioner, check_damping, check_positive, product_work
 
 
 class Nystrom(Preconditioner):
-    r"""The preconditioner of a randomised Nyström approximation :math:`A \approx U \Lambda U'`.
+    r"""The preconditioner of a randomized Nyström approximation :math:`A \approx U \Lambda U'`.
 
     .. math:: M = U \frac{\lambda_r + \mu}{\Lambda + \mu} U' + (I - UU')
 
     with the damping :math:`\mu` and the smallest eigenvalue :math:`\lambda_r` of the approximation.
-    It pays where few eigenvalues are far above the rest and the damping, and the sketch is used
-    over many solves. A rank of the number of eigenvalues above the damping leaves a system that a
-    few iterations solve. Fisher matrices of networks have more of them: for the work of 10
-    products at a damping of 1e-3 the fraction of the best decrease rose from 0.65 to 0.67 with
-    rank 10 and to 0.70 with rank 30 over 30 steps of a classifier with embeddings, and over seven
-    updates of a policy 64-64 on Hopper from 0.53 to 0.76 with rank 30; with rank 10 it was as good
-    without. A new sketch every 5 solves was worse than every 20 in both.
+    It is effective where few eigenvalues are far above the others and above the damping, and where
+    many solves share a sketch. If the rank is the number of eigenvalues above the damping, a few
+    iterations solve the system. Fisher matrices of networks have more such eigenvalues: for the
+    work of 10 products at a damping of 1e-3, the fraction of the best decrease rose from 0.65 to
+    0.67 with rank 10 and to 0.70 with rank 30 over 30 steps of a classifier with embeddings. Over
+    seven updates of a policy 64-64 on Hopper it rose from 0.53 to 0.76 with rank 30, and did not
+    change with rank 10. A new sketch every 5 solves was worse than every 20 solves in both cases.
 
-    Only positive curvature enters. Where there is none, or the products are not finite, ``M`` is
-    the identity.
+    Only positive curvature is used. If there is none, or the products are not finite, ``M`` is the
+    identity.
 
-    Cost of a sketch: ``rank`` products with ``A``, and about ``10 n rank^2`` operations in float64;
-    of a product with ``M``: ``4 n rank`` operations. Memory: ``n rank``.
+    A sketch costs ``rank`` products with ``A`` and about ``10 n rank^2`` operations in float64; a
+    product with ``M`` costs ``4 n rank`` operations. The memory is ``n rank``.
 
     Args:
-        rank: of the approximation; ``n`` at most.
-        every: how many solves use one sketch, with the damping of each.
-        seed: of the sketch, from an own generator.
+        rank: the rank of the approximation, at most ``n``.
+        every: the number of solves that share a sketch; each uses its own damping.
+        seed: the seed of the sketch, which has a separate generator.
 
     Raises:
-        ValueError: an argument that is not a positive integer.
+        ValueError: ``rank`` or ``every`` is not a positive integer.
 
     Example:
         >>> from trustregion import Identity, cg
@@ -61,7 +61,7 @@ class Nystrom(Preconditioner):
 
     @torch.no_grad()
     def build(self, A: LinearOperator, damping: float) -> LinearOperator:
-        """Return ``M``. Cost: ``rank`` products, or none where the sketch is used again."""
+        """Return ``M``. Cost: ``rank`` products, or none if the sketch is reused."""
         check_damping(damping)
         self.products, self.overhead = 0, 0.0
         solves, U = self.state.get("solves", 0), self.state.get("vectors")
@@ -86,7 +86,9 @@ class Nystrom(Preconditioner):
         """Keep the eigenvectors and values of ``A Q (Q'AQ)^-1 (AQ)'`` for a random basis ``Q``."""
         n, rank = A.shape[0], min(self.rank, A.shape[0])
         generator = torch.Generator().manual_seed(self.seed + 7919 * solves)
-        draw = torch.randn(n, rank, generator=generator, dtype=torch.float64).to(A.device)
+        draw = torch.randn(n, rank, generator=generator, dtype=torch.float64, device="cpu").to(
+            A.device
+        )
         Q = torch.linalg.qr(draw).Q.to(A.dtype)
         Y = A.mm(Q).double()
         self.products, self.overhead = rank, 10.0 * n * rank**2 / product_work(A)
@@ -94,11 +96,11 @@ class Nystrom(Preconditioner):
             self.state["vectors"] = None  # the next solve tries again
             return
         e = exponent(Y) or 0
-        Y = ldexp(Y, -e)  # so that the scale of A is of no matter
+        Y = ldexp(Y, -e)  # so that the result does not depend on the scale of A
         inner = Q.double().T @ Y
         theta, W = torch.linalg.eigh((inner + inner.T) / 2)
-        # Below this an eigenvalue of Q'AQ is rounding of the products, in the dtype of A. It also
-        # keeps the weights of M above the rounding of I - UU'.
+        # Below this threshold an eigenvalue of Q'AQ is a rounding error of the products in the
+        # dtype of A. It also keeps the weights of M above the rounding errors of I - UU'.
         floor = n**0.5 * torch.finfo(A.dtype).eps * theta.abs().max()
         kept = theta > floor
         U, sizes, _ = torch.linalg.svd(Y @ (W[:, kept] / theta[kept].sqrt()), full_matrices=False)

@@ -1,4 +1,4 @@
-"""What the last solve learnt, as the preconditioner of the next."""
+"""The search directions of the last solve as a preconditioner for the next."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ class Recycled(Preconditioner):
 
     .. math:: M = (I - P G^{-1} (AP)') (I - AP\, G^{-1} P') + \theta P G^{-1} P', \quad G = P'AP
 
-    for the damped ``A``: on the span of ``P`` all eigenvalues of ``MA`` are :math:`\theta`, taken
-    as the smallest Ritz value, and elsewhere nothing changes. It costs no product: the directions
-    and their products are those that the solve went through. The first solve has nothing to
-    recycle, and directions along which the curvature is not positive are left out.
+    for the damped ``A``. On the span of ``P`` all eigenvalues of ``MA`` are :math:`\theta`, which
+    is chosen as the smallest Ritz value; on its complement nothing changes. It needs no additional
+    product, since the solve computes the products with its directions anyway. The first solve has
+    no preconditioner. Directions along which the curvature is not positive are left out.
 
-    It pays where the curvature changes little from solve to solve. For the work of 10 products,
-    over 30 steps of small classifiers at a damping of 1e-3, the fraction of the best decrease rose
-    from 0.65 to 0.75 with embeddings and from 0.28 to 0.46 with inputs in different units, where
-    :class:`Jacobi` brings more; on minibatches and over updates of policies, which change the
-    curvature, it is as good without. Of ranks 5 and 10 the first was better more often.
+    It is effective where the curvature changes little from solve to solve. For the work of 10
+    products, over 30 steps of small classifiers at a damping of 1e-3, the fraction of the best
+    decrease rose from 0.65 to 0.75 with embeddings and from 0.28 to 0.46 with inputs in different
+    units, where :class:`Jacobi` gains more. On minibatches and over updates of policies, which
+    change the curvature, it made no difference. Rank 5 was better than rank 10 more often.
 
-    Cost of a build: about ``20 n rank^2`` operations in float64; of a product with ``M``: ``8 n
-    rank``. Memory: ``2 n rank`` in float64, and as much again in ``M``.
+    A build costs about ``20 n rank^2`` operations in float64, and a product with ``M`` ``8 n rank``
+    operations. The memory is ``2 n rank`` in float64, and the same again for ``M``.
 
     Args:
-        rank: how many directions are kept, the first ones of a solve.
+        rank: the number of directions to keep; these are the first ones of a solve.
 
     Raises:
         ValueError: ``rank`` is not a positive integer.
@@ -65,7 +65,7 @@ class Recycled(Preconditioner):
 
     @torch.no_grad()
     def build(self, A: LinearOperator, damping: float) -> LinearOperator:
-        """Return ``M``; the identity before the first solve. Cost: no product."""
+        """Return ``M``, which is the identity before the first solve. Cost: no product."""
         check_damping(damping)
         self.overhead = 0.0
         nothing = Identity(A.shape[0], A.dtype, A.device)
@@ -77,10 +77,10 @@ class Recycled(Preconditioner):
         if e is None or not finite(AP):
             return nothing
         self.overhead = 20.0 * AP.numel() * self.rank / product_work(A)
-        AP = ldexp(AP, -e)  # so that the scale of A is of no matter
+        AP = ldexp(AP, -e)  # so that the result does not depend on the scale of A
         inner = P.T @ AP
         G, X = torch.linalg.eigh((inner + inner.T) / 2)
-        # P is orthonormal, so that these are Ritz values; what is rounding is left out
+        # Since P is orthonormal, these are Ritz values; rounding errors are left out.
         kept = 100 * len(G) * torch.finfo(A.dtype).eps * G.abs().max() < G
         if not bool(kept.any()):
             return nothing
@@ -96,13 +96,13 @@ class Recycled(Preconditioner):
         return FunctionOperator(multiply, A.shape[0], A.dtype, A.device)
 
     def watch(self, A: LinearOperator) -> LinearOperator:
-        """Return ``A``, keeping the first directions that it is asked for."""
+        """Return an operator equal to ``A`` that records its first products."""
         self._watched = _Watched(A, self.rank)
         return self._watched
 
     @torch.no_grad()
-    def observe(self, solve: LinearSolution) -> None:  # noqa: ARG002 # the directions say it all
-        """Keep an orthonormal basis of the directions that were watched, and its images."""
+    def observe(self, solve: LinearSolution) -> None:  # noqa: ARG002 # uses the products only
+        """Keep an orthonormal basis of the recorded directions, and its products."""
         watched, self._watched = self._watched, None
         if watched is None or not watched.pairs:
             return
@@ -121,7 +121,7 @@ class Recycled(Preconditioner):
 
 
 class _Watched(LinearOperator):
-    """An operator that keeps the vectors it was given first, and their products."""
+    """An operator that records the first vectors that it is applied to, and their products."""
 
     def __init__(self, A: LinearOperator, count: int) -> None:
         super().__init__(A.shape[0], A.dtype, A.device)

@@ -153,7 +153,7 @@ def dual_solve(
         >>> F = FisherOperator(d, model.parameters())
         >>> (u,) = torch.autograd.grad(-d.log_prob(y).mean(), d.logits, retain_graph=True)
         >>> solution = dual_solve(
-        ...     F.jacobian, u.flatten(), metric=F.metric, damping=0.1, scale=1 / F.batch_size
+        ...     F.jacobian, u.flatten(), metric=F.metric, damping=0.1, scale=1 / F.total
         ... )
         >>> solution.method, solution.products, solution.x.shape
         ('dual', 24, torch.Size([3000]))

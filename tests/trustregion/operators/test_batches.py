@@ -47,12 +47,12 @@ def test_any_partition_gives_the_operator_of_the_whole(sizes, cache_bytes):
             torch.testing.assert_close(
                 to_dense(A), whole, rtol=0, atol=1e-13 * whole.abs().max().item()
             )
-        assert A.batch_size == N
+        assert A.total == N
         assert torch.equal(A @ X.flatten()[:12], A @ X.flatten()[:12])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, F64])
-def test_the_batch_size_of_an_operator_is_its_weight(dtype):
+def test_the_total_of_an_operator_is_its_weight(dtype):
     W = weights(dtype)
     A = BatchedOperator(fisher(W), [X[:2], X[2:3], X[3:]])
     exact = to_dense(fisher(weights())(X))
@@ -65,7 +65,7 @@ def test_the_batch_size_of_an_operator_is_its_weight(dtype):
         lambda x: MonteCarloFisherOperator(linear(W, x), [W], samples=3), [X[:2], X[2:]]
     )
     mc @ torch.ones(12, dtype=dtype)
-    assert mc.batch_size == N
+    assert mc.total == N
 
 
 def test_weighted_samples_of_batches_combine_to_the_whole():
@@ -74,7 +74,7 @@ def test_weighted_samples_of_batches_combine_to_the_whole():
     batches = list(zip(X.split(5), w.split(5), strict=True))
     A = BatchedOperator(lambda b: FisherOperator(Weighted(linear(W, b[0]), b[1]), [W]), batches)
     torch.testing.assert_close(to_dense(A), to_dense(whole), rtol=1e-12, atol=1e-15)
-    assert A.batch_size == pytest.approx(w.sum().item(), rel=1e-14)
+    assert A.total == pytest.approx(w.sum().item(), rel=1e-14)
     oracle = (to_dense(FisherOperator(linear(W, x), [W])) for x in X.split(1))
     exact = sum(w_i * F_i for w_i, F_i in zip(w, oracle, strict=True)) / w.sum()
     torch.testing.assert_close(to_dense(whole), exact, rtol=1e-12, atol=1e-15)
@@ -93,7 +93,7 @@ def test_weights_need_not_be_counts():
         size=lambda b: b[1],
     )
     assert (A @ torch.ones(1)).item() == 2.0
-    assert A.batch_size == 0.75
+    assert A.total == 0.75
 
 
 def test_symmetry_algebra_and_a_solve():

@@ -12,7 +12,7 @@ from trustregion import FisherOperator
 from trustregion.linearise import linearise
 from trustregion.operators.gauss_newton import GaussNewtonOperator
 from trustregion.preconditioners.kfac import KFAC
-from trustregion.preconditioners.kfac_noise import cotangents
+from trustregion.preconditioners.output_noise import cotangents
 from trustregion.vector import ParameterVector
 
 CASES = {case.name: case for case in cases()}

@@ -1,4 +1,4 @@
-"""Random changes of a model's outputs whose covariance is the metric of a curvature operator."""
+"""Random changes of a model's outputs, with the metric of an operator as their covariance."""
 
 from __future__ import annotations
 
@@ -19,19 +19,23 @@ Samples: TypeAlias = 'int | Literal["exact"]'
 Root: TypeAlias = Callable[[Tensors], Tensors]
 """``e -> B'e`` for changes ``e`` shaped like the outputs, where ``B'B = M``."""
 Blocks: TypeAlias = Callable[[list[Tensor]], list[Tensor]]
-"""The same for some of the outputs."""
+"""The same map for a part of the outputs."""
+
+
+class CoupledSamples(ValueError):
+    """The metric couples samples, so that it has no root of one block per sample."""
 
 
 def draw_count(A: GaussNewtonOperator, samples: Samples) -> int:
-    """Return how many tuples :func:`cotangents` yields."""
+    """Return the number of tuples that :func:`cotangents` yields."""
     return sum(_rows(y).shape[1] for y in A.outputs) if samples == "exact" else samples
 
 
 @torch.no_grad()
 def sample_weights(A: GaussNewtonOperator) -> Tensor | None:
-    """Return the weights of the samples, the largest one; None where they are equal.
+    """Return the weights of the samples, scaled to a maximum of one; None if they are equal.
 
-    For an operator that does not know them, 0 where the metric shows no curvature and 1 elsewhere.
+    For an operator without weights, the weight is 0 where the metric is zero, and 1 elsewhere.
     """
     if isinstance(A, FisherOperator):
         weights = A.joint.weights
@@ -49,7 +53,9 @@ def _curved(A: GaussNewtonOperator) -> Tensor | None:
     if len({y.shape[:1] for y in A.outputs}) > 1 or not A.outputs[0].ndim:
         return None
     generator = torch.Generator().manual_seed(0)
-    Mr = A.apply_metric(tuple(torch.randn(y.shape, generator=generator).to(y) for y in A.outputs))
+    Mr = A.apply_metric(
+        tuple(torch.randn(y.shape, generator=generator, device="cpu").to(y) for y in A.outputs)
+    )
     curved = torch.stack([(_rows(x) != 0).any(1) for x in Mr]).any(0)
     return curved.double() if bool(curved.any()) else None
 
@@ -60,15 +66,19 @@ def cotangents(
 ) -> Iterator[Tensors]:
     r"""Yield tuples ``u`` shaped like the outputs of ``A``, with :math:`\sum u u' = M` on average.
 
-    ``u = B'e`` where ``e`` is a vector of random signs: of all vectors with independent entries of
-    unit variance that one has the least noise in ``u u'``. For ``"exact"``, ``e`` runs over the
-    unit vectors of a sample, in all samples at once: the blocks of the sum that belong to one
-    sample are then those of ``M``, exactly.
+    ``u = B'e`` where ``e`` is a vector of random signs, which minimizes the noise of ``u u'`` among
+    all vectors with independent entries of unit variance. For ``"exact"``, ``e`` runs over the unit
+    vectors of a sample, in all samples simultaneously: the diagonal blocks of the sum, one per
+    sample, are then exactly those of ``M``.
 
-    The root ``B`` costs two products with ``M`` where ``M`` scales each entry, as for ``Normal``,
-    or is the Fisher matrix of a softmax of the outputs up to a factor for each sample. One random
-    vector tells: another ``M`` would give the same product with probability zero. For any other,
-    the blocks of the samples are formed and factored, at one product an output.
+    The root ``B`` costs two products with ``M`` if ``M`` scales each entry, as for ``Normal``, or
+    is the Fisher matrix of a softmax of the outputs up to a factor per sample. A product with a
+    random vector detects these cases: any other ``M`` gives the same product with probability zero.
+    Otherwise the block of each sample is formed and factored, at one product per output.
+
+    Raises:
+        CoupledSamples: the metric couples samples.
+
     """
     root, outputs = _root(A), A.outputs
     if samples == "exact":
@@ -76,12 +86,14 @@ def cotangents(
         return
     size = 1 / math.sqrt(samples)
     for _ in range(samples):
-        coins = (torch.randint(2, y.shape, generator=generator).to(y) for y in outputs)
+        coins = (
+            torch.randint(2, y.shape, generator=generator, device="cpu").to(y) for y in outputs
+        )
         yield root(tuple(coin.mul_(2 * size).sub_(size) for coin in coins))
 
 
 def _units(outputs: Tensors, positions: Sequence[int]) -> Iterator[Tensors]:
-    """Yield the unit vectors of a sample in some of the outputs, in all samples at once."""
+    """Yield the unit vectors of a sample in some outputs, in all samples simultaneously."""
     for k in positions:
         for c in range(_rows(outputs[k]).shape[1]):
             e = tuple(torch.zeros(y.shape, dtype=y.dtype, device=y.device) for y in outputs)
@@ -90,18 +102,18 @@ def _units(outputs: Tensors, positions: Sequence[int]) -> Iterator[Tensors]:
 
 
 def _rows(y: Tensor) -> Tensor:
-    """Return an output as a matrix with one row a sample; a view where ``y`` is contiguous."""
+    """Return an output as a matrix with one row per sample; a view if ``y`` is contiguous."""
     return y.reshape(y.shape[0] if y.ndim else 1, -1)
 
 
 def _root(A: GaussNewtonOperator) -> Root:
     outputs = tuple(y.detach() for y in A.outputs)
     generator = torch.Generator().manual_seed(0)
-    r = tuple(torch.randn(y.shape, generator=generator).to(y) for y in outputs)
+    r = tuple(torch.randn(y.shape, generator=generator, device="cpu").to(y) for y in outputs)
     diagonals = A.apply_metric(tuple(torch.ones_like(y) for y in outputs))
     Mr = A.apply_metric(r)
     if not all(finite(x) for x in Mr):
-        return lambda _: Mr  # and so are the factors, which their user sees
+        return lambda _: Mr  # the factors are not finite either, which the caller checks
     parts = zip(outputs, r, diagonals, Mr, strict=True)
     simple = [_scaling(x, d, Mx) or _softmax(y, x, Mx) for y, x, d, Mx in parts]
     rest = [k for k, part in enumerate(simple) if part is None]
@@ -118,12 +130,12 @@ def _root(A: GaussNewtonOperator) -> Root:
 
 
 def _close(a: Tensor, b: Tensor, size: Tensor) -> bool:
-    # far from rounding, and a metric that differs by less is as good for the purpose
+    # far above rounding errors; a smaller difference of the metric does not matter here
     return bool(((a - b).abs() <= math.sqrt(torch.finfo(a.dtype).eps) * size).all())
 
 
 def _scaling(r: Tensor, diagonal: Tensor, Mr: Tensor) -> Callable[[Tensor], Tensor] | None:
-    """Return the root of an ``M`` that scales each entry, or None if this one does more."""
+    """Return the root of an ``M`` that scales each entry, or None if ``M`` does not."""
     scaled = diagonal * r
     if not _close(Mr, scaled, scaled.abs()):
         return None
@@ -132,10 +144,10 @@ def _scaling(r: Tensor, diagonal: Tensor, Mr: Tensor) -> Callable[[Tensor], Tens
 
 
 def _softmax(y: Tensor, r: Tensor, Mr: Tensor) -> Callable[[Tensor], Tensor] | None:
-    """Return the root of ``w (diag(p) - pp')``, ``p`` the softmax of ``y``; None if it is not M."""
+    """Return the root of ``w (diag(p) - pp')``, ``p`` the softmax of ``y``; None if not ``M``."""
     if not y.ndim:
         return None
-    p = torch.softmax(y, -1).nan_to_num(0.0)  # of a sample without weight
+    p = torch.softmax(y, -1).nan_to_num(0.0)  # for a sample of weight 0
     pr = p * r
     q = pr - p * pr.sum(-1, keepdim=True)
     square = q.square().sum(-1, keepdim=True)
@@ -153,30 +165,30 @@ def _softmax(y: Tensor, r: Tensor, Mr: Tensor) -> Callable[[Tensor], Tensor] | N
 
 
 def _check_apart(A: GaussNewtonOperator, outputs: Tensors, rest: list[int]) -> None:
-    """Raise where a change of every other sample's outputs has an effect on the rest."""
+    """Raise if a change of the outputs of every other sample affects the remaining samples."""
     generator = torch.Generator().manual_seed(0)
     e = [torch.zeros(y.shape, dtype=y.dtype, device=y.device) for y in outputs]
     for k in rest:
-        e[k] = torch.randn(e[k].shape, generator=generator).to(e[k])
+        e[k] = torch.randn(e[k].shape, generator=generator, device="cpu").to(e[k])
         _rows(e[k])[1::2] = 0.0
     Me = A.apply_metric(tuple(e))
-    # zero times anything finite is an exact zero, so that no tolerance is needed
+    # zero times any finite number is an exact zero, so that no tolerance is needed
     if any(bool((_rows(Me[k])[1::2] != 0).any()) for k in rest):
-        raise ValueError(
-            "KFAC needs a metric that acts sample by sample, over the first dimension of the"
-            " outputs, but a change of some samples' outputs has an effect on others, as in a"
-            " contrastive loss: use another preconditioner, such as Jacobi"
+        raise CoupledSamples(
+            "needs a metric that acts sample by sample, over the first dimension of the outputs,"
+            " but a change of some samples' outputs has an effect on others, as in a contrastive"
+            " loss"
         )
 
 
 def _blocks(A: GaussNewtonOperator, outputs: Tensors, rest: list[int]) -> Blocks:
-    """Return the root over the outputs ``rest``, from the block of ``M`` for each sample."""
+    """Return the root for the outputs ``rest``, from the block of ``M`` of each sample."""
     shapes = [outputs[k].shape for k in rest]
     samples = {shape[0] if shape else 1 for shape in shapes}
     if len(samples) > 1:
-        raise ValueError(
-            "KFAC needs outputs that hold one slice a sample over their first dimension where the"
-            f" metric couples them, got the shapes {[tuple(shape) for shape in shapes]}"
+        raise CoupledSamples(
+            "needs outputs that hold one slice a sample over their first dimension where the metric"
+            f" couples them, got the shapes {[tuple(shape) for shape in shapes]}"
         )
     _check_apart(A, outputs, rest)
     widths = [_rows(outputs[k]).shape[1] for k in rest]
