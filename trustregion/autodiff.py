@@ -12,7 +12,9 @@ from torch.autograd.graph import get_gradient_edge
 
 from . import recorded
 
-_NOT_TWICE = ("derivative for", "double backward", "differentiate twice")
+_NOT_TWICE = (
+    "derivative for", "double backward", "differentiate twice", "support automatic differentiation",
+)  # fmt: skip
 
 
 def differentiate(

@@ -13,6 +13,7 @@ from ..autodiff import differentiate, out_of_memory, require_unhooked
 from ..vector import ParameterVector, dot, norm
 from .base import Linearisation, Unusable, trainable
 from .graph import GraphLinearisation
+from .rules import UnreadableGraph
 from .tape import TapeLinearisation
 
 BACKENDS = ("auto", "tape", "graph")
@@ -28,10 +29,10 @@ def linearise(
         vector: the parameters.
         backend: ``"tape"``: sweeps over the recorded graph, node by node, without autograd.
             ``"graph"``: double backward through it. ``"auto"``: the first if it can be made and
-            agrees with autograd at random vectors, and the second otherwise. A graph is not
-            compared again if one of the same structure, read by the same rules, has agreed. The
-            comparison costs about two products. Hooks on activations are seen only where it is
-            made, hooks on parameters always.
+            agrees with autograd, and the second otherwise. Each is compared with autograd at random
+            vectors, which costs about two products, unless a graph of the same structure, read by
+            the same rules, has agreed before. Hooks on activations are seen only where the
+            comparison is made, hooks on parameters always.
 
     Raises:
         ValueError: the backend is unknown, the outputs do not depend on the parameters, or a
@@ -43,23 +44,52 @@ def linearise(
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
     require_unhooked(vector.params[i] for i in trainable(vector))
     if backend == "tape":
-        return TapeLinearisation(outputs, vector)
-    tape = _verified_tape(outputs, vector) if backend == "auto" else None
+        return _required_tape(outputs, vector)
+    tape = _trusted_tape(outputs, vector) if backend == "auto" else None
     return tape or _verified_graph(outputs, vector)
 
 
-def _verified_tape(outputs: Sequence[Tensor], vector: ParameterVector) -> Linearisation | None:
+def _required_tape(outputs: Sequence[Tensor], vector: ParameterVector) -> TapeLinearisation:
+    """Return the tape, or raise where it cannot be made or its products are not right."""
+    try:
+        tape, distance = _compared_tape(outputs, vector)
+    except (Unusable, UnreadableGraph):
+        raise
+    except Exception as error:
+        if out_of_memory(error) or (isinstance(error, RuntimeError) and "torch said" in str(error)):
+            raise
+        raise UnreadableGraph(f'the tape cannot be made ({error}): use backend="graph"') from error
+    if distance > _tolerance(tape):
+        raise UnreadableGraph(
+            "the products of the tape are not those of autograd: the graph holds a node that none"
+            ' of its rules is right for; use backend="graph"'
+        )
+    return tape
+
+
+def _trusted_tape(outputs: Sequence[Tensor], vector: ParameterVector) -> Linearisation | None:
     """Return the tape; None where it cannot be made or its products are not those of autograd."""
     try:
-        tape = TapeLinearisation(outputs, vector)
-        # rounding is far below the root of the unit, a wrong rule far above
-        return tape if _distance(tape, math.sqrt(tape.eps)) <= math.sqrt(tape.eps) else None
+        tape, distance = _compared_tape(outputs, vector)
+        return tape if distance <= _tolerance(tape) else None
     except Unusable:
         raise
     except Exception as error:  # autograd may still be able to, or says why it is not
         if out_of_memory(error):
             raise
         return None
+
+
+def _compared_tape(
+    outputs: Sequence[Tensor], vector: ParameterVector
+) -> tuple[TapeLinearisation, float]:
+    tape = TapeLinearisation(outputs, vector)
+    return tape, _distance(tape, _tolerance(tape))
+
+
+def _tolerance(tape: TapeLinearisation) -> float:
+    """Return a distance far above that of rounding, and far below that of a wrong rule."""
+    return math.sqrt(tape.eps)
 
 
 def _verified_graph(outputs: Sequence[Tensor], vector: ParameterVector) -> Linearisation:
@@ -104,7 +134,7 @@ class Disagreement:
 
     Attributes:
         size: the largest relative error found; infinite where the products are not finite though
-            the gradients are, and NaN where the gradients are not finite or all zero.
+            the gradients are, and NaN where the outputs or the gradients are not numbers.
         complete: whether every parameter that is used had a part in the comparison.
     """
 
@@ -136,12 +166,18 @@ def disagreement(J: Linearisation) -> Disagreement:
     v = J.vector.ravel(
         [r / size / size if here else torch.zeros_like(r) for r, size, here in parts]
     )
+    if not any(sizes):  # all units are dead: the products must be zero along any vector
+        v = torch.randn(v.shape, generator=generator).to(v)
     terms = [(x.reshape(-1), t.reshape(-1)) for x, t in zip(u, J.jvp(v), strict=True)]
     count, rounding = sum(seen), J.eps * sum(norm(x) * norm(t) for x, t in terms)
     gap = abs(sum(dot(x, t) for x, t in terms) - count)
     errors.append(max(gap - rounding, 0.0) / math.sqrt(count or 1))
     complete = all(seen[i] for i in J.used)
-    if not count or not all(map(math.isfinite, [*sizes, norm(v) ** 2])):
+    if any(bool(y.isnan().any()) for y in J.outputs) or not all(
+        map(math.isfinite, [*sizes, norm(v) ** 2])
+    ):
         return Disagreement(math.nan, complete)
+    if not any(sizes):
+        errors += [norm(t) for _, t in terms]
     finite = all(map(math.isfinite, [*errors, gap, rounding]))
     return Disagreement(max(errors) if finite else math.inf, complete)

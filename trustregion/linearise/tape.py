@@ -15,7 +15,7 @@ from ..vector import ParameterVector
 from .base import Linearisation, Unmoved, active, require_used, rounding_unit, trainable
 from .buffers import plan
 from .catalogue import rule_for
-from .rules import Site, Step, UnreadableGraph
+from .rules import Rule, Site, Step, UnreadableGraph
 from .shapes import Transpose
 
 
@@ -112,6 +112,19 @@ class TapeLinearisation(Linearisation):
             None if start is None or e is None else start + e.output_nr
             for e, start in zip(edges, known, strict=True)
         ]
+        self._require_first_outputs()
+
+    def _require_first_outputs(self) -> None:
+        """Raise where something depends on an output that the rule of its node leaves out."""
+        left_out = {v for s in self._steps if type(s.rule) is not Rule for v in s.outputs[1:]}
+        read = {*(end for end in self._ends if end is not None)}
+        read.update(*(step.inputs for step in self._steps))
+        for step in self._steps:
+            if left_out & read & {*step.outputs}:
+                raise UnreadableGraph(
+                    f"a result of {recorded.name(step.rule.site.node)} besides its first one is"
+                    ' used, such as a mean or a scale: use backend="graph"'
+                )
 
     @property
     def structure(self) -> int:
