@@ -1,7 +1,7 @@
-"""Linearise torch's own database of operators; prints what became of each, as JSON.
+"""Linearize torch's own database of operators, and print the outcome of each as JSON.
 
-A program of its own: importing the database turns off torch's global flags and loads another
-profile of Hypothesis. It needs ``expecttest``.
+This is a separate program because importing the database turns off torch's global flags and loads
+another profile of Hypothesis. It needs ``expecttest``.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from trustregion.vector import ParameterVector
 
 SAMPLES = 5  # of each operator, spread over those of the database
 ENTRIES = 600  # of the parameters, and of the outputs, of a sample
-# The derivatives that autograd itself gives of its statistics are wrong: what it adds to them
-# depends on what else is asked for.
+# autograd's own gradients of the mean and the scale are wrong: their values depend on which other
+# gradients are requested.
 ONLY = {"native_group_norm": 1}
 REFUSALS = (RuntimeError, ValueError, NotImplementedError)
 
 
 def plain(x: Any) -> bool:
-    """Whether something is an ordinary tensor of real numbers."""
+    """Return whether something is a strided tensor of real numbers."""
     return isinstance(x, Tensor) and x.layout is torch.strided and x.is_floating_point()
 
 
@@ -75,7 +75,7 @@ def jacobian(outputs: list[Tensor], params: list[Tensor]) -> Tensor:
 
 
 def verdict(outputs: list[Tensor], params: list[Tensor], reference: Tensor, backend: str) -> str:
-    """Return which backend was right, or how it refused, or how it was wrong."""
+    """Return the backend whose products were right, or how it refused or was wrong."""
     generator = torch.Generator().manual_seed(1)
     vector = ParameterVector(params)
     v = torch.randn(vector.numel, generator=generator, dtype=torch.float64)
@@ -109,7 +109,7 @@ def samples(op: Any) -> Iterator[tuple[list[Tensor], list[Tensor], Tensor]]:
 
 
 def main(names: list[str]) -> None:
-    """Print, for each operator and backend, what became of its samples."""
+    """Print the outcomes of the samples of each operator for each backend."""
     database = importlib.import_module("torch.testing._internal.common_methods_invocations")
     found: dict[str, Any] = {}
     for op in database.op_db:

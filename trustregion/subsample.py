@@ -1,4 +1,4 @@
-"""A part of the samples, for curvature."""
+"""Random subsets of the samples, for curvature from a part of the data."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from torch import Tensor
 
 
 def subsample(n: int, amount: float, *, seed: int = 0) -> Tensor:
-    """Return the positions of a random part of ``n`` samples, sorted, shape ``(k,)``.
+    """Return the sorted positions of a random subset of ``n`` samples, shape ``(k,)``.
 
-    Drawn without replacement from a generator of its own: the same arguments give the same
-    positions, and no other random number changes. Curvature from a part of the samples is an
-    unbiased estimate of the whole, and costs as much less.
+    The positions are drawn without replacement from a separate generator: equal arguments give
+    equal positions, and the global random numbers do not change. Curvature from a subset is an
+    unbiased estimate of the curvature of all samples, at a proportionally lower cost.
 
     Args:
-        n: number of samples.
-        amount: how many as an int, at most ``n``, or which fraction as a float in (0, 1], rounded
-            to at least one.
-        seed: of the draw.
+        n: the number of samples.
+        amount: the size of the subset, as a count (int, at most ``n``) or as a fraction (float in
+            (0, 1]), which is rounded to at least one sample.
+        seed: the seed of the generator.
 
     Raises:
         TypeError: ``amount`` is not a number.
-        ValueError: ``n`` is not positive, or the amount is out of range.
+        ValueError: ``n`` is not positive, or ``amount`` is out of range.
 
     Example:
         >>> subsample(10, 3), subsample(10, 0.3)
@@ -51,10 +51,10 @@ def subsample(n: int, amount: float, *, seed: int = 0) -> Tensor:
 
 
 def select(inputs: Sequence[Any], amount: float | None, seed: int) -> tuple[Any, ...]:
-    """Return the inputs of a subsample, indexed in their first dimension; all for None.
+    """Return the inputs indexed by a subset in their first dimension; unchanged for None.
 
     Raises:
-        ValueError: the inputs are not tensors over the same samples.
+        ValueError: the inputs are not tensors with the same number of samples.
 
     """
     if amount is None:
@@ -63,7 +63,7 @@ def select(inputs: Sequence[Any], amount: float | None, seed: int) -> tuple[Any,
     if not inputs or None in sizes or len(set(sizes)) > 1:
         raise ValueError(
             "subsample= indexes the first dimension of the inputs: each must be a tensor with one"
-            f" slice a sample, got first dimensions {sizes}. Close over other arguments in fn"
+            f" slice per sample, got first dimensions {sizes}. Close over other arguments in fn"
         )
     keep = subsample(sizes[0] or 0, amount, seed=seed)
     return tuple(x[keep.to(x.device)] for x in inputs)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]  # two to six minutes
 # What a refusal says: there is nothing to differentiate, it cannot be done twice, or what can.
 CLEAR = ("do not depend on the parameters", "cannot be differentiated twice", 'use backend="graph"')
 # Operators that cannot be asked, since they read memory next to their argument.
@@ -17,7 +17,7 @@ SKIPPED = {"as_strided.partial_views"}
 
 @pytest.fixture(scope="module")
 def found():
-    """Return, for each operator and backend, what became of its samples."""
+    """Return the outcomes of the samples of each operator for each backend."""
     pytest.importorskip("expecttest", reason="torch's database of operators needs expecttest")
     program = Path(__file__).parents[1] / "torch_operators.py"
     command = [sys.executable, "-W", "ignore", str(program)]

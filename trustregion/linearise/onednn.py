@@ -30,16 +30,17 @@ _preferred: bool | None = None
 
 
 def prefer_onednn(choice: bool | None) -> None:
-    """Say whether Jacobian products multiply float32 matrices on the CPU by oneDNN.
+    """Set whether Jacobian products use oneDNN for float32 matrices on the CPU.
 
-    It applies to operators made from now on. On any setting torch's own products are used where
-    oneDNN is missing, is turned off by :func:`torch.backends.mkldnn.flags`, or does not multiply as
-    torch does.
+    The setting applies to operators that are built afterwards. torch's own products are used in any
+    case if oneDNN is missing, is turned off by :func:`torch.backends.mkldnn.flags`, or does not
+    agree with torch on small matrices.
 
     Args:
-        choice: True or False; None, the default, for oneDNN on AMD's processors, on which it has
-            been measured to be faster, if torch was built with MKL. The two round differently:
-            bit-identical runs on different machines need True or False on all of them.
+        choice: True or False, or None for the default: oneDNN is used on AMD processors, where it
+            was measured to be faster, if torch was built with MKL. The two libraries round
+            differently, so that bit-identical runs on different machines need the same explicit
+            choice on all of them.
 
     Raises:
         TypeError: the choice is neither a bool nor None.
@@ -102,7 +103,7 @@ def _multiplies_as_torch() -> bool:
 
 def _times(x: Tensor, w: Tensor, added: Tensor | None = None) -> Tensor:
     """Return ``x w'``, plus a row."""
-    if added is not None:  # it is read as if it were contiguous
+    if added is not None:  # The operator reads it as if it were contiguous.
         added = added.expand(w.shape[0]).contiguous()
     return cast(Any, recorded.onednn_linear())(_dense(x), _dense(w), added)
 
@@ -112,7 +113,7 @@ def _dense(x: Tensor) -> Tensor:
 
 
 class DenseProduct(Rule):
-    """``c + A B`` of matrices, for ``c`` a row or nothing."""
+    """``c + A B`` for matrices, where ``c`` is a row or absent."""
 
     fresh = gives = True
 
@@ -124,7 +125,7 @@ class DenseProduct(Rule):
         self.left: Tensor | None = None
 
     def writes(self, which: int) -> bool:
-        """Whether it is ``B``, or a row that is added; ``A`` gets a new tensor."""
+        """Return whether the input is ``B`` or an added row; ``A`` gets a new tensor."""
         return which != len(self.site.needs) - 2 and self.plain.writes(which)
 
     def jvp(self, tangents: Tangents) -> Tensor:
@@ -132,7 +133,7 @@ class DenseProduct(Rule):
         row = tangents[0] if self.plain.added else None
         out, *more = self.plain.terms(tangents)
         result = _times(out[0], out[1].mT, row)
-        for x, y in more:  # faster by itself than as the addend of the next product
+        for x, y in more:  # An extra addition is faster than a fused addend.
             result.add_(_times(x, y.mT))
         return result
 
