@@ -122,8 +122,8 @@ class TapeLinearisation(Linearisation):
         for step in self._steps:
             if left_out & read & {*step.outputs}:
                 raise UnreadableGraph(
-                    f"{recorded.name(step.rule.site.node)} has a second output that is used, such as"
-                    ' a mean or a scale: use backend="graph"'
+                    f"a second output of {recorded.name(step.rule.site.node)} is used, such as a"
+                    ' mean or a scale: use backend="graph"'
                 )
 
     @property
