@@ -25,7 +25,7 @@ def subsample(n: int, amount: float, *, seed: int = 0) -> Tensor:
 
     Raises:
         TypeError: ``amount`` is not a number.
-        ValueError: ``n`` is not positive, or the amount is out of range.
+        ValueError: ``n`` is not positive, or ``amount`` is out of range.
 
     Example:
         >>> subsample(10, 3), subsample(10, 0.3)
