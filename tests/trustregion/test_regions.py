@@ -155,19 +155,16 @@ def test_the_metric_of_the_preconditioner(solver, system, factor):
 @example(0.0, 0.0, 1.0, 0.0, 1.0)
 def test_p17_the_way_to_the_edge(log_radius, log_length, near, cosine, most):
     """|x + tau p| = radius at both roots, whatever the scales, also with x on the edge."""
-    from trustregion.solvers.recurrence import Recurrence, Rules
+    from trustregion.solvers.steihaug import to_the_edge
 
     radius = 10.0**log_radius
     x = torch.tensor([radius * min(near, most), 0.0], dtype=torch.float64)
     p = torch.tensor([cosine, math.sqrt(1 - cosine * cosine)], dtype=torch.float64)
-    solver = Recurrence(torch.ones(2, dtype=torch.float64), torch.float64, None, Rules(0.0, 1))
-    solver.rules = Rules(0.0, 1, radius=radius)
-    solver.run.x.copy_(x)
-    solver.p.copy_(p * 10.0**log_length)
-    forth, back = solver._to_the_edge()
+    p = p * 10.0**log_length
+    forth, back = to_the_edge(x, x, p, p, radius)
     assert forth >= 0 >= back
     for tau in (forth, back):
-        point = (x + tau * solver.p) / radius
+        point = (x + tau * p) / radius
         assert point.norm().item() == pytest.approx(1, rel=1e-15 * 4)
 
 
@@ -358,23 +355,21 @@ def test_the_way_to_the_edge_keeps_its_digits():
     """From just inside, nearly outwards: the naive root is all cancellation."""
     from decimal import Decimal, getcontext
 
-    from trustregion.solvers.recurrence import Recurrence, Rules
+    from trustregion.solvers.steihaug import to_the_edge
 
     getcontext().prec = 60
     for inside in (1e-4, 1e-9, 1e-14):
         x, y = 1 - inside, 0.25 * inside
         p, q = 0.9, 0.1
-        solver = Recurrence(
-            torch.ones(2, dtype=torch.float64), torch.float64, None, Rules(0.0, 1, radius=1.0)
-        )
-        solver.run.x.copy_(torch.tensor([x, y], dtype=torch.float64))
-        solver.p.copy_(torch.tensor([p, q], dtype=torch.float64))
+        at, along = (torch.tensor(v, dtype=torch.float64) for v in ((x, y), (p, q)))
         X, Y, P, Q = (Decimal(value) for value in (x, y, p, q))
         a, b, c = P * P + Q * Q, X * P + Y * Q, 1 - X * X - Y * Y
         exact = (-b + (b * b + a * c).sqrt()) / a
         # 1 - |x|^2 itself is good to eps / inside
         bound = 4 * 2.3e-16 / inside
-        assert solver._to_the_edge()[0] == pytest.approx(float(exact), rel=bound + 1e-14)
+        assert to_the_edge(at, at, along, along, 1.0)[0] == pytest.approx(
+            float(exact), rel=bound + 1e-14
+        )
 
 
 @pytest.mark.parametrize("solver", [gltr, trust_region_dense])

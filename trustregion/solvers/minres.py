@@ -13,8 +13,10 @@ from ..arguments import check_count, check_start, check_tolerances, check_vector
 from ..operators.base import LinearOperator, OperatorLike, as_operator, product
 from ..status import Status
 from ..vector import dot, exponent, ldexp, norm, scalar_ldexp
+from .products import Asks, answer
+from .refinement import Observer, Refinement, Run, Start
 from .solution import LinearSolution
-from .verified import Asking, Goal, Observer, Run, drive, solve
+from .stopping import Tolerance
 
 ROUNDING = torch.finfo(torch.float64).eps
 # |Ar| below this many eps |A||r| is rounding.
@@ -59,8 +61,7 @@ class _Lanczos:
     ) -> None:
         self.dtype, self.M, self.rules, self.observe = dtype, M, rules, observe
         self.eps, self.largest = torch.finfo(dtype).eps, torch.finfo(dtype).max
-        x = torch.zeros_like(b)
-        self.run = Run(x, x if M is None else torch.zeros_like(b), b.clone(), dot(b, b))
+        self.run = Run.start(b, M)
         self.kept, self.least, self.start = self.run, math.inf, math.sqrt(self.run.rr)
         self.A_unit: int | None = None  # exponents of the units of A and M, once known
         self.M_unit: int | None = None
@@ -73,15 +74,15 @@ class _Lanczos:
         self.norm_T = self.norm_A = self.reach = 0.0
         self.growth = 1.0
 
-    def iterate(self) -> Asking:
+    def iterate(self) -> Asks[Run]:
         """Run to the end; the ``status`` of what is returned is set."""
         run = self.run
         if self._goes_on():
             run.status = self._begin()
         while self._goes_on():
-            Av = yield self.v.to(self.dtype)
+            Av = yield self.v
             run.products += 1
-            run.status = self._step(Av.double())
+            run.status = self._step(Av)
         return self._shortest() if run.status is Status.LEAST_SQUARES else run
 
     def _goes_on(self) -> bool:
@@ -165,7 +166,7 @@ class _Lanczos:
             p = self._direction(run.r)
             if not finite(p):
                 return Status.NONFINITE_OPERATOR
-            run.direction = p.to(self.dtype, copy=True)
+            run.direction = p.clone()
             return Status.NEGATIVE_CURVATURE if curvature < -floor else Status.ZERO_CURVATURE
         if stretch <= CANDIDATE * math.sqrt(self.eps) * self.norm_T:
             # where x has grown, the same |Ar| was had at the price of rounding
@@ -316,12 +317,16 @@ def minres(
     check_count("max_iter", max_iter)
     A = as_operator(A, b)
     M = None if M is None else as_operator(M, b)
-    limit = 10 * b.numel() if max_iter is None else max_iter
 
-    def start(
-        r: Tensor, tolerance: float, left: int, observe: Observer | None, _value: float
-    ) -> Asking:
-        rules = _Rules(tolerance, left, stop_at_negative_curvature)
-        return _Lanczos(r, b.dtype, M, rules, observe).iterate()
+    def run(start: Start) -> Asks[Run]:
+        rules = _Rules(start.tolerance, start.max_iter, stop_at_negative_curvature)
+        return _Lanczos(start.r, b.dtype, M, rules, start.observe).iterate()
 
-    return drive(A, solve(b, x0, Goal(rtol, atol, limit, verify=verify, callback=callback), start))
+    asked = Refinement(
+        run=run,
+        tolerance=Tolerance(rtol, atol),
+        max_iter=10 * b.numel() if max_iter is None else max_iter,
+        verify=verify,
+        callback=callback,
+    )
+    return answer(A, asked.solve(b, x0))
