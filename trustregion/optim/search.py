@@ -121,7 +121,12 @@ class Search:
                 trial = self._evaluate(c, scale, info)
                 lowest = start if best is None else best[1].trial.value
                 if trial.finite and trial.size <= 1 and trial.value < lowest:
-                    best = c, BallSearch(True, scale, trial, count, 0)
+                    best = (
+                        c,
+                        BallSearch(
+                            accepted=True, scale=scale, trial=trial, evaluations=count, backtracks=0
+                        ),
+                    )
             if best is not None:
                 return best
             first, cap = o.backtrack_factor * min(o.scales), max(cap - len(pairs), 0)
