@@ -49,6 +49,7 @@ LEVELS = {
     "solvers.stopping": 1,
     "solvers.products": 2,
     "solvers.refinement": 2,
+    "solvers.three_term": 2,
     "solvers.fixed": 2,
     "solvers.region": 2,
     "solvers.secular": 1,

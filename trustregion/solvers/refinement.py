@@ -23,6 +23,11 @@ from .products import Asks
 from .solution import LinearSolution
 from .stopping import SAFETY, Tolerance, surely_below
 
+# An x' is taken as the x without its part in the null space where this is all that r changes by.
+NEARLY_NULL = 0.1
+# Ends whose true residual may turn out to be below the tolerance.
+MAY_BE_BELOW = (Status.CONVERGED, Status.STAGNATED, Status.MAX_ITER)
+
 Observer = Callable[[Tensor], object]
 
 
@@ -35,6 +40,21 @@ class Line(NamedTuple):
     rz: float  # r'Mr, minus the slope of the model
     pAp: float
     pp: float
+
+
+class Shorter(NamedTuple):
+    """An iterate of minres less its part along ``M r``, which ``A`` maps to about zero."""
+
+    x: Tensor
+    y: Tensor  # M^-1 x
+    change: float  # by this, relative to its size, r may be another
+
+
+class Trusted(NamedTuple):
+    """The last iterate of minres before its rounding could exceed its residual."""
+
+    run: Run
+    gap: float  # an estimate of that rounding
 
 
 @dataclass(kw_only=True)
@@ -54,6 +74,8 @@ class Run:
     norm_A: float = 0.0  # the largest |Ap|/|p| seen: a lower bound of |A|
     reach: float = 0.0  # the sum of |alpha p|: an upper bound of |x|
     removed: float = 0.0  # what reorthogonalization took off r, and the true residual still has
+    trusted: Trusted | None = None
+    shorter: Shorter | None = None
 
     @classmethod
     def start(cls, b: Tensor, M: object) -> Run:
@@ -66,6 +88,11 @@ class Run:
         """Return the run with the reason why it stops."""
         self.status = status
         return self
+
+    def copy(self) -> Run:
+        """Return the state with vectors of its own."""
+        x = self.x.clone()
+        return replace(self, x=x, y=x if self.y is self.x else self.y.clone(), r=self.r.clone())
 
     def move(self, p: Tensor, w: Tensor, tau: float) -> None:
         """Go to ``x + tau p``; ``w`` is ``M^-1 p``."""
@@ -123,12 +150,14 @@ class Refinement:
         if e is None:  # b = 0, whose solution is 0
             return LinearSolution.none(zero, Status.CONVERGED, residual_norm=0.0)
         start = None if x0 is None else ldexp(x0.double(), -e)
-        solution = yield from _System(ldexp(b.double(), -e), b.dtype, e, self).solve(start)
+        system = _System(ldexp(b.double(), -e), b.dtype, e, self)
+        solution = yield from system.solve(start)
         solution = solution.in_units(e, b.dtype)
-        if not finite(solution.x):  # the solution itself overflows the dtype
-            x = zero if x0 is None else x0.clone()
-            return replace(solution, x=x, status=Status.NONFINITE_OPERATOR)
-        return solution
+        if finite(solution.x):
+            return solution
+        # The solution itself overflows the dtype.
+        first = system.end(system.first, Status.NONFINITE_OPERATOR).in_units(e, b.dtype)
+        return replace(first, x=zero if x0 is None else x0.clone(), direction=solution.direction)
 
 
 @dataclass(frozen=True)
@@ -146,53 +175,45 @@ class _System:
     def __init__(self, b: Tensor, dtype: torch.dtype, e: int, asked: Refinement) -> None:
         self.b, self.dtype, self.e, self.asked = b, dtype, e, asked
         self.eps, self.tolerance = torch.finfo(dtype).eps, asked.tolerance.of(b, e)
-        self.x0 = torch.zeros_like(b)
+        self.first = _Iterate(torch.zeros_like(b), b, torch.zeros_like(b), measured=True)
         self.norm_A = 0.0
         self.iterations = self.products = 0
 
     def solve(self, x0: Tensor | None) -> Asks[LinearSolution]:
         """Run, measure where it matters, and run again from there while that helps."""
-        best = _Iterate(self.x0, self.b, torch.zeros_like(self.b), measured=True)
         if x0 is not None:
-            self.x0 = x0
+            self.first = replace(self.first, x=x0)
             r = yield from self._residual(x0)
             if not finite(r):
-                return self._end(replace(best, x=x0), Status.NONFINITE_OPERATOR)
-            best = replace(best, x=x0, r=r)
+                return self.end(self.first, Status.NONFINITE_OPERATOR)
+            self.first = replace(self.first, r=r)
             self.norm_A = norm(self.b - r) / (norm(x0) or 1.0)
-        aim, doubted = self.tolerance, False
+        best, aim, doubted = self.first, self.tolerance, False
         while True:
             run = yield from self.asked.run(self._start(best, aim))
             self.iterations += run.iterations
             self.products += run.products
             self.norm_A = max(self.norm_A, run.norm_A)
-            status = run.status or Status.CONVERGED
             if run.products == 0:
+                status = run.status or Status.CONVERGED
                 below = status is not Status.CONVERGED or self._surely_below(best)
-                return self._end(best, status if below else Status.STAGNATED)
-            point, margin = self._arrive(best, run)
-            # behind a preconditioner minres may not get to see the largest |Ap|/|p|
-            sure = run.metric_norm is None and math.sqrt(run.rr) + margin <= self.tolerance
-            if status is Status.LEAST_SQUARES and math.sqrt(run.rr) <= margin:
-                status = Status.STAGNATED  # what is left is rounding, and shows nothing about A
-            in_doubt = status is Status.CONVERGED and not sure
+                return self.end(best, status if below else Status.STAGNATED)
+            point, status, in_doubt = self._arrive(best, run)
             if not (self.asked.verify or in_doubt):
-                return self._end(point, status, run.direction)
+                return self.end(point, status, run.direction)
             if self.products >= self.asked.max_products:
                 status = Status.MAX_ITER if in_doubt else status
-                return self._end(point, status, run.direction)
+                return self.end(point, status, run.direction)
             r = yield from self._residual(point.x)
             if not finite(r):
-                return self._end(point, Status.NONFINITE_OPERATOR, run.direction)
-            point = replace(point, r=r, measured=True)
-            if status in (Status.CONVERGED, Status.MAX_ITER) and self._surely_below(point):
-                return self._end(point, Status.CONVERGED)
+                return self.end(point, Status.NONFINITE_OPERATOR, run.direction)
+            point = yield from self._improve(replace(point, r=r, measured=True), best, run, status)
+            if status in MAY_BE_BELOW and self._surely_below(point):
+                return self.end(point, Status.CONVERGED)
             if status is not Status.CONVERGED:
-                return self._end(point, status, run.direction)
-            if norm(r) > 0.5 * norm(best.r):
-                point = point if norm(r) <= norm(best.r) else best
-                if doubted:
-                    return self._end(point, Status.STAGNATED)
+                return self.end(point, status, run.direction)
+            if doubted and norm(point.r) > 0.5 * norm(best.r):
+                return self.end(point, Status.STAGNATED)
             # Lower than asked from now on, so that what is gained is more than the doubt.
             best, aim, doubted = point, 0.25 * self.tolerance, True
 
@@ -213,16 +234,53 @@ class _System:
         self.products += 1
         return self.b - Ax
 
-    def _arrive(self, best: _Iterate, run: Run) -> tuple[_Iterate, float]:
-        """Return where the run ended, and how far its residual may be from the true one."""
-        exact = best.x + run.x
+    def _arrive(self, best: _Iterate, run: Run) -> tuple[_Iterate, Status, bool]:
+        """Return where the run ended, and how, and whether its residual is in doubt."""
+        status, size = run.status or Status.CONVERGED, math.sqrt(run.rr)
+        if status is Status.LEAST_SQUARES:
+            x, y, change = run.shorter or Shorter(run.x, run.y, 0.0)
+            point, margin = self._at(best, run, x, y)
+            if size > margin:
+                return point, status, change > NEARLY_NULL
+            # What is left is rounding, and shows nothing about A.
+            return self._at(best, run, run.x, run.y)[0], Status.STAGNATED, True
+        point, margin = self._at(best, run, run.x, run.y)
+        if status is Status.CONVERGED:
+            # behind a preconditioner minres may not get to see the largest |Ap|/|p|
+            sure = run.metric_norm is None and size + margin <= self.tolerance
+            return point, status, not sure
+        return point, status, run.trusted is not None
+
+    def _improve(self, point: _Iterate, best: _Iterate, run: Run, status: Status) -> Asks[_Iterate]:
+        """Return the end of a run as measured, or what rounding has made it worse than."""
+        size = norm(point.r)
+        if status is Status.LEAST_SQUARES and size > (1 + NEARLY_NULL) * math.sqrt(run.rr):
+            return self._at(best, run, run.x, run.y)[0]
+        if run.trusted is not None and status in MAY_BE_BELOW:
+            former, gap = run.trusted
+            if size > SAFETY * (gap + self.eps * run.norm_A * norm(best.x)):
+                other, _ = self._at(best, former, former.x, former.y)
+                r = yield from self._residual(other.x)
+                if norm(r) < size:
+                    point = replace(other, r=r, measured=True)
+        lost = status in MAY_BE_BELOW and (status is not Status.MAX_ITER or run.trusted is not None)
+        return best if lost and norm(best.r) < norm(point.r) else point
+
+    def _at(self, best: _Iterate, run: Run, x: Tensor, y: Tensor) -> tuple[_Iterate, float]:
+        """Return ``best + x``, and how far its residual may be from the one of the run."""
+        exact = best.x + x
         x = ldexp(ldexp(exact, self.e).to(self.dtype).double(), -self.e)  # as it is returned
         margin = run.margin(exact - x, self.eps) + SAFETY * self.eps * run.norm_A * norm(best.x)
-        x = x if finite(x) else exact
-        y = best.y + run.y
-        return _Iterate(x, run.r, y, measured=False, metric_norm=run.metric_norm), margin
+        at = _Iterate(
+            x if finite(x) else exact,
+            run.r,
+            best.y + y,
+            measured=False,
+            metric_norm=run.metric_norm,
+        )
+        return at, margin
 
-    def _end(self, at: _Iterate, status: Status, direction: Tensor | None = None) -> LinearSolution:
+    def end(self, at: _Iterate, status: Status, direction: Tensor | None = None) -> LinearSolution:
         x, r = at.x, at.r
         size = norm(r)
         return LinearSolution(
@@ -234,7 +292,7 @@ class _System:
             curvature=dot(x, self.b - r),
             direction=direction,
             model_value=-0.5 * dot(x, self.b + r),
-            norm=math.sqrt(max(dot(x - self.x0, at.y), 0.0)),
+            norm=math.sqrt(max(dot(x - self.first.x, at.y), 0.0)),
             true_residual_norm=size if at.measured else None,
             preconditioned_residual_norm=at.metric_norm,
         )
