@@ -156,19 +156,16 @@ def test_the_metric_of_the_preconditioner(solver, system, factor):
 @example(0.0, 0.0, 1.0, 0.0, 1.0)
 def test_both_step_lengths_to_the_edge_end_on_it(log_radius, log_length, near, cosine, most):
     """|x + tau p| = radius at both roots, whatever the scales, also with x on the edge."""
-    from trustregion.solvers.recurrence import Recurrence, Rules
+    from trustregion.solvers.steihaug import to_the_edge
 
     radius = 10.0**log_radius
     x = torch.tensor([radius * min(near, most), 0.0], dtype=torch.float64)
     p = torch.tensor([cosine, math.sqrt(1 - cosine * cosine)], dtype=torch.float64)
-    solver = Recurrence(torch.ones(2, dtype=torch.float64), torch.float64, None, Rules(0.0, 1))
-    solver.rules = Rules(0.0, 1, radius=radius)
-    solver.run.x.copy_(x)
-    solver.p.copy_(p * 10.0**log_length)
-    forth, back = solver._to_the_edge()
+    p = p * 10.0**log_length
+    forth, back = to_the_edge(x, x, p, p, radius)
     assert forth >= 0 >= back
     for tau in (forth, back):
-        point = (x + tau * solver.p) / radius
+        point = (x + tau * p) / radius
         assert point.norm().item() == pytest.approx(1, rel=1e-15 * 4)
 
 

@@ -110,23 +110,21 @@ def test_the_step_length_to_the_edge_keeps_its_digits():
     """From just inside, nearly outwards: the naive root is all cancellation."""
     from decimal import Decimal, getcontext
 
-    from trustregion.solvers.recurrence import Recurrence, Rules
+    from trustregion.solvers.steihaug import to_the_edge
 
     getcontext().prec = 60
     for inside in (1e-4, 1e-9, 1e-14):
         x, y = 1 - inside, 0.25 * inside
         p, q = 0.9, 0.1
-        solver = Recurrence(
-            torch.ones(2, dtype=torch.float64), torch.float64, None, Rules(0.0, 1, radius=1.0)
-        )
-        solver.run.x.copy_(torch.tensor([x, y], dtype=torch.float64))
-        solver.p.copy_(torch.tensor([p, q], dtype=torch.float64))
+        at, along = (torch.tensor(v, dtype=torch.float64) for v in ((x, y), (p, q)))
         X, Y, P, Q = (Decimal(value) for value in (x, y, p, q))
         a, b, c = P * P + Q * Q, X * P + Y * Q, 1 - X * X - Y * Y
         exact = (-b + (b * b + a * c).sqrt()) / a
         # 1 - |x|^2 itself is good to eps / inside
         bound = 4 * 2.3e-16 / inside
-        assert solver._to_the_edge()[0] == pytest.approx(float(exact), rel=bound + 1e-14)
+        assert to_the_edge(at, at, along, along, 1.0)[0] == pytest.approx(
+            float(exact), rel=bound + 1e-14
+        )
 
 
 @pytest.mark.parametrize("solver", [gltr, trust_region_dense])
