@@ -139,8 +139,8 @@ class EmbeddingBag(Rule):
         }
         if self.options["mode"] == "max" or site.needs[1:].count(True):
             raise UnreadableGraph(
-                "EmbeddingBag cannot be differentiated twice, and can be linearised for fixed sums and"
-                " means only"
+                "EmbeddingBag cannot be differentiated twice, and can be linearised for fixed sums"
+                " and means only"
             )
 
     def jvp(self, tangents: Tangents) -> Tensor:
