@@ -1,7 +1,7 @@
-"""Drive ours through torch's own database of optimizers; prints what does not hold, as JSON.
+"""Run our optimizers through torch's own database of optimizers, and print the failures as JSON.
 
-A program of its own: importing the database turns off torch's global flags and loads another
-profile of Hypothesis. It needs ``expecttest``.
+This is a separate program because importing the database turns off torch's global flags and loads
+another profile of Hypothesis. It needs ``expecttest``.
 """
 
 from __future__ import annotations

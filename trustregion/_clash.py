@@ -1,4 +1,4 @@
-"""Warn where another distribution claims an import name of this one."""
+"""A warning for other PyPI distributions with the import names of this one."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from importlib import metadata
 
 
 def warn_of_clashes() -> None:
-    """Warn if the PyPI distributions ``trustregion`` or ``rl``, which are not ours, are installed.
+    """Warn if the unrelated PyPI distributions ``trustregion`` or ``rl`` are installed.
 
-    Installed side by side the two overwrite each other's files in site-packages.
+    Distributions with the same import name overwrite each other's files in site-packages.
     """
     for name in ("trustregion", "rl"):
         try:
@@ -18,7 +18,7 @@ def warn_of_clashes() -> None:
             continue
         warnings.warn(
             f"the PyPI distribution {name!r} {version} is installed beside torch-trustregion and"
-            f" has the same import name: `import {name}` may load files of either. Mend it with"
+            f" has the same import name: `import {name}` may load files of either. Repair it with"
             f" `pip uninstall {name}` and then"
             " `pip install --force-reinstall --no-deps torch-trustregion`",
             UserWarning,

@@ -1,4 +1,4 @@
-"""Reverse-mode differentiation of a user's graph, with its errors in words."""
+"""Reverse-mode differentiation of a user's graph, with errors that name the remedy."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from torch.autograd.graph import get_gradient_edge
 
 from . import recorded
 
-_NOT_TWICE = ("derivative for", "double backward", "differentiate twice")
+_NOT_TWICE = (
+    "derivative for", "double backward", "differentiate twice", "support automatic differentiation",
+)  # fmt: skip
 
 
 def differentiate(
@@ -22,18 +24,19 @@ def differentiate(
     *,
     create_graph: bool = False,
 ) -> tuple[Tensor | None, ...]:
-    """Return the vector-Jacobian products, None where an input is not used; the graph is kept.
+    """Return the vector-Jacobian products, and keep the graph.
 
-    No ``.grad`` is read or written.
+    The result is None for an input that the outputs do not depend on. No ``.grad`` is read or
+    written.
 
     Args:
         outputs: tensors with a graph.
-        inputs: tensors to differentiate in.
-        cotangents: one an output, of its shape; None for scalar outputs.
+        inputs: tensors to differentiate with respect to.
+        cotangents: one tensor of the shape of each output; None for scalar outputs.
         create_graph: record a graph of the result.
 
     Raises:
-        ValueError: a graph of the result would hold a gradient hook of an input.
+        ValueError: with ``create_graph``, a hook changes the gradient of an input.
         RuntimeError: the graph was freed or overwritten, or has no second derivative.
 
     """
@@ -51,7 +54,7 @@ def differentiate(
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Return whether an error says that the memory did not suffice, which no other way mends."""
+    """Return whether an error reports exhausted memory, which no fallback may hide."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     return isinstance(error, RuntimeError) and any(w in str(error) for w in _CPU_ALLOCATOR)
@@ -61,11 +64,11 @@ _CPU_ALLOCATOR = ("not enough memory", "can't allocate memory")
 
 
 def require_unhooked(inputs: Iterable[Tensor]) -> None:
-    """Raise a ValueError where a gradient hook changes the gradient of an input.
+    """Raise a ValueError if a gradient hook changes the gradient of an input.
 
-    Autograd's gradient passes through such a hook and is then not that of the function, of which
-    the products with its Jacobian or its Hessian are. Each hook is called once, with a large random
-    gradient, to see whether it changes it; hooks that only look are allowed.
+    Autograd passes the gradient through such a hook. The result is then not the gradient of the
+    function whose Jacobian or Hessian the products use. Each hook is called once with a large
+    random gradient to find out; hooks that return it unchanged, or return None, are allowed.
     """
     for i, t in enumerate(inputs):
         for key, hook in recorded.gradient_hooks(t).items():
@@ -74,24 +77,26 @@ def require_unhooked(inputs: Iterable[Tensor]) -> None:
             if _changes(hook, t):
                 raise ValueError(
                     "a gradient hook (register_hook) changes the gradient of tensor"
-                    f" {i}, of shape {tuple(t.shape)}, to one that is not that of the function,"
-                    " whose curvature is asked for. Remove the hook: clipping is not needed, since"
-                    " delta or the radius bounds the step; entries that must stay fixed belong in a"
-                    " tensor of their own that does not require a gradient"
+                    f" {i}, of shape {tuple(t.shape)}, so that it no longer"
+                    " belongs to the function whose curvature is computed. Remove the hook:"
+                    " clipping is not needed, since delta or the radius bounds the step; entries"
+                    " that must stay fixed belong in a separate tensor without requires_grad"
                 )
             if len(_ONLY_LOOK) > _MANY:
                 _ONLY_LOOK.clear()
             _ONLY_LOOK.add(key)
 
 
-_ONLY_LOOK: set[tuple[int, int]] = set()  # hooks that were called once and changed nothing
+_ONLY_LOOK: set[tuple[int, int]] = set()  # hooks that left the trial gradient unchanged
 _MANY = 10_000  # hooks in that set, after which it is emptied
 
 
 @torch.no_grad()
 def _changes(hook: Callable[[Tensor], Any], t: Tensor) -> bool:
     generator = torch.Generator().manual_seed(0)
-    scale = 1024.0 if torch.finfo(t.dtype).bits == 16 else 2.0**20  # beyond any sensible clip
+    scale = (
+        1024.0 if torch.finfo(t.dtype).bits == 16 else 2.0**20
+    )  # above any sensible clipping threshold
     probe = (scale * torch.randn(t.shape, generator=generator)).to(t)
     given = probe.clone()
     try:
@@ -99,13 +104,13 @@ def _changes(hook: Callable[[Tensor], Any], t: Tensor) -> bool:
     except Exception as error:
         if out_of_memory(error):
             raise
-        return False  # a guard against large gradients: it stops a step, and changes none
+        return False  # The hook guards against large gradients, and changes none.
     return not all(torch.equal(probe, x) for x in (given, result) if x is not None)
 
 
 @contextmanager
 def explained() -> Iterator[None]:
-    """Say in words what torch says of a graph that cannot be differentiated."""
+    """Replace torch's errors about a graph that cannot be differentiated by explanations."""
     try:
         yield
     except RuntimeError as error:
@@ -113,7 +118,7 @@ def explained() -> Iterator[None]:
 
 
 def raise_in_words(error: RuntimeError) -> NoReturn:
-    """Raise the error in words, or as it is where torch says enough."""
+    """Raise the error with an explanation, or unchanged if none is known."""
     reason = explanation(error)
     if reason is None:
         raise error
@@ -121,7 +126,7 @@ def raise_in_words(error: RuntimeError) -> NoReturn:
 
 
 def explanation(error: Exception) -> str | None:
-    """Return in words why a graph cannot be differentiated; None where torch says enough."""
+    """Return why a graph cannot be differentiated; None if the error says enough."""
     text = str(error)
     if "backward through the graph a second time" in text:
         return (
@@ -147,22 +152,22 @@ def explanation(error: Exception) -> str | None:
 
 
 NOT_TWICE = (
-    "the model cannot be differentiated twice: it holds a torch.autograd.Function that is marked as"
-    " differentiable once only. Write its backward with differentiable operations"
+    "the model cannot be differentiated twice: it holds a torch.autograd.Function whose backward is"
+    " marked with once_differentiable. Write its backward with differentiable operations"
 )
 
 
 def require_recorded(node: Any) -> None:
-    """Raise a RuntimeError where the graph behind a node was never recorded."""
+    """Raise a RuntimeError if the graph behind a node was never recorded."""
     if recorded.is_reentrant_checkpoint(node):
         raise RuntimeError(
-            "the graph holds a reentrant checkpoint, behind which the parameters cannot be seen:"
+            "the graph holds a reentrant checkpoint, which hides the parameters behind it:"
             " call torch.utils.checkpoint.checkpoint with use_reentrant=False"
         )
 
 
 def edge_of(t: Tensor) -> tuple[Any, int]:
-    """Return the edge of the graph that ``t`` is, also for a leaf."""
+    """Return the edge of the graph that leads to ``t``, which may be a leaf."""
     node, number, *_ = get_gradient_edge(t)
     return node, number
 
@@ -170,11 +175,11 @@ def edge_of(t: Tensor) -> tuple[Any, int]:
 def upstream(
     starts: Iterable[tuple[Any, int]], cut: Container[Any] = ()
 ) -> Iterator[tuple[Any, int]]:
-    """Yield the edges of the graph behind some edges, these included, but none behind ``cut``.
+    """Yield the starting edges and all edges behind them, but none behind ``cut``.
 
     Raises:
-        RuntimeError: a Function of the graph is marked with ``once_differentiable``. Autograd takes
-            the derivative of its derivative for zero, where it does not raise.
+        RuntimeError: a Function of the graph is marked with ``once_differentiable``. Autograd
+            either raises for its second derivative or treats it as zero.
 
     """
     todo, seen = list(starts), set()

@@ -1,4 +1,4 @@
-"""Random subsets of the samples, for curvature."""
+"""Random subsets of the samples, for curvature from a part of the data."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from torch import Tensor
 def subsample(n: int, amount: float, *, seed: int = 0) -> Tensor:
     """Return the sorted positions of a random subset of ``n`` samples, shape ``(k,)``.
 
-    The subset is drawn without replacement from a separate generator: the same arguments give the
-    same positions, and torch's global generators do not advance. The curvature of a subset is an
-    unbiased estimate of the curvature of all samples, at a cost in proportion to its size.
+    The positions are drawn without replacement from a separate generator: equal arguments give
+    equal positions, and the global random numbers do not change. Curvature from a subset is an
+    unbiased estimate of the curvature of all samples, at a proportionally lower cost.
 
     Args:
         n: the number of samples.
-        amount: the size of the subset, as a count (int) of at most ``n`` or as a fraction (float)
-            in (0, 1], which is rounded to at least one sample.
+        amount: the size of the subset, as a count (int, at most ``n``) or as a fraction (float in
+            (0, 1]), which is rounded to at least one sample.
         seed: the seed of the generator.
 
     Raises:
         TypeError: ``amount`` is not a number.
-        ValueError: ``n`` is not positive, or the amount is out of range.
+        ValueError: ``n`` is not positive, or ``amount`` is out of range.
 
     Example:
         >>> subsample(10, 3), subsample(10, 0.3)
@@ -47,14 +47,14 @@ def subsample(n: int, amount: float, *, seed: int = 0) -> Tensor:
         )
     count = amount if isinstance(amount, int) else max(1, math.floor(n * amount + 0.5))
     generator = torch.Generator().manual_seed(seed)
-    return torch.randperm(n, generator=generator, device="cpu")[:count].sort().values
+    return torch.randperm(n, generator=generator)[:count].sort().values
 
 
 def select(inputs: Sequence[Any], amount: float | None, seed: int) -> tuple[Any, ...]:
-    """Return the inputs, indexed in their first dimension by a subsample; unchanged for None.
+    """Return the inputs indexed by a subset in their first dimension; unchanged for None.
 
     Raises:
-        ValueError: the inputs are not tensors with the same first dimension.
+        ValueError: the inputs are not tensors with the same number of samples.
 
     """
     if amount is None:
@@ -63,7 +63,7 @@ def select(inputs: Sequence[Any], amount: float | None, seed: int) -> tuple[Any,
     if not inputs or None in sizes or len(set(sizes)) > 1:
         raise ValueError(
             "subsample= indexes the first dimension of the inputs: each must be a tensor with one"
-            f" slice per sample, got first dimensions {sizes}. Let fn close over other arguments"
+            f" slice per sample, got first dimensions {sizes}. Close over other arguments in fn"
         )
     keep = subsample(sizes[0] or 0, amount, seed=seed)
     return tuple(x[keep.to(x.device)] for x in inputs)

@@ -545,7 +545,7 @@ def test_products_by_onednn_are_those_of_torch(monkeypatch, bias):
         nn.Linear(48, 3, bias=bias),
     )
     x, vector = torch.randn(700, 40), ParameterVector(model.parameters())
-    monkeypatch.setattr(onednn, "_on_amd", lambda: True)
+    monkeypatch.setattr(onednn, "_preferred", True)
     J = linearise([model(x)], vector, "tape")
     kinds = [type(s.rule) for s in J._steps]
     assert kinds.count(onednn.DenseProduct) == 2
@@ -561,7 +561,7 @@ def test_products_by_onednn_are_those_of_torch(monkeypatch, bias):
 )
 def test_new_tensors_are_written_over_only_where_nothing_else_needs_them(monkeypatch):
     """Activations after such a product, in chains, used twice, as an output, and through a view."""
-    monkeypatch.setattr(onednn, "_on_amd", lambda: True)
+    monkeypatch.setattr(onednn, "_preferred", True)
     torch.manual_seed(0)
     a, b = (torch.randn(64, 64).div(8).requires_grad_() for _ in range(2))
     x = torch.randn(400, 64)
@@ -577,7 +577,7 @@ def test_new_tensors_are_written_over_only_where_nothing_else_needs_them(monkeyp
 
 
 def test_onednn_takes_any_factor_and_leaves_other_sums_alone(monkeypatch):
-    monkeypatch.setattr(onednn, "_on_amd", lambda: torch.backends.mkldnn.is_available())
+    monkeypatch.setattr(onednn, "_preferred", torch.backends.mkldnn.is_available())
     torch.manual_seed(0)
     A, B, c, C = torch.randn(700, 40), torch.randn(40, 64), torch.randn(64), torch.randn(700, 64)
     for scales, added in (({}, c), ({}, C), ({"alpha": 2.0}, c), ({"beta": 2.0}, c)):

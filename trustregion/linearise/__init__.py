@@ -3,4 +3,5 @@
 from .base import Linearisation as Linearisation
 from .choose import linearise as linearise
 from .graph import GraphLinearisation as GraphLinearisation
+from .onednn import prefer_onednn as prefer_onednn
 from .tape import TapeLinearisation as TapeLinearisation

@@ -1,4 +1,4 @@
-"""Rules of sums, products and functions of the elements, and of matrix products."""
+"""Rules for sums, products, elementwise functions and matrix products."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .rules import Rule, Site, Tangents, reduce_to
 
 
 class Elementwise(Rule):
-    """A function of one tensor, element by element: its slope times the tangent."""
+    """An elementwise function of one tensor, by its slope."""
 
     buffered = elementwise = True
 
@@ -22,7 +22,7 @@ class Elementwise(Rule):
         super().__init__(site)
         place, *others = site.outputs
         if others or site.inputs != (place,):
-            raise ValueError("not a function of one tensor, element by element")
+            raise ValueError("the node is not an elementwise function of one tensor")
         self.slope = site.node(torch.ones(place.shape, dtype=place.dtype, device=place.device))
 
     def jvp(self, tangents: Tangents) -> Tensor:
@@ -54,7 +54,7 @@ class Sum(Rule):
         return cast(Tensor, one).expand(self.site.outputs[0].shape)
 
     def vjp(self, cotangents: Tangents) -> Sequence[Tensor | None]:
-        """Return the cotangent for both, summed over what was broadcast."""
+        """Return both cotangents, summed over the dimensions that were broadcast."""
         u = cast(Tensor, cotangents[0])
         needs, places = self.site.needs, self.site.inputs
         out = [reduce_to(places[0], u) if needs[0] else None]
@@ -83,7 +83,7 @@ class Product(Rule):
         return first.add_(second[0]) if second else first
 
     def vjp(self, cotangents: Tangents) -> Sequence[Tensor | None]:
-        """Return the cotangent times the other factor, summed over what was broadcast."""
+        """Return the cotangent times the other factor, summed over broadcast dimensions."""
         u = cast(Tensor, cotangents[0])
         pairs = zip(self.others, self.site.inputs, strict=True)
         return [None if x is None else reduce_to(place, u * x) for x, place in pairs]
@@ -98,9 +98,9 @@ FACTORS = {
 
 
 class MatrixProduct(Rule):
-    """``beta c + alpha A B``, of matrices or of batches of them; ``mm`` and ``bmm`` have no ``c``.
+    """``beta c + alpha A B`` for matrices or batches of matrices; ``mm`` and ``bmm`` have no ``c``.
 
-    Two matrix products each way: ``dA B + A dB``, and ``u B'`` with ``A'u``.
+    Each sweep costs two matrix products: ``dA B`` and ``A dB``, or ``u B'`` and ``A'u``.
     """
 
     def __init__(self, site: Site) -> None:
@@ -109,7 +109,7 @@ class MatrixProduct(Rule):
         self.added = len(site.needs) == 3
         needs_a, needs_b = site.needs[-2:]
         self.buffered = needs_a or needs_b
-        # a factor is saved where the other one carries a graph
+        # torch saves a factor only if the other one carries a graph.
         self.a = site.saved(left) if needs_b else None
         self.b = site.saved(right) if needs_a else None
         self.b_t = None if self.b is None else self.b.mT
@@ -124,7 +124,7 @@ class MatrixProduct(Rule):
         )
 
     def terms(self, tangents: Tangents) -> list[tuple[Tensor, Tensor]]:
-        """Return the factors of ``dA B`` and ``A dB``, of those that there are."""
+        """Return the factors of ``dA B`` and ``A dB``, without absent terms."""
         pairs = ((tangents[-2], self.b), (self.a, tangents[-1]))
         return [(x, y) for x, y in pairs if x is not None and y is not None]
 
@@ -155,7 +155,7 @@ class MatrixProduct(Rule):
         return out
 
     def writes(self, which: int) -> bool:
-        """Whether it is a factor, or a row that is added to each row."""
+        """Return whether the input is a factor, or a row that is added to every row."""
         return super().writes(which) and (which >= len(self.site.needs) - 2 or self.row)
 
     def added_cotangent(self, u: Tensor) -> Tensor | None:
@@ -168,7 +168,9 @@ class MatrixProduct(Rule):
 
     def _cotangent_of_b(self, u: Tensor, a: Tensor) -> Tensor:
         out = self.cotangents[-1]
-        if out is not None and not out.is_contiguous():  # the memory of a transposed weight
+        if (
+            out is not None and not out.is_contiguous()
+        ):  # This is the memory of a transposed weight.
             self.times(u.mT, a, out=out.mT)
             return out
         return self.times(a.mT, u, out=out)

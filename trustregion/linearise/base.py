@@ -1,4 +1,4 @@
-"""What a curvature operator needs of a model: the products with its Jacobian, both ways."""
+"""The interface of a linearized model: products with its Jacobian and its transpose."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from ..vector import ParameterVector
 
 
 class Unusable(ValueError):
-    """No way of differentiating can linearise these outputs in these parameters."""
+    """No backend can linearize these outputs with respect to these parameters."""
 
 
 class Linearisation(abc.ABC):
     r"""The Jacobian :math:`J = dy/d\theta` of a model's outputs at its current parameters.
 
-    Made once at one point, from the graph that computed the outputs; no product runs the model
-    again.
+    It is made once at one point, from the graph that computed the outputs. No product runs the
+    model again.
 
     Attributes:
         outputs: the tensors ``y``; those without a graph do not depend on the parameters.
         vector: the parameters as one flat vector.
         used: positions of the parameters that the outputs depend on.
-        backend: which way of differentiating makes the products.
-        eps: the largest rounding unit of the numbers that they pass through.
+        backend: the name of the method that computes the products.
+        eps: the largest rounding unit of the dtypes that the products are computed in.
     """
 
     backend: str
@@ -39,14 +39,14 @@ class Linearisation(abc.ABC):
 
     @abc.abstractmethod
     def jvp(self, v: Tensor) -> tuple[Tensor, ...]:
-        """Return ``J v``, one tensor for each output and of its shape, for ``v`` of shape ``(n,)``.
+        """Return ``J v`` for ``v`` of shape ``(n,)``: one tensor of the shape of each output.
 
-        They may be overwritten by the next call.
+        The next call may overwrite the result.
         """
 
     @abc.abstractmethod
     def vjp(self, u: Sequence[Tensor]) -> Tensor:
-        """Return ``J'u`` of shape ``(n,)``, a new tensor; ``u`` is left alone."""
+        """Return ``J'u`` as a new tensor of shape ``(n,)``; ``u`` is not modified."""
 
 
 def rounding_unit(dtypes: Iterable[torch.dtype]) -> float:
@@ -58,7 +58,7 @@ def active(outputs: Sequence[Tensor]) -> list[int]:
     """Return the positions of the outputs that carry a graph.
 
     Raises:
-        Unusable: none does, or the outputs were made in inference mode.
+        Unusable: no output carries a graph, or one was made in inference mode.
 
     """
     if any(y.is_inference() for y in outputs):
@@ -79,7 +79,7 @@ def trainable(vector: ParameterVector) -> list[int]:
     """Return the positions of the parameters that require a gradient.
 
     Raises:
-        Unusable: none does.
+        Unusable: no parameter does.
 
     """
     positions = [i for i, p in enumerate(vector.params) if p.requires_grad]
@@ -89,7 +89,7 @@ def trainable(vector: ParameterVector) -> list[int]:
 
 
 def require_used(used: Sequence[int], vector: ParameterVector) -> None:
-    """Raise :class:`Unusable` where the outputs use none of the parameters."""
+    """Raise :class:`Unusable` if the outputs use none of the parameters."""
     if not used:
         raise Unusable(
             "the outputs do not depend on the parameters: their graph leads to none of the"
@@ -98,13 +98,13 @@ def require_used(used: Sequence[int], vector: ParameterVector) -> None:
 
 
 class Unmoved:
-    """Tensors that a linearisation refers to, which nobody may write to while it is used."""
+    """Tensors that a linearization refers to and that must not be modified while it is used."""
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:
         self._versions = [(t, t._version) for t in tensors]
 
     def check(self) -> None:
-        """Raise a RuntimeError where one was written to."""
+        """Raise a RuntimeError if one of the tensors was modified."""
         for tensor, version in self._versions:
             if tensor._version != version:
                 raise RuntimeError(

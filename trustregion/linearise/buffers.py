@@ -1,4 +1,4 @@
-"""Where the sweeps write: memory that is shared by results which are not alive at once."""
+"""Memory planning: results that are not alive at the same time share buffers."""
 
 from __future__ import annotations
 
@@ -14,21 +14,26 @@ from .shapes import Transpose
 
 
 class _Memory:
-    """What values live in: kept buffers, or new tensors of each sweep. Some live in the same."""
+    """The memory of each value: a kept buffer, or a tensor that is new in each sweep.
+
+    Several values may share one piece of memory.
+    """
 
     def __init__(self) -> None:
         self._free: defaultdict[object, list[Tensor]] = defaultdict(list)
         self._users: Counter[int] = Counter()
-        self._buffers: dict[int, Tensor | None] = {}  # None for a new tensor
+        self._buffers: dict[
+            int, Tensor | None
+        ] = {}  # None stands for a tensor that is new in each sweep.
         self._of: dict[int, frozenset[int]] = {}
-        self._whole: set[int] = set()  # values that are all of their memory, in its layout
+        self._whole: set[int] = set()  # values that fill their memory in its own layout
 
     def homes(self, values: Collection[int]) -> frozenset[int]:
-        """Return the memory that the values may live in."""
+        """Return the memory that the values may occupy."""
         return frozenset().union(*(self._of.get(v, frozenset()) for v in values))
 
     def share(self, value: int, homes: frozenset[int]) -> None:
-        """Note that a value lives there too, besides what was noted before."""
+        """Record that a value may also occupy this memory."""
         before = self._of.get(value, frozenset())
         self._of[value] = before | homes
         self._users.update(homes - before)
@@ -42,11 +47,11 @@ class _Memory:
         return flat.view(place.shape)
 
     def give(self, value: int) -> None:
-        """Note that a value is a new tensor in each sweep."""
+        """Record that a value is a new tensor in each sweep."""
         self._settle(value, -1 - len(self._buffers), None)
 
     def take_over(self, source: int, value: int) -> bool:
-        """Let a value be written over another, if that is all that lives there."""
+        """Let a value overwrite another one if nothing else occupies that memory."""
         own = self._of.get(source, frozenset())
         if source not in self._whole or len(own) != 1 or self._users[next(iter(own))] != 1:
             return False
@@ -55,12 +60,12 @@ class _Memory:
         return True
 
     def keep(self) -> None:
-        """Forget which values there are; the buffers that they hold are theirs for ever."""
+        """Forget all values without freeing the buffers that they occupy."""
         self._of.clear()
         self._whole.clear()
 
     def drop(self, value: int) -> None:
-        """Give up a value; its buffers are free when no other value lives there."""
+        """Release a value, and its buffers unless another value occupies them."""
         for home in self._of.pop(value, frozenset()):
             self._users[home] -= 1
             flat = self._buffers[home]
@@ -77,15 +82,15 @@ class _Memory:
 def plan(
     steps: Sequence[Step], results: Mapping[int, Tensor], ends: Collection[int]
 ) -> frozenset[int]:
-    """Give each rule the memory that it writes to.
+    """Assign to each rule the memory that it writes to.
 
     Args:
-        steps: the program.
-        results: the values that are parameters, and where their part of ``J'u`` lies.
-        ends: the values that are the outputs.
+        steps: the steps of the forward pass.
+        results: the parameters, as numbered values, and their parts of ``J'u``.
+        ends: the outputs, as numbered values.
 
     Returns:
-        The parameters whose part of ``J'u`` a rule writes to its place.
+        The parameters whose part of ``J'u`` a rule writes directly.
 
     """
     uses = Counter(value for step in steps for value in step.inputs if value >= 0)
@@ -99,7 +104,7 @@ def plan(
 
 
 def _plan_forward(steps: Sequence[Step], uses: Counter[int], memory: _Memory) -> None:
-    """Find memory for the tangents; those of the ends are kept."""
+    """Assign memory to the tangents; those of the outputs are never shared."""
     for step in steps:
         rule, inputs, out = step.rule, [i for i in step.inputs if i >= 0], step.outputs.start
         if rule.gives:
@@ -122,7 +127,7 @@ def _plan_forward(steps: Sequence[Step], uses: Counter[int], memory: _Memory) ->
 def _aim(
     steps: Sequence[Step], results: Mapping[int, Tensor], uses: Counter[int]
 ) -> frozenset[int]:
-    """Let the cotangent of a parameter, or of the transpose of one, be written to its place."""
+    """Let rules write cotangents of parameters, or of their transposes, directly into ``J'u``."""
     transposes = {s.outputs.start: s.inputs[0] for s in steps if isinstance(s.rule, Transpose)}
     written: set[int] = set()
     for step in steps:
@@ -137,7 +142,7 @@ def _aim(
 
 
 def _plan_backward(steps: Sequence[Step], memory: _Memory) -> None:
-    """Find memory for the cotangents; what is used twice has two, and their sum, a new tensor."""
+    """Assign memory to the cotangents. A value that is used twice has two, and a new sum."""
     for step in reversed(steps):
         rule, out = step.rule, step.outputs.start
         homes = memory.homes(step.outputs)

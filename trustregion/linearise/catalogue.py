@@ -1,4 +1,4 @@
-"""Which rule belongs to which node of the autograd graph, by the node's name."""
+"""The rule of each node of the autograd graph, by the name of the node."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ _RULES: dict[str, type[Rule]] = {
 
 
 def rule_for(site: Site) -> Rule:
-    """Return the rule of a node; the general one where its own rule cannot be made.
+    """Return the rule of a node; the general rule if the special one rejects the node.
 
     Raises:
         UnreadableGraph: no rule is right for the node.
@@ -70,7 +70,7 @@ def rule_for(site: Site) -> Rule:
         return kind(site)
     except UnreadableGraph:
         raise
-    except Exception as error:  # the node differs from those that the rule was written for
-        if out_of_memory(error) or explanation(error):  # a freed graph helps no rule
+    except Exception as error:  # The node differs from those that the rule was written for.
+        if out_of_memory(error) or explanation(error):  # No other rule can read a freed graph.
             raise
         return Rule(site)

@@ -1,4 +1,4 @@
-"""Which way of differentiating makes the Jacobian products."""
+"""The choice of a backend for the Jacobian products, and its verification."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from ..autodiff import differentiate, out_of_memory, require_unhooked
 from ..vector import ParameterVector, dot, norm
 from .base import Linearisation, Unusable, trainable
 from .graph import GraphLinearisation
+from .rules import UnreadableGraph
 from .tape import TapeLinearisation
 
 BACKENDS = ("auto", "tape", "graph")
@@ -21,17 +22,17 @@ BACKENDS = ("auto", "tape", "graph")
 def linearise(
     outputs: Sequence[Tensor], vector: ParameterVector, backend: str = "auto"
 ) -> Linearisation:
-    """Return the Jacobian of ``outputs`` in the parameters, by the fastest backend that is right.
+    """Return the Jacobian of ``outputs`` by the fastest backend that is right.
 
     Args:
         outputs: tensors with the graph that made them; the graph is kept alive.
         vector: the parameters.
         backend: ``"tape"``: sweeps over the recorded graph, node by node, without autograd.
             ``"graph"``: double backward through it. ``"auto"``: the first if it can be made and
-            agrees with autograd at random vectors, and the second otherwise. A graph is not
-            compared again if one of the same structure, read by the same rules, has agreed. The
-            comparison costs about two products. Hooks on activations are seen only where it is
-            made, hooks on parameters always.
+            agrees with autograd, and the second otherwise. Each is compared with autograd at random
+            vectors, which costs about two products, unless a graph of the same structure, read by
+            the same rules, has agreed before. Hooks on activations are seen only where the
+            comparison is made, hooks on parameters always.
 
     Raises:
         ValueError: the backend is unknown, the outputs do not depend on the parameters, or a
@@ -43,28 +44,57 @@ def linearise(
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
     require_unhooked(vector.params[i] for i in trainable(vector))
     if backend == "tape":
-        return TapeLinearisation(outputs, vector)
-    tape = _verified_tape(outputs, vector) if backend == "auto" else None
+        return _required_tape(outputs, vector)
+    tape = _trusted_tape(outputs, vector) if backend == "auto" else None
     return tape or _verified_graph(outputs, vector)
 
 
-def _verified_tape(outputs: Sequence[Tensor], vector: ParameterVector) -> Linearisation | None:
-    """Return the tape; None where it cannot be made or its products are not those of autograd."""
+def _required_tape(outputs: Sequence[Tensor], vector: ParameterVector) -> TapeLinearisation:
+    """Return the tape; raise if it cannot be built or its products are wrong."""
     try:
-        tape = TapeLinearisation(outputs, vector)
-        # rounding is far below the root of the unit, a wrong rule far above
-        return tape if _distance(tape, math.sqrt(tape.eps)) <= math.sqrt(tape.eps) else None
+        tape, distance = _compared_tape(outputs, vector)
+    except (Unusable, UnreadableGraph):
+        raise
+    except Exception as error:
+        if out_of_memory(error) or (isinstance(error, RuntimeError) and "torch said" in str(error)):
+            raise
+        raise UnreadableGraph(f'the tape cannot be built ({error}): use backend="graph"') from error
+    if distance > _tolerance(tape):
+        raise UnreadableGraph(
+            "the products of the tape differ from autograd's: none of its rules is right for a node"
+            ' of this graph. Use backend="graph"'
+        )
+    return tape
+
+
+def _trusted_tape(outputs: Sequence[Tensor], vector: ParameterVector) -> Linearisation | None:
+    """Return the tape; None if it cannot be built or its products differ from autograd's."""
+    try:
+        tape, distance = _compared_tape(outputs, vector)
+        return tape if distance <= _tolerance(tape) else None
     except Unusable:
         raise
-    except Exception as error:  # autograd may still be able to, or says why it is not
+    except Exception as error:  # double backward may still work, or explains why nothing does
         if out_of_memory(error):
             raise
         return None
 
 
+def _compared_tape(
+    outputs: Sequence[Tensor], vector: ParameterVector
+) -> tuple[TapeLinearisation, float]:
+    tape = TapeLinearisation(outputs, vector)
+    return tape, _distance(tape, _tolerance(tape))
+
+
+def _tolerance(tape: TapeLinearisation) -> float:
+    """Return a tolerance far above rounding errors and far below the error of a wrong rule."""
+    return math.sqrt(tape.eps)
+
+
 def _verified_graph(outputs: Sequence[Tensor], vector: ParameterVector) -> Linearisation:
     graph = GraphLinearisation(outputs, vector)
-    if graph.eps > 1e-6:  # half precision: rounding may be as large as a derivative left out
+    if graph.eps > 1e-6:  # In half precision rounding can be as large as a missing derivative.
         return graph
     distance = _distance(graph, 0.1)
     if distance == math.inf:
@@ -79,15 +109,15 @@ def _verified_graph(outputs: Sequence[Tensor], vector: ParameterVector) -> Linea
             " of its outputs. A torch.autograd.Function in it needs a backward made of"
             " differentiable operations"
         )
-    return graph  # also at values that are not finite, of which the caller tells
+    return graph  # A NaN distance means NaN values, which the solver reports.
 
 
-_AGREED: set[int] = set()  # structures of graphs whose products were those of autograd
+_AGREED: set[int] = set()  # structures of graphs whose products agreed with autograd's
 _MANY = 10_000  # structures in that set, after which it is emptied
 
 
 def _distance(J: TapeLinearisation | GraphLinearisation, tolerance: float) -> float:
-    """Return how far the products are from those of autograd; 0 for a structure that agreed."""
+    """Return the relative error against autograd; 0 for a structure that has agreed before."""
     if J.structure in _AGREED:
         return 0.0
     found = disagreement(J)
@@ -100,12 +130,12 @@ def _distance(J: TapeLinearisation | GraphLinearisation, tolerance: float) -> fl
 
 @dataclass(frozen=True)
 class Disagreement:
-    """How far the products are from those of autograd.
+    """The distance between the products and autograd's.
 
     Attributes:
         size: the largest relative error found; infinite where the products are not finite though
-            the gradients are, and NaN where the gradients are not finite or all zero.
-        complete: whether every parameter that is used had a part in the comparison.
+            the gradients are, and NaN where the outputs or the gradients are not numbers.
+        complete: whether the comparison covered every parameter that the outputs depend on.
     """
 
     size: float
@@ -116,9 +146,10 @@ class Disagreement:
 def disagreement(J: Linearisation) -> Disagreement:
     r"""Compare ``J'u`` with autograd's ``r`` for a random ``u``, and :math:`u'(Jv)` with ``r'v``.
 
-    ``J'u`` parameter by parameter. For the second, ``v`` is :math:`r_p / |r_p|^2` in each parameter
-    ``p``, so that every one of them, however small its derivative, adds one to ``r'v``; what is
-    below the rounding of the largest is left out.
+    The comparison of ``J'u`` is made parameter by parameter. In the second one ``v`` is
+    :math:`r_p / |r_p|^2` in each parameter ``p``, so that each of them adds one to ``r'v``, however
+    small its derivative is. Parameters whose derivative is below the rounding of the largest one
+    are left out.
     """
     generator = torch.Generator().manual_seed(0)
     u = [torch.randn(y.shape, generator=generator).to(y) * y.requires_grad for y in J.outputs]
@@ -136,12 +167,18 @@ def disagreement(J: Linearisation) -> Disagreement:
     v = J.vector.ravel(
         [r / size / size if here else torch.zeros_like(r) for r, size, here in parts]
     )
+    if not any(sizes):  # All units are dead, so the products must be zero along any vector.
+        v = torch.randn(v.shape, generator=generator).to(v)
     terms = [(x.reshape(-1), t.reshape(-1)) for x, t in zip(u, J.jvp(v), strict=True)]
     count, rounding = sum(seen), J.eps * sum(norm(x) * norm(t) for x, t in terms)
     gap = abs(sum(dot(x, t) for x, t in terms) - count)
     errors.append(max(gap - rounding, 0.0) / math.sqrt(count or 1))
     complete = all(seen[i] for i in J.used)
-    if not count or not all(map(math.isfinite, [*sizes, norm(v) ** 2])):
+    if any(bool(y.isnan().any()) for y in J.outputs) or not all(
+        map(math.isfinite, [*sizes, norm(v) ** 2])
+    ):
         return Disagreement(math.nan, complete)
+    if not any(sizes):
+        errors += [norm(t) for _, t in terms]
     finite = all(map(math.isfinite, [*errors, gap, rounding]))
     return Disagreement(max(errors) if finite else math.inf, complete)

@@ -26,20 +26,20 @@ T = TypeVar("T")
 
 
 class FunctionalLinearisation(Linearisation):
-    """``J`` by :func:`torch.func.vjp`, kept, and :func:`torch.func.jvp`, run for each product.
+    """``J`` by one call of :func:`torch.func.vjp`, and :func:`torch.func.jvp` in each product.
 
-    It works under :func:`torch.func.vmap` over stacked parameters, and for what can be
-    differentiated in forward mode but not twice in reverse, as a compiled module. The function is
-    run again for each ``Jv``, so that it must be deterministic, up to torch's global random
-    numbers, which :func:`from_function` replays.
+    It works under :func:`torch.func.vmap` over stacked parameters, and for models that have a
+    forward-mode derivative but no double backward, such as compiled modules. Each ``Jv`` runs the
+    function again, which must therefore be deterministic up to torch's global random numbers:
+    :func:`from_function` replays those.
 
     Args:
-        outputs_of: parameters, one tensor each -> the outputs.
+        outputs_of: maps the parameters, one tensor each, to the outputs.
         vector: the parameters.
 
     Raises:
-        RuntimeError: a part of the model has no forward-mode derivative; or, from a product, the
-            parameters were changed in place since.
+        RuntimeError: a part of the model has no forward-mode derivative; from a product, also if
+            the parameters have been modified since.
 
     """
 
@@ -83,10 +83,10 @@ def hessian(
 ) -> tuple[Callable[..., Tensors], Callable[[Tensors], Tensors]]:
     """Return the gradient of ``value`` as a function, and ``d -> H d`` at ``point``.
 
-    In forward mode over the gradient, and in reverse mode where the gradient has no forward one, as
-    that of ``huber_loss`` and the one of ``mse_loss`` for a mean. Reverse mode is second since it
-    takes the derivative of a ``once_differentiable`` backward for zero. Cost of a product: one run
-    of ``value`` and one or two passes back.
+    The gradient is differentiated in forward mode, or in reverse mode if it has no forward-mode
+    derivative, as for ``huber_loss``, and for ``mse_loss`` with a mean. Reverse mode comes second,
+    because it treats the derivative of a ``once_differentiable`` backward as zero. A product costs
+    one run of ``value`` and one or two backward passes.
 
     Raises:
         ValueError: ``value`` is not a scalar.
@@ -117,11 +117,11 @@ _REVERSE_ONLY = ("use forward AD with", "ZeroTensors are immutable")
 
 
 def check_scalar(loss: Tensor) -> None:
-    """Raise where a loss is not a scalar tensor.
+    """Raise if a loss is not a scalar tensor.
 
     Raises:
-        TypeError: not a tensor.
-        ValueError: not a scalar.
+        TypeError: the loss is not a tensor.
+        ValueError: the loss is not a scalar.
 
     """
     if not isinstance(loss, Tensor):
@@ -150,7 +150,7 @@ _WAYS_OUT = {
 
 @contextmanager
 def _in_words() -> Iterator[None]:
-    """Say what to do about an error of :mod:`torch.func`."""
+    """Add a remedy to the errors of :mod:`torch.func`."""
     try:
         yield
     except RuntimeError as error:
@@ -163,7 +163,7 @@ def _in_words() -> Iterator[None]:
 
 @functools.cache
 def _load_forward_mode() -> None:
-    """Let torch load its forward mode, which warns about torch itself the first time."""
+    """Load torch's forward mode, whose first use emits a warning about torch itself."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         torch.func.jvp(torch.sin, (torch.zeros(()),), (torch.zeros(()),))
@@ -173,7 +173,7 @@ def under_transform() -> bool:
     """Return whether a :mod:`torch.func` transform, such as ``vmap``, is running."""
     try:
         torch.zeros(()).requires_grad_()
-    except RuntimeError:  # what torch.func forbids, and nothing else does
+    except RuntimeError:  # Only torch.func forbids this.
         return True
     return False
 
@@ -187,25 +187,25 @@ def from_function(
     functional: Callable[[Run, ParameterVector], T],
     backends: Sequence[str] = BACKENDS,
 ) -> T:
-    """Return an operator of ``fn(params, *inputs)``, by the way of differentiating that can.
+    """Return an operator of ``fn(params, *inputs)``, by the first backend that works.
 
-    With ``"auto"`` and outside of transforms the function is run once with a graph; the
-    products with ``J`` by double backward are compared with each other, since some modules refuse
-    a second derivative only then, and a few give zero instead.
+    With ``"auto"``, outside of transforms, the function runs once with a graph. Products with ``J``
+    by double backward are compared with products with its transpose, since some modules refuse a
+    second derivative only in a product, and a few return zero instead.
 
     Args:
         fn: the model.
         params: its parameters by name; they need not require a gradient.
-        inputs: what else it takes.
-        backend: ``"functional"``, ``"auto"``, or one that reads the graph.
-        graph: ``(result, leaves)`` -> the operator, from the graph of one run.
-        functional: ``(run, vector)`` -> the operator, from the function itself.
-        backends: those that read the graph, and ``"auto"``.
+        inputs: the other arguments of the model.
+        backend: ``"functional"``, ``"auto"``, or a backend that reads the graph.
+        graph: maps ``(result, leaves)`` to the operator, from the graph of one run.
+        functional: maps ``(run, vector)`` to the operator, from the function itself.
+        backends: the backends that read the graph, and ``"auto"``.
 
     Raises:
         TypeError: ``params`` is not a dict of tensors.
-        ValueError: an unknown backend.
-        RuntimeError: no way of differentiating can, or inference mode is on.
+        ValueError: the backend is unknown.
+        RuntimeError: no backend can differentiate the model, or inference mode is on.
 
     """
     known = (*backends, "functional")
@@ -224,7 +224,7 @@ def from_function(
     model = repeatable(fn)  # one dropout mask in all runs
 
     def run(p: Params) -> Any:
-        with sdpa_kernel(SDPBackend.MATH):  # the fused kernels cannot be differentiated twice
+        with sdpa_kernel(SDPBackend.MATH):  # The fused kernels have no double backward.
             return model(p, *inputs)
 
     def by_function() -> T:
@@ -254,8 +254,8 @@ def from_function(
 
 @torch.no_grad()
 def _try_product(operator: Any) -> None:
-    """Raise where ``J`` by double backward fails, or where ``u'(Jv)`` is not ``v'(J'u)``."""
-    if not hasattr(operator, "jvp"):  # a Hessian: only whether it fails
+    """Raise if ``J`` by double backward fails, or if ``u'(Jv)`` differs from ``v'(J'u)``."""
+    if not hasattr(operator, "jvp"):  # A Hessian is only tested for failure.
         operator.mv(_zero(operator))
         return
     generator = torch.Generator().manual_seed(0)

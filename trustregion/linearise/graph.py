@@ -1,4 +1,4 @@
-"""Jacobian products by differentiating the recorded graph, and its derivative."""
+"""Jacobian products by double backward through the recorded graph."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .base import Linearisation, Unmoved, active, require_used, rounding_unit, t
 
 
 class GraphLinearisation(Linearisation):
-    """``J`` by double backward: works for whatever torch can differentiate twice.
+    """``J`` by double backward, for any model that torch can differentiate twice.
 
     The graph is differentiated once, into ``w -> J'w``, recorded at a random ``w``. Its
     derivative in ``w`` along ``v`` is ``Jv``: one backward pass through the recorded map. Memory:
@@ -32,14 +32,14 @@ class GraphLinearisation(Linearisation):
         positions = trainable(vector)
         self._active = active(outputs)
         self._y = [outputs[i] for i in self._active]
-        # raises where Jv would come out as zero
+        # This raises for a Function of which Jv would be zero.
         nodes = [node for node, _ in upstream([edge_of(y) for y in self._y])]
         kinds = tuple(type(node).__name__ for node in nodes)
         self.structure = hash((self.backend, kinds, tuple(y.shape for y in self._y)))
         dtypes = (dtype for node in nodes for dtype in recorded.dtypes(node))
         self.eps = rounding_unit([vector.dtype, *dtypes])
         generator = torch.Generator().manual_seed(0)
-        # linear in w; yet some nodes take logarithms of what they are given
+        # The map is linear in w, but some nodes compute it through log(w), which fails at zero.
         random = (torch.randn(y.shape, generator=generator) for y in self._y)
         self._w = [w.to(y).requires_grad_() for w, y in zip(random, self._y, strict=True)]
         inputs = [vector.params[i] for i in positions]

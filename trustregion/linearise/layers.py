@@ -1,4 +1,4 @@
-"""Rules of whole layers: the tangent in closed form, the cotangent by the node itself."""
+"""Rules for whole layers: ``jvp`` is a closed form, ``vjp`` calls the node itself."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .rules import Rule, Site, Tangents, UnreadableGraph
 
 
 class Softmax(Rule):
-    """``softmax`` along a dimension, also with all entries of a slice masked."""
+    """``softmax`` along a dimension, including slices in which every entry is masked."""
 
     fresh = True
 
@@ -51,7 +51,7 @@ class LayerNorm(Rule):
         self.dims = list(range(-len(site.number("normalized_shape")), 0))
 
     def jvp(self, tangents: Tangents) -> Tensor:
-        """Return the change by the input, the weight and the bias."""
+        """Return the sum of the tangents from the input, the weight and the bias."""
         t, dw, db = tangents
         out = db
         if t is not None:
@@ -77,20 +77,20 @@ class Convolution(Rule):
         self.arguments = [site.number(name) for name in names]
 
     def jvp(self, tangents: Tangents) -> Tensor:
-        """Return the change by the input, the weight and the bias."""
+        """Return the sum of the tangents from the input, the weight and the bias."""
         t, dw, db = tangents
         out = None
         for x, w in ((self.input, dw), (t, self.weight)):
             if x is not None and w is not None:
                 term = torch.ops.aten.convolution.default(x, w, db, *self.arguments)
                 out, db = term if out is None else out.add_(term), None
-        if db is not None:  # of the bias alone
+        if db is not None:  # Only the bias has a tangent.
             out = db.view(-1, *[1] * (len(self.site.outputs[0].shape) - 2))
         return cast(Tensor, out).expand(self.site.outputs[0].shape)
 
 
 class MaxPool2d(Rule):
-    """The largest of a window."""
+    """The maximum over windows of two dimensions."""
 
     fresh = True
 
@@ -99,13 +99,13 @@ class MaxPool2d(Rule):
         self.indices = site.saved("result1")
 
     def jvp(self, tangents: Tangents) -> Tensor:
-        """Return the change of the largest."""
+        """Return the tangent at the maximum of each window."""
         t = cast(Tensor, tangents[0])
         return t.flatten(-2).gather(-1, self.indices.flatten(-2)).view_as(self.indices)
 
 
 class Embedding(Rule):
-    """Rows of a table; the row of padding does not learn."""
+    """Rows of a table; the padding row has no gradient."""
 
     fresh = True
 
@@ -122,7 +122,7 @@ class Embedding(Rule):
 
 
 class EmbeddingBag(Rule):
-    """Sums or means of rows of a table, which torch itself cannot differentiate twice."""
+    """Sums or means of rows of a table, which torch itself can differentiate only once."""
 
     fresh = True
 
@@ -148,14 +148,16 @@ class EmbeddingBag(Rule):
 
 def _require_plain(site: Site) -> None:
     if site.number("scale_grad_by_freq"):
-        raise UnreadableGraph("scale_grad_by_freq makes the gradient of an embedding another one")
+        raise UnreadableGraph(
+            "scale_grad_by_freq scales the gradient of an embedding, so that it is no derivative"
+        )
 
 
 class Attention(Rule):
-    """Fused scaled dot-product attention, which torch itself cannot differentiate twice.
+    """Fused scaled dot-product attention, which torch itself can differentiate only once.
 
-    The probabilities are computed anew at each tangent, as the fused kernel does. A query that the
-    mask leaves without a key gets a row of zeros.
+    Each product computes the probabilities again, as the fused kernel does. The probabilities of a
+    query are zero if the mask excludes every key.
     """
 
     fresh = True
@@ -173,14 +175,14 @@ class Attention(Rule):
         self.without_key = None
         if self.mask is not None and self.mask.numel():
             top = self.mask.amax(-1, keepdim=True)
-            # the kernel's own derivative is wrong where the mask drowns all scores of a row
+            # Large finite entries absorb all scores of a row. The kernel's gradient is wrong there.
             drowned = top.isfinite() & (top < -1 / torch.finfo(top.dtype).eps)
             without_key = top == -torch.inf
             self.case = (bool(without_key.any()), bool(drowned.any()))
             self.without_key = without_key if self.case[0] else None
 
     def jvp(self, tangents: Tangents) -> Tensor:
-        """Return the change by the queries, the keys and the values."""
+        """Return the sum of the tangents from the queries, the keys and the values."""
         dq, dk, dv = tangents[:3]
         scores = self.scale * (self.q @ self.k.mT)
         p = torch.softmax(scores if self.mask is None else scores + self.mask, -1)

@@ -3,15 +3,18 @@
 torch multiplies float32 matrices on x86 by Intel's MKL, which does not use the wide registers of
 AMD's processors. The oneDNN library inside torch does: measured on a Zen 5, products of the sizes
 of a policy's layers take 0.40 to 0.50 of the time. It is reached through the operator that torch's
-own compiler emits.
+own compiler emits, which is used only if its schema is the known one and if it has multiplied small
+matrices as torch does.
+
+Which library multiplies decides the last bits of a step. The choice is therefore never timed: it
+follows from the processor and from :func:`prefer_onednn`, and is the same in each process on a
+machine.
 """
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Sequence
 from functools import cache
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -23,22 +26,43 @@ from .rules import Rule, Site, Tangents
 
 _WORTH_A_CALL = 1e6  # operations; a call takes about 14 microseconds more than one of torch's
 _NARROW = 16  # columns of an output below which torch's own products are faster backwards
+_preferred: bool | None = None
+
+
+def prefer_onednn(choice: bool | None) -> None:
+    """Set whether Jacobian products use oneDNN for float32 matrices on the CPU.
+
+    The setting applies to operators that are built afterwards. torch's own products are used in any
+    case if oneDNN is missing, is turned off by :func:`torch.backends.mkldnn.flags`, or does not
+    agree with torch on small matrices.
+
+    Args:
+        choice: True or False, or None for the default: oneDNN is used on AMD processors, where it
+            was measured to be faster, if torch was built with MKL. The two libraries round
+            differently, so that bit-identical runs on different machines need the same explicit
+            choice on all of them.
+
+    Raises:
+        TypeError: the choice is neither a bool nor None.
+
+    """
+    global _preferred  # one setting for the process, as torch's own
+    if choice is not None and not isinstance(choice, bool):
+        raise TypeError(f"choice must be True, False or None, got {type(choice).__name__}")
+    _preferred = choice
 
 
 def fits(site: Site) -> bool:
-    """Whether a matrix product is one that oneDNN does faster."""
+    """Return whether a matrix product is one that oneDNN is to do."""
     place, node = site.outputs[0], site.node
     if not (place.dtype is torch.float32 and place.device.type == "cpu" and len(place.shape) == 2):
         return False
     added = site.inputs[0] if len(site.needs) == 3 else None
     row = added is None or len(added.shape) == 1
-    unscaled = all(
-        recorded.saved(node, x) == 1 for x in ("alpha", "beta") if recorded.saves(node, x)
-    )
-    inner = _inner(site)
-    worth = 2 * place.numel * inner > _WORTH_A_CALL
-    used = any(site.needs[-2:]) and torch.backends.mkldnn.enabled and _on_amd()
-    return row and unscaled and worth and used
+    scales = [recorded.saved(node, x) for x in ("alpha", "beta") if recorded.saves(node, x)]
+    unscaled = all(scale == 1 for scale in scales)
+    worth = 2 * place.numel * _inner(site) > _WORTH_A_CALL
+    return row and unscaled and worth and any(site.needs[-2:]) and _is_chosen()
 
 
 def _inner(site: Site) -> int:
@@ -47,20 +71,39 @@ def _inner(site: Site) -> int:
     return site.number(sizes)[1] if recorded.saves(site.node, sizes) else 0
 
 
+def _is_chosen() -> bool:
+    chosen = _is_measured_faster() if _preferred is None else _preferred
+    return chosen and torch.backends.mkldnn.enabled and _multiplies_as_torch()
+
+
 @cache
-def _on_amd() -> bool:
-    if not (torch.backends.mkldnn.is_available() and torch.backends.mkl.is_available()):
-        return False
+def _is_measured_faster() -> bool:
+    """Return whether this is an AMD processor, as torch tells, and torch would use MKL."""
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    return torch.backends.mkl.is_available() and str(capabilities.get("cpu_name")).startswith("AMD")
+
+
+@cache
+def _multiplies_as_torch() -> bool:
+    """Return whether oneDNN's operator exists and agrees with torch on matrices of each layout."""
     if recorded.onednn_linear() is None:
         return False
-    cpuinfo = Path("/proc/cpuinfo")
-    text = cpuinfo.read_text() if cpuinfo.exists() else platform.processor()
-    return "AuthenticAMD" in text
+    x, w, row = (torch.arange(n, dtype=torch.float32).sin() for n in (15, 20, 4))
+    try:
+        for a in (x.view(3, 5), x.view(5, 3).t()):
+            for b in (w.view(4, 5), w.view(5, 4).t()):
+                for added in (None, row):
+                    right = a @ b.t() if added is None else torch.addmm(added, a, b.t())
+                    if not torch.allclose(_times(a, b, added), right, rtol=1e-5, atol=1e-5):
+                        return False
+    except (RuntimeError, TypeError):
+        return False
+    return True
 
 
 def _times(x: Tensor, w: Tensor, added: Tensor | None = None) -> Tensor:
     """Return ``x w'``, plus a row."""
-    if added is not None:  # it is read as if it were contiguous
+    if added is not None:  # The operator reads it as if it were contiguous.
         added = added.expand(w.shape[0]).contiguous()
     return cast(Any, recorded.onednn_linear())(_dense(x), _dense(w), added)
 
@@ -70,7 +113,7 @@ def _dense(x: Tensor) -> Tensor:
 
 
 class DenseProduct(Rule):
-    """``c + A B`` of matrices, for ``c`` a row or nothing."""
+    """``c + A B`` for matrices, where ``c`` is a row or absent."""
 
     fresh = gives = True
 
@@ -82,7 +125,7 @@ class DenseProduct(Rule):
         self.left: Tensor | None = None
 
     def writes(self, which: int) -> bool:
-        """Whether it is ``B``, or a row that is added; ``A`` gets a new tensor."""
+        """Return whether the input is ``B`` or an added row; ``A`` gets a new tensor."""
         return which != len(self.site.needs) - 2 and self.plain.writes(which)
 
     def jvp(self, tangents: Tangents) -> Tensor:
@@ -90,7 +133,7 @@ class DenseProduct(Rule):
         row = tangents[0] if self.plain.added else None
         out, *more = self.plain.terms(tangents)
         result = _times(out[0], out[1].mT, row)
-        for x, y in more:  # faster by itself than as the addend of the next product
+        for x, y in more:  # An extra addition is faster than a fused addend.
             result.add_(_times(x, y.mT))
         return result
 

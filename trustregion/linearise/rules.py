@@ -1,7 +1,8 @@
 """Jacobian products of single nodes of the autograd graph, from what the node has saved.
 
-A node is callable: it maps the cotangents of its outputs to those of its inputs, and can be
-differentiated itself. So every node has a rule; those of the common ones, below, save work.
+A node is callable. It maps the cotangents of its outputs to the cotangents of its inputs, and this
+map can be differentiated in turn, so that the general rule works for any node. The special rules of
+common nodes save work.
 """
 
 from __future__ import annotations
@@ -20,19 +21,20 @@ Tangents: TypeAlias = "Sequence[Tensor | None]"
 
 
 class UnreadableGraph(RuntimeError):
-    """The graph holds a node that is not a plain function; another backend may cope with it."""
+    """The graph holds a node that no rule can read; another backend may still differentiate it."""
 
 
 @dataclass(frozen=True)
 class Site:
-    """A node of the graph, and its surroundings.
+    """A node of the graph and its surroundings.
 
     Attributes:
         node: the node.
-        needs: for each input, whether the parameters reach it.
-        inputs: what each input is; None where it carries no graph.
-        outputs: what each output is.
-        saved_tensors: filled by :meth:`saved`; a later write to one of them must be noticed.
+        needs: for each input, whether it depends on the parameters.
+        inputs: the shape, dtype and device of each input; None for one without a graph.
+        outputs: the shape, dtype and device of each output.
+        saved_tensors: the tensors that :meth:`saved` has returned. The products are invalid once
+            one of them has been modified.
     """
 
     node: Any
@@ -52,11 +54,11 @@ class Site:
         return recorded.saved(self.node, name)
 
     def facts(self) -> tuple[object, ...]:
-        """Return all there is to know of the node but the elements of its tensors."""
+        """Return everything about the node except the elements of its tensors."""
         return (recorded.name(self.node), self.inputs, self.outputs, self.numbers())
 
     def numbers(self) -> tuple[object, ...]:
-        """Return all numbers that the node has saved; of a tensor only that there is one."""
+        """Return all numbers that the node has saved, with a placeholder for each tensor."""
         return tuple(_shown(self.number(name)) for name in recorded.saved_names(self.node))
 
 
@@ -69,12 +71,12 @@ def _shown(value: Any) -> object:
 
 @dataclass(frozen=True)
 class Step:
-    """A node in the order of the forward pass: a rule between numbered values.
+    """A node as one step of the forward pass, which maps numbered values to numbered values.
 
     Attributes:
-        rule: its Jacobian.
-        inputs: the values it takes; -1 for one that the parameters do not reach.
-        outputs: the values it makes, one after the other.
+        rule: the Jacobian of the node.
+        inputs: the numbers of its inputs; -1 for one that does not depend on the parameters.
+        outputs: the numbers of its outputs.
     """
 
     rule: Rule
@@ -83,18 +85,19 @@ class Step:
 
 
 class Rule:
-    """The Jacobian of any node, by calling it: the derivative of its pullback gives ``jvp``.
+    """The general rule: it calls the node for ``vjp``, and differentiates that call for ``jvp``.
 
     Attributes:
-        buffered: the products write to ``tangent`` and ``cotangents`` where these are set.
-        elementwise: these may be the memory of what the product is taken of.
-        fresh: the tangents share no memory with those of the inputs.
-        gives: the tangents, and the cotangents it writes to no given memory, are new tensors that
-            nothing else refers to, so that the next rule may write over them.
-        case: what else decides whether the rule is right: facts about the saved values.
-        over: whether :meth:`jvp` and :meth:`vjp` write over what they are given.
-        tangent: where :meth:`jvp` writes.
-        cotangents: where :meth:`vjp` writes, for each input.
+        buffered: whether the products write to ``tangent`` and ``cotangents`` if these are set.
+        elementwise: whether a product may be written over its argument.
+        fresh: whether the tangents of the outputs share no memory with those of the inputs.
+        gives: whether the products are new tensors that nothing else refers to, so that the next
+            rule may write over them. Cotangents with a buffer of their own are excepted.
+        case: facts about the saved values that decide whether the rule is right. They are part of
+            the structure of a graph.
+        over: whether :meth:`jvp` and :meth:`vjp` write over their arguments.
+        tangent: the buffer that :meth:`jvp` writes to.
+        cotangents: the buffers that :meth:`vjp` writes to, one for each input.
     """
 
     buffered = elementwise = fresh = gives = False
@@ -108,21 +111,21 @@ class Rule:
         self._pullback: tuple[list[Tensor], list[Tensor | None]] | None = None
 
     def writes(self, which: int) -> bool:
-        """Whether :meth:`vjp` writes to ``cotangents[which]`` if set, or else to a new tensor."""
+        """Return whether :meth:`vjp` writes to ``cotangents[which]`` unless it is None."""
         return self.buffered and self.site.needs[which]
 
     def fixed_tangent(self, tangents: Tangents) -> Tensor | None:
-        """Return the tensor that :meth:`jvp` makes of these, if it is the same one each time."""
+        """Return the tensor that :meth:`jvp` returns, if it is the same one in each sweep."""
         return tangents[0] if self.over[0] else self.tangent
 
     def vanish(self) -> None:
-        """Do what :meth:`vjp` does for a cotangent of zero."""
+        """Write zeros to the buffers, as :meth:`vjp` would for a cotangent of zero."""
         for cotangent in self.cotangents:
             if cotangent is not None:
                 cotangent.zero_()
 
     def jvp(self, tangents: Tangents) -> Tensor | Sequence[Tensor]:
-        """Return the change of the output, or outputs, for that of the inputs; None is zero."""
+        """Return the tangents of the outputs for those of the inputs; None stands for zero."""
         if self._pullback is None:
             self._pullback = self._linearise()
         w, pullback = self._pullback
@@ -139,10 +142,10 @@ class Rule:
         return out if len(out) > 1 else out[0]
 
     def _linearise(self) -> tuple[list[Tensor], list[Tensor | None]]:
-        """Record the pullback at ones: ``w``, and what the node makes of it for each input.
+        """Return ``w``, a tensor of ones for each output, and its image under the node's pullback.
 
-        It is linear in ``w``; yet some nodes compute it by way of the logarithm of ``w``, which has
-        no derivative at zero.
+        The pullback is linear in ``w``, but some nodes compute it through the logarithm of ``w``,
+        which has no derivative at zero.
         """
         w = [
             torch.ones(p.shape, dtype=p.dtype, device=p.device, requires_grad=True)
@@ -155,7 +158,7 @@ class Rule:
         return w, [p if need else None for p, need in needed]
 
     def vjp(self, cotangents: Tangents) -> Sequence[Tensor | None]:
-        """Return the cotangent of each input for those of the outputs; None where not needed."""
+        """Return the cotangents of the inputs for those of the outputs; None where not needed."""
         grads = self.site.node(*cotangents)
         grads = grads if isinstance(grads, tuple) else (grads,)
         triples = zip(grads, self.site.needs, self.site.inputs, strict=True)
@@ -163,7 +166,7 @@ class Rule:
 
 
 def reduce_to(place: Place | None, grad: Tensor | None) -> Tensor | None:
-    """Sum over the dimensions that the node broadcast, as the engine does between two nodes."""
+    """Sum a cotangent over the dimensions that were broadcast, as the autograd engine does."""
     if grad is None or place is None:
         return grad
     if grad.shape != place.shape:

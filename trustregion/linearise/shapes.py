@@ -1,4 +1,4 @@
-"""Rules of nodes that arrange the elements of one tensor anew."""
+"""Rules for nodes that rearrange the elements of one tensor."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from .rules import Rule, Site, Tangents
 
 
 class Arrangement(Rule, abc.ABC):
-    """A linear map of one tensor to one, a view where that is possible."""
+    """A linear map from one tensor to one tensor, which is a view where possible."""
 
     def __init__(self, site: Site) -> None:
         super().__init__(site)
         if site.inputs[0] is None or len(site.inputs) + len(site.outputs) > 2:
-            raise ValueError("not a map of one tensor to one")
+            raise ValueError("the node does not map one tensor to one tensor")
         self.source, self.target = site.inputs[0], site.outputs[0]
 
     def jvp(self, tangents: Tangents) -> Tensor:
@@ -30,7 +30,7 @@ class Arrangement(Rule, abc.ABC):
         return (self._backward(cast(Tensor, cotangents[0])),)
 
     def fixed_tangent(self, tangents: Tangents) -> Tensor | None:
-        """Return the view of a fixed tangent, where it is one."""
+        """Return a view of the fixed tangent; None if the map makes a copy."""
         t = tangents[0]
         out = None if t is None else self._forward(t)
         if t is None or out is None or out.untyped_storage().data_ptr() != _start(t):
@@ -49,12 +49,12 @@ def _start(t: Tensor) -> int:
 
 
 class Reshape(Arrangement):
-    """Another shape of the same elements in their logical order."""
+    """Another shape of the same elements in the same logical order."""
 
     def __init__(self, site: Site) -> None:
         super().__init__(site)
         if self.source.numel != self.target.numel:
-            raise ValueError("not a view of the same elements")
+            raise ValueError("the node does not keep the number of elements")
 
     def _forward(self, t: Tensor) -> Tensor:
         return t.reshape(self.target.shape)
@@ -115,7 +115,7 @@ class Same(Arrangement):
 
 
 class Select(Arrangement):
-    """One index of a dimension."""
+    """The slice at one index of a dimension."""
 
     def __init__(self, site: Site) -> None:
         super().__init__(site)

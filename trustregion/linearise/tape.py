@@ -1,4 +1,4 @@
-"""Jacobian products by sweeps over the recorded graph, one small rule a node, without autograd."""
+"""Jacobian products by sweeps over the recorded graph, with one small rule per node."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from ..vector import ParameterVector
 from .base import Linearisation, Unmoved, active, require_used, rounding_unit, trainable
 from .buffers import plan
 from .catalogue import rule_for
-from .rules import Site, Step, UnreadableGraph
+from .rules import Rule, Site, Step, UnreadableGraph
 from .shapes import Transpose
 
 
 class TapeLinearisation(Linearisation):
     """``J`` by a forward and a backward sweep over the graph that the outputs carry.
 
-    The nodes of the graph expose what they saved: a forward sweep with each node's own Jacobian
-    gives ``Jv``, a backward sweep ``J'u``. In a dense layer each sweep is two matrix products, as
-    everywhere; but nothing is recorded, intermediate results lie in memory that is kept from
-    product to product, and nothing is concatenated. Memory: the graph, the slopes of activation
-    functions, and the intermediate results that are alive at once.
+    The nodes of the graph expose what they saved. A forward sweep with the Jacobian of each node
+    gives ``Jv``, and a backward sweep gives ``J'u``. A dense layer costs two matrix products in
+    each sweep. Nothing is recorded, intermediate results stay in memory that all products share,
+    and nothing is concatenated. Memory: the graph, the slopes of the activation functions, and the
+    intermediate results that are alive at the same time.
 
     Raises:
-        UnreadableGraph: a node that is not one of torch's own, or cannot be differentiated.
+        UnreadableGraph: a node is not one of torch's own, or no rule can differentiate it.
         ValueError: the outputs do not depend on the parameters.
         RuntimeError: the graph was freed, or a tensor that it saved was overwritten.
 
@@ -43,7 +43,7 @@ class TapeLinearisation(Linearisation):
         edges = [get_gradient_edge(y) if i in with_graph else None for i, y in enumerate(outputs)]
         if any(vector.params[i].grad_fn is not None for i in positions):
             raise UnreadableGraph(
-                "a parameter was computed from other tensors, so that the graph does not end in it:"
+                "a parameter was computed from other tensors, so that it is no leaf of the graph:"
                 ' use backend="graph"'
             )
         index = {id(vector.params[i]): i for i in positions}
@@ -61,7 +61,7 @@ class TapeLinearisation(Linearisation):
         self._plan()
 
     def _plan(self) -> None:
-        """Lay out the memory, and do once what every sweep would find again."""
+        """Plan the memory, and precompute everything that is the same in each sweep."""
         ends = {value for value in self._ends if value is not None}
         parts = self.vector.unravel(self._jt_u)
         results = {value: parts[position] for value, position in self._leaves.items()}
@@ -70,7 +70,7 @@ class TapeLinearisation(Linearisation):
         self._backward = [
             step
             for step in reversed(self._steps)
-            # the transpose of what is written to its place is there already
+            # A cotangent that is written directly needs no transposition.
             if not (isinstance(step.rule, Transpose) and step.inputs[0] in written)
         ]
         tangents: list[Tensor | None] = [None] * self._values
@@ -86,7 +86,7 @@ class TapeLinearisation(Linearisation):
         self._tangents = tangents
 
     def _read(self, edges: Sequence[Any], index: dict[int, int]) -> None:
-        """Number the values and find the rule of each node that the parameters reach."""
+        """Number the values, and find the rule of each node that depends on the parameters."""
         self._leaves: dict[int, int] = {}  # value: position of the parameter
         self._steps: list[Step] = []
         first: dict[Any, int] = {}
@@ -112,10 +112,23 @@ class TapeLinearisation(Linearisation):
             None if start is None or e is None else start + e.output_nr
             for e, start in zip(edges, known, strict=True)
         ]
+        self._require_first_outputs()
+
+    def _require_first_outputs(self) -> None:
+        """Raise if anything depends on an output that the rule of its node ignores."""
+        left_out = {v for s in self._steps if type(s.rule) is not Rule for v in s.outputs[1:]}
+        read = {*(end for end in self._ends if end is not None)}
+        read.update(*(step.inputs for step in self._steps))
+        for step in self._steps:
+            if left_out & read & {*step.outputs}:
+                raise UnreadableGraph(
+                    f"a second output of {recorded.name(step.rule.site.node)} is used, such as a"
+                    ' mean or a scale: use backend="graph"'
+                )
 
     @property
     def structure(self) -> int:
-        """A number that graphs share whose nodes, numbers, shapes, connections and rules agree."""
+        """A hash of the nodes, their numbers and shapes, their connections and their rules."""
         program = tuple(
             (step.inputs, type(step.rule), step.rule.case, step.rule.site.facts())
             for step in self._steps
@@ -128,7 +141,7 @@ class TapeLinearisation(Linearisation):
         self._unmoved.check()
         if v.shape != self._v.shape:
             raise ValueError(f"v must have the shape {tuple(self._v.shape)}, got {tuple(v.shape)}")
-        try:  # cheaper than a context, at each product
+        try:  # This is cheaper than a context manager in every product.
             return self._forwards(v)
         except RuntimeError as error:
             raise_in_words(error)
@@ -180,7 +193,7 @@ def _accumulate(cotangents: list[Tensor | None], value: int, grad: Tensor) -> No
 
 
 def _topological(roots: Sequence[Any]) -> list[Any]:
-    """Return the nodes below the roots, each after those whose values it takes."""
+    """Return the nodes behind the roots, each after those that it depends on."""
     order: list[Any] = []
     seen: set[Any] = set()
     stack = [(root, False) for root in roots]
@@ -197,7 +210,7 @@ def _topological(roots: Sequence[Any]) -> list[Any]:
 
 
 def _require_readable(node: Any) -> None:
-    """Raise if the node is Python code, or writes into a view of what other nodes made."""
+    """Raise if the node is complex, is a custom Function, or writes into a view."""
     if any(place.dtype.is_complex for place in recorded.outputs(node)):
         raise UnreadableGraph('the graph holds complex numbers: use backend="graph"')
     if recorded.is_custom(node):
@@ -208,6 +221,6 @@ def _require_readable(node: Any) -> None:
 
 
 def _site(node: Any, inputs: Sequence[int]) -> Site:
-    """Return a node with its surroundings."""
+    """Return a node and its surroundings."""
     places = [None if n is None else recorded.outputs(n)[k] for n, k in recorded.sources(node)]
     return Site(node, tuple(i >= 0 for i in inputs), tuple(places), recorded.outputs(node))
