@@ -47,7 +47,7 @@ def subsample(n: int, amount: float, *, seed: int = 0) -> Tensor:
         )
     count = amount if isinstance(amount, int) else max(1, math.floor(n * amount + 0.5))
     generator = torch.Generator().manual_seed(seed)
-    return torch.randperm(n, generator=generator)[:count].sort().values
+    return torch.randperm(n, generator=generator, device="cpu")[:count].sort().values
 
 
 def select(inputs: Sequence[Any], amount: float | None, seed: int) -> tuple[Any, ...]:
