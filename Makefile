@@ -14,6 +14,7 @@ NEWEST := .venv-newest
 READY_NEWEST := $(NEWEST)/.ready
 OLDEST_TORCH := $(shell sed -n 's/^dependencies = \["torch>=\([0-9.]*\)"\].*/\1/p' pyproject.toml)
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+PYTEST := $(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist worksteal
 INSTALL := $(PIP) install --quiet --constraint constraints.txt --build-constraint constraints.txt
 
 .PHONY: help demo test lint check slow trainers floor newest bench contract mgh curvature cartpole training learning clean
@@ -23,7 +24,7 @@ help:
 	@echo "make test      the fast tests"
 	@echo "make lint      format, lint and types"
 	@echo "make check     make lint and make test"
-	@echo "make slow      the tests that learn to a target"
+	@echo "make slow      the tests that learn to a target, and the laws on many more examples"
 	@echo "make trainers  the examples under Lightning and accelerate, on the real packages"
 	@echo "make floor     the fast tests on the oldest torch that pyproject.toml promises"
 	@echo "make newest    the fast tests on the newest torch that pip finds"
@@ -79,7 +80,7 @@ demo: $(READY)
 	@$(BIN)/python -m rl train CartPole-v1 --total-timesteps 27000
 
 test: $(READY)
-	@$(BIN)/python -m pytest -q -m "not slow"
+	@$(PYTEST) -m "not slow"
 
 lint: $(READY)
 	@$(BIN)/ruff format --check .
@@ -89,10 +90,10 @@ lint: $(READY)
 check: lint test
 
 slow: $(READY)
-	@$(BIN)/python -m pytest -q -m slow
+	@HYPOTHESIS_PROFILE=thorough $(PYTEST) -m "slow or hypothesis"
 
 trainers: $(READY_TRAINERS)
-	@$(TRAINERS)/bin/python -m pytest -q tests/trustregion/test_trainers.py
+	@$(TRAINERS)/bin/python -m pytest -q tests/trustregion/optim/test_trainers.py
 
 floor: $(READY_FLOOR)
 	@$(FLOOR)/bin/python -c "import torch; print('torch', torch.__version__)"

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from trustregion import NaturalTrustRegion
+from trustregion.optim import Adapt
 
 from .agent import Agent, Log
 from .batch import Batch
@@ -64,8 +65,8 @@ class KLPenalty(Agent):
             damping=c.damping,
             cg_max_iter=c.cg_max_iter,
             penalty=c.penalty,
-            kl_target=c.kl_target,
             maximize=True,
+            adapt=Adapt(kl_target=c.kl_target),
         )
 
     def optimizers(self) -> dict[str, torch.optim.Optimizer]:

@@ -33,9 +33,12 @@ def load(name: str) -> ModuleType:
     return module
 
 
-def run(name: str, folder: Path, **options: Any) -> Outcome:
-    """Run a script's main."""
+def run(
+    name: str, folder: Path, *, constants: dict[str, Any] | None = None, **options: Any
+) -> Outcome:
+    """Run a script's main, with other constants of its module where they are given."""
     example, plot = load(name), folder / "plot.png"
+    vars(example).update(constants or {})
     stdout, stderr = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
         runs = example.main(plot=plot, quiet=True, **options)

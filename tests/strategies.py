@@ -5,10 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from hypothesis import settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 DTYPES = [torch.float32, torch.float64]
+
+# For laws whose examples are runs of an optimizer: a third of the examples of the profile.
+costly = settings(max_examples=settings.default.max_examples // 3)
 
 
 @dataclass(frozen=True)

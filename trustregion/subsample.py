@@ -1,4 +1,4 @@
-"""Random subsets of the samples, for curvature from a part of the data."""
+"""Random subsets of the samples, for curvature."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from torch import Tensor
 def subsample(n: int, amount: float, *, seed: int = 0) -> Tensor:
     """Return the sorted positions of a random subset of ``n`` samples, shape ``(k,)``.
 
-    The positions are drawn without replacement from a separate generator: equal arguments give
-    equal positions, and the global random numbers do not change. Curvature from a subset is an
-    unbiased estimate of the curvature of all samples, at a proportionally lower cost.
+    The subset is drawn without replacement from a separate generator: the same arguments give the
+    same positions, and torch's global generators do not advance. The curvature of a subset is an
+    unbiased estimate of the curvature of all samples, at a cost in proportion to its size.
 
     Args:
         n: the number of samples.
-        amount: the size of the subset, as a count (int, at most ``n``) or as a fraction (float in
-            (0, 1]), which is rounded to at least one sample.
+        amount: the size of the subset, as a count (int) of at most ``n`` or as a fraction (float)
+            in (0, 1], which is rounded to at least one sample.
         seed: the seed of the generator.
 
     Raises:
@@ -51,10 +51,10 @@ def subsample(n: int, amount: float, *, seed: int = 0) -> Tensor:
 
 
 def select(inputs: Sequence[Any], amount: float | None, seed: int) -> tuple[Any, ...]:
-    """Return the inputs indexed by a subset in their first dimension; unchanged for None.
+    """Return the inputs, indexed in their first dimension by a subsample; unchanged for None.
 
     Raises:
-        ValueError: the inputs are not tensors with the same number of samples.
+        ValueError: the inputs are not tensors with the same first dimension.
 
     """
     if amount is None:
@@ -63,7 +63,7 @@ def select(inputs: Sequence[Any], amount: float | None, seed: int) -> tuple[Any,
     if not inputs or None in sizes or len(set(sizes)) > 1:
         raise ValueError(
             "subsample= indexes the first dimension of the inputs: each must be a tensor with one"
-            f" slice per sample, got first dimensions {sizes}. Close over other arguments in fn"
+            f" slice per sample, got first dimensions {sizes}. Let fn close over other arguments"
         )
     keep = subsample(sizes[0] or 0, amount, seed=seed)
     return tuple(x[keep.to(x.device)] for x in inputs)

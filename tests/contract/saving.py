@@ -25,17 +25,17 @@ def check_10(subject: Subject) -> None:
 def continues(
     subject: Subject, options: dict[str, Any], given: str, *, scheduled: bool = False
 ) -> None:
-    """Demand that a run from a saved state takes the same ten steps as the saved one."""
+    """Demand that a run from a saved state takes the same five steps as the saved one."""
     problem = Problem()
     run = start(subject, problem, given=problem.named if given else None, **options)
     scheduler = lr_scheduler.StepLR(run.optimizer, 7) if scheduled else None
-    for _ in range(10):
+    for _ in range(5):
         run.step()
         if scheduler:
             scheduler.step()
     state = copy.deepcopy(run.optimizer.state_dict())
     twin = resumed(subject, run, state, given, **options)
-    for _ in range(10):
+    for _ in range(5):
         run.step()
         twin.step()
         assert same(twin.params, run.params), f"the steps differ; options {options}"

@@ -30,7 +30,7 @@ factors = st.floats(0, 1)
 
 
 @given(batches(), factors, factors)
-def test_p28_the_scan_is_the_defining_sum(batch, gamma, gae_lambda):
+def test_the_scan_is_the_defining_sum(batch, gamma, gae_lambda):
     advantages, returns = gae(*batch, gamma=gamma, gae_lambda=gae_lambda)
     expected = oracles.gae(*batch, gamma, gae_lambda)
     torch.testing.assert_close(advantages, expected, rtol=1e-12, atol=1e-12)
@@ -38,7 +38,7 @@ def test_p28_the_scan_is_the_defining_sum(batch, gamma, gae_lambda):
 
 
 @given(batches(), factors)
-def test_p29_lambda_zero_is_the_one_step_error(batch, gamma):
+def test_lambda_zero_is_the_one_step_error(batch, gamma):
     rewards, values, next_values, terminated, _ = batch
     advantages, _ = gae(*batch, gamma=gamma, gae_lambda=0.0)
     expected = rewards + gamma * torch.where(terminated, 0.0, next_values) - values
@@ -46,7 +46,7 @@ def test_p29_lambda_zero_is_the_one_step_error(batch, gamma):
 
 
 @given(batches(dones=False), st.floats(0.1, 1))
-def test_p29_lambda_one_is_the_discounted_return_minus_the_value(batch, gamma):
+def test_lambda_one_is_the_discounted_return_minus_the_value(batch, gamma):
     rewards, values, _, terminated, truncated = batch
     next_values = torch.cat([values[1:], torch.zeros_like(values[:1])])
     _, returns = gae(
@@ -59,7 +59,7 @@ def test_p29_lambda_one_is_the_discounted_return_minus_the_value(batch, gamma):
 
 
 @given(batches(), factors, factors, st.data())
-def test_p29_nothing_after_a_done_flows_back(batch, gamma, gae_lambda, data):
+def test_nothing_after_a_done_flows_back(batch, gamma, gae_lambda, data):
     rewards, values, next_values, terminated, truncated = (x.clone() for x in batch)
     t = data.draw(st.integers(0, len(rewards) - 1))
     truncated[t], terminated[t] = True, False
@@ -73,7 +73,7 @@ def test_p29_nothing_after_a_done_flows_back(batch, gamma, gae_lambda, data):
     assert torch.equal(before[: t + 1], after[: t + 1])
 
 
-def test_p30_truncation_keeps_the_future_and_termination_does_not():
+def test_truncation_keeps_the_future_and_termination_does_not():
     one, no, yes = torch.ones(1, 1), torch.tensor([[False]]), torch.tensor([[True]])
     options = {"gamma": 0.5, "gae_lambda": 0.9}
     assert gae(one, 0 * one, 4 * one, no, yes, **options)[0].item() == 3.0
@@ -81,7 +81,7 @@ def test_p30_truncation_keeps_the_future_and_termination_does_not():
 
 
 @given(st.floats(0.5, 0.99), factors, st.floats(-3, 3))
-def test_p30_a_critic_that_is_right_leaves_no_advantage(gamma, gae_lambda, c):
+def test_a_critic_that_is_right_leaves_no_advantage(gamma, gae_lambda, c):
     values = torch.full((6, 2), c, dtype=torch.float64)
     no = torch.zeros(6, 2, dtype=torch.bool)
     rewards = (1 - gamma) * values

@@ -56,7 +56,7 @@ def test_seeds_decide_everything(algorithm):
 
 
 @every_algorithm
-def test_a_loaded_agent_goes_on_as_the_saved_one(algorithm, tmp_path):
+def test_a_loaded_agent_continues_as_the_saved_one(algorithm, tmp_path):
     agent = algorithm(vector(lambda: Clock(length=3), 4), **SMALL).learn(300, progress=False)
     agent.save(tmp_path / "agent.zip")
     loaded = algorithm.load(tmp_path / "agent.zip", vector(lambda: Clock(length=3), 4))
@@ -121,7 +121,7 @@ def test_it_is_trpo_without_the_search():
 # -- the penalty
 
 
-def test_the_price_leads_the_kl_to_its_target():
+def test_the_penalty_drives_the_kl_to_its_target():
     logs = []
     agent = KLPenalty("CartPole-v1", kl_target=0.005, penalty=100.0, **SMALL)
     agent.learn(8000, progress=False, callback=lambda _, log: logs.append(log))
@@ -131,7 +131,7 @@ def test_the_price_leads_the_kl_to_its_target():
     assert logs[0]["trust/penalty_bound"] > 1e4
 
 
-def test_a_fixed_price_stays():
+def test_a_fixed_penalty_stays():
     logs = []
     agent = KLPenalty("CartPole-v1", kl_target=None, penalty=7.0, **SMALL)
     agent.learn(1000, progress=False, callback=lambda _, log: logs.append(log))

@@ -240,7 +240,7 @@ class Wrong(Clock):
         self.observation_space = gymnasium.spaces.Box(5, 6, (2,))
 
 
-def test_record_writes_a_film(run, tmp_path, capsys, monkeypatch):
+def test_record_writes_a_video(run, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("rl.recording.gymnasium.make", lambda *_, **__: Film())
     out = tmp_path / "film.gif"
     assert main(["record", str(run), "--out", str(out), "--episodes", "2"]) == 0

@@ -240,7 +240,7 @@ def test_bytes_that_are_not_brightness_are_no_image():
     assert [part.kind for part in ObservationLayout(screen).parts] == ["image"]
 
 
-def test_a_policy_of_ones_own_may_have_any_actions():
+def test_a_custom_policy_may_have_any_actions():
     class Pair(Clock):
         def __init__(self):
             super().__init__(action_space=Tuple([Discrete(2), Discrete(2)]))
@@ -317,14 +317,14 @@ def test_training_returns_do_not_stop_what_is_evaluated():
         assert (agent.num_timesteps < 400) is stops
 
 
-def test_every_starts_anew_with_another_agent():
+def test_the_interval_of_a_callback_starts_over_with_another_agent():
     calls = []
     every = Every(100, lambda agent, _: calls.append(agent))
     agents = [TRPO(Clock, **SMALL).learn(300, False, every) for _ in range(2)]
     assert [calls.count(agent) for agent in agents] == [3, 3]
 
 
-def test_a_film_that_is_full_reports_the_episodes_that_ended(tmp_path, monkeypatch):
+def test_a_video_that_is_full_reports_the_episodes_that_ended(tmp_path, monkeypatch):
     env = Clock(length=4)
     env.render = lambda: np.zeros((8, 8, 3), np.uint8)
     monkeypatch.setattr("rl.recording.gymnasium.make", lambda *_, **__: env)
@@ -342,7 +342,7 @@ def columns(**changes):
 
 
 @pytest.mark.parametrize("kl", [[float("inf"), 0.1], [float("nan")] * 2])
-def test_a_kl_that_is_not_finite_can_be_drawn(kl, tmp_path):
+def test_a_kl_that_is_not_finite_can_be_plotted(kl, tmp_path):
     out = tmp_path / "curve.png"
     plot_learning_curve(columns(**{"train/kl_divergence_loss": kl}), out, title="x")
     assert out.stat().st_size > 1000

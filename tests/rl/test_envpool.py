@@ -61,7 +61,7 @@ def test_it_says_what_it_is(real):
     assert envs.closed
 
 
-def test_seeds(real):
+def test_seeds_decide_the_episodes(real):
     envs = make_envs("CartPole-v1", 4, "envpool")
     first, again, on = (envs.reset(seed=seed)[0] for seed in (2**32 - 5, 2**32 - 5, None))
     assert np.array_equal(first, again)
@@ -120,7 +120,7 @@ def test_a_time_limit_truncates_and_a_fall_terminates(real):
         assert (step.rewards == 1).all()
 
 
-def test_episodes_are_as_long_as_gymnasium_s(real):
+def test_episodes_are_as_long_as_in_gymnasium(real):
     episodes = 960
     counts = []
     for vectorization in ("envpool", "sync"):

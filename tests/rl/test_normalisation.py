@@ -18,7 +18,7 @@ def samples(draw):
 
 
 @given(samples())
-def test_p31_batches_merge_to_the_moments_of_all_samples(drawn):
+def test_batches_merge_to_the_moments_of_all_samples(drawn):
     x, cuts = drawn
     moments = RunningMoments(x.shape[1:])
     for part in torch.tensor_split(x, cuts):
@@ -34,7 +34,7 @@ def test_p31_batches_merge_to_the_moments_of_all_samples(drawn):
 
 
 @given(samples())
-def test_p31_the_order_of_the_batches_does_not_matter(drawn):
+def test_the_order_of_the_batches_does_not_matter(drawn):
     x, cuts = drawn
     parts = torch.tensor_split(x, cuts)
     there, back = RunningMoments(x.shape[1:]), RunningMoments(x.shape[1:])

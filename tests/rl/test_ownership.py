@@ -44,7 +44,7 @@ def made_by(factory, made):
     return make
 
 
-def test_evaluation_leaves_the_user_s_environments_open(agent):
+def test_evaluation_leaves_the_users_environments_open(agent):
     env = Closable()
     envs = SyncVectorEnv([Closable] * 2)
     for _ in range(2):
@@ -74,7 +74,7 @@ def test_evaluation_closes_what_it_made(agent, player):
     assert [env.closed for env in made] == [1, 1, 1]
 
 
-def test_an_agent_that_cannot_be_made_leaves_the_user_s_environments_open():
+def test_an_agent_that_cannot_be_made_leaves_the_users_environments_open():
     env, envs = Unlearnable(), vector(Unlearnable, 2)
     for source in (env, envs):
         with pytest.raises(ValueError, match="unsupported observation space"):
@@ -91,7 +91,7 @@ def test_an_agent_that_cannot_be_made_closes_what_it_made():
     assert [env.closed for env in made] == [1, 1]
 
 
-def test_a_film_that_fails_closes_what_it_made(agent, monkeypatch, tmp_path):
+def test_a_video_that_fails_closes_what_it_made(agent, monkeypatch, tmp_path):
     env = Closable()
     monkeypatch.setattr(env, "render", lambda: 1 / 0)
     monkeypatch.setattr("rl.recording.gymnasium.make", lambda *_, **__: env)

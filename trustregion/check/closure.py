@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 from ..operators.fisher import FisherOperator
-from ..optim.closure import Closure, comparable_kernels
+from ..optim.closure import NaturalClosure, read_natural
 from ..optim.natural import NaturalTrustRegion
-from ..optim.start import entry_values
+from ..optim.objective import Objective
+from ..optim.processes import Processes
+from ..optim.units import Units
 from .derivatives import Derivatives
 from .report import ClosureCheck, ClosureReport
 from .restore import REWOUND, restored
@@ -20,7 +22,9 @@ from .subject import Subject, values_of
 
 
 @torch.no_grad()
-def check_closure(closure: Closure, params: Iterable[Any], *, seed: int = 0) -> ClosureReport:
+def check_closure(
+    closure: NaturalClosure, params: Iterable[Any], *, seed: int = 0
+) -> ClosureReport:
     r"""Test the closure of :class:`NaturalTrustRegion` at the current parameters.
 
     A step rests on values that repeat, and on two models of them along a direction ``d``,
@@ -77,10 +81,10 @@ def check_closure(closure: Closure, params: Iterable[Any], *, seed: int = 0) -> 
 
     """
     vector = NaturalTrustRegion(params)._vector()
-    theta = entry_values(vector)
-    with restored(vector, theta), comparable_kernels():
-        subject = Subject(closure, vector, theta)
-        return ClosureReport(tuple(_checks(subject, seed)))
+    alone, units = Processes(None), Units(lr=1.0)
+    objective = Objective(closure, read_natural, vector, alone, units)
+    with restored(vector), objective:
+        return ClosureReport(tuple(_checks(Subject(objective), seed)))
 
 
 def _checks(subject: Subject, seed: int) -> Iterator[ClosureCheck]:
@@ -122,12 +126,12 @@ def _repeat(subject: Subject) -> Iterator[ClosureCheck]:
         f"Calls at the same parameters return different losses: {_why_not(subject)}",
     )  # fmt: skip
     try:
-        kl = max(abs(subject.old.mean_kl(e.joint).item()) for e in subject.pair)
+        kl = max(abs(subject.kl(e)) for e in subject.pair)
     except ValueError as error:
         name, words = "the distribution repeats", "another structure"
         yield ClosureCheck(name, False, math.nan, words, f"{error}. {_why_not(subject)}")
         return
-    start, *tensors = (e.joint.flat_parameters() for e in (subject.first, *subject.pair))
+    start, *tensors = (e.prediction.flat_parameters() for e in (subject.first, *subject.pair))
     same = _identical(*tensors) and _near(start, tensors[0], tolerance)
     yield ClosureCheck(
         "the distribution repeats", same, kl, f"KL {kl:.2g}",
@@ -181,7 +185,7 @@ def _random_numbers(subject: Subject) -> ClosureCheck:
 
 def _fisher(subject: Subject) -> FisherOperator | None:
     try:
-        return FisherOperator(subject.first.joint, subject.vector)
+        return FisherOperator(subject.first.prediction, subject.vector)
     except ValueError:  # the distribution uses none of the parameters
         return None
 

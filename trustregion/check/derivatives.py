@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..operators.fisher import FisherOperator
-from ..optim.closure import gradient
+from ..optim.objective import gradient
 from ..vector import dot, norm
 from .report import ClosureCheck
 from .slopes import Curve, Verdict, judge

@@ -1,4 +1,4 @@
-"""Leaving the world as it was: parameters, their gradients, and random number generators."""
+"""Leaving gradients and random number generators as they were."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor
 
 from ..vector import ParameterVector
 
@@ -47,14 +46,13 @@ def _numbers(state: Any) -> object:
 
 
 @contextmanager
-def restored(vector: ParameterVector, theta: Tensor) -> Iterator[None]:
-    """Put back parameters, gradients and random numbers, whatever happens."""
+def restored(vector: ParameterVector) -> Iterator[None]:
+    """Put back gradients and random numbers, whatever happens."""
     states = [(put, get()) for get, put in _generators(vector.device).values()]
     grads = [(p, p.grad, None if p.grad is None else p.grad.clone()) for p in vector.params]
     try:
         yield
     finally:
-        vector.assign(theta)
         for p, grad, copy in grads:
             p.grad = grad
             if grad is not None and copy is not None:

@@ -8,40 +8,40 @@ import torch
 from torch import Tensor
 
 from ..autodiff import differentiate, edge_of
-from ..optim.closure import Calls, Closure, Evaluation, read_prediction
+from ..optim.closure import Evaluation
+from ..optim.objective import Objective
 from ..vector import ParameterVector
 from .restore import random_states
 
 
 class Subject:
-    """A closure, called as a step calls it: under grad once, then without.
+    """A closure, called as a step calls it: once with a graph, then without.
 
     Args:
-        closure: the closure.
-        vector: the parameters, at whose present values it is called three times.
+        objective: The closure, which has not been called yet.
 
     Attributes:
-        vector: the parameters.
-        theta: their values.
-        first: the call under grad, with its graph.
-        old: its prediction, frozen.
-        pair: two calls without a graph.
-        drawn: the global random number generators that a call draws from.
-        unit: the coarsest rounding unit between the parameters and the values.
+        vector: The parameters.
+        theta: Their values.
+        first: The call with a graph.
+        old: Its prediction, frozen.
+        pair: Two calls without a graph.
+        drawn: The global random number generators that a call draws from.
+        unit: The coarsest rounding unit between the parameters and the values.
 
     """
 
-    def __init__(self, closure: Closure, vector: ParameterVector, theta: Tensor) -> None:
-        self.vector, self.theta = vector, theta
-        before = random_states(vector.device)
-        self._calls = Calls(closure, vector.device)
-        self.first = self._calls.first(read_prediction)
-        after = random_states(vector.device)
+    def __init__(self, objective: Objective) -> None:
+        self._objective, self.vector = objective, objective.vector
+        before = random_states(self.vector.device)
+        objective.first()
+        after = random_states(self.vector.device)
         self.drawn = [name for name in before if before[name] != after[name]]
-        self.old = self.first.joint.frozen()
-        self.pair = [self._calls.trial(read_prediction) for _ in range(2)]
-        outputs = [*self.scalars.values(), *self.first.joint.flat_parameters()]
-        self.unit = _coarsest_unit(outputs, vector)
+        self.theta, self.first = objective.theta, objective.here
+        self.old = self.first.prediction.frozen()
+        self.pair = [objective.evaluate() for _ in range(2)]
+        outputs = [*self.scalars.values(), *self.first.prediction.flat_parameters()]
+        self.unit = _coarsest_unit(outputs, self.vector)
         self.here = values_of(self.pair[0])
 
     @property
@@ -59,12 +59,15 @@ class Subject:
             for value in self.scalars.values()
         ]
 
+    def kl(self, e: Evaluation) -> float:
+        """Return the KL of a call's prediction from the first one."""
+        return self.old.mean_kl(e.prediction).item()
+
     def changes(self, new: Tensor) -> Tensor:
-        """Return by how much the values change at other parameters, and the KL; float64."""
-        self.vector.assign(new)
-        trial = self._calls.trial(read_prediction)
-        kl = self.old.mean_kl(trial.joint)
-        return torch.cat([values_of(trial) - self.here, kl.reshape(1)])
+        """Return the changes of the values at other parameters, and the KL; float64."""
+        there = self._objective.at(new)
+        change = self.here.new_tensor([there.loss, *there.constraints]) - self.here
+        return torch.cat([change, change.new_tensor([there.kl])])
 
 
 def values_of(e: Evaluation) -> Tensor:

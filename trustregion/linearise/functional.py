@@ -30,8 +30,8 @@ class FunctionalLinearisation(Linearisation):
 
     It works under :func:`torch.func.vmap` over stacked parameters, and for models that have a
     forward-mode derivative but no double backward, such as compiled modules. Each ``Jv`` runs the
-    function again, which must therefore be deterministic up to torch's global random numbers:
-    :func:`from_function` replays those.
+    function again, which must therefore be deterministic, up to torch's global random numbers,
+    which :func:`from_function` replays.
 
     Args:
         outputs_of: maps the parameters, one tensor each, to the outputs.

@@ -3,9 +3,13 @@
 from .info import StepInfo
 from .natural import NaturalTrustRegion
 from .newton import NewtonTrustRegion
+from .options import Adapt, Region, Search
 
 __all__ = [
-    "StepInfo",
     "NaturalTrustRegion",
     "NewtonTrustRegion",
+    "StepInfo",
+    "Search",
+    "Adapt",
+    "Region",
 ]

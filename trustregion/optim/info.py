@@ -1,50 +1,58 @@
-"""What an optimizer says about its last step."""
+"""The report of an optimizer on its last step."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from ..status import Status
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class StepInfo:
-    """The account of one step.
+    """The report on one step.
 
-    Losses are the closure's own values; reductions are in the direction of optimisation, so that
-    positive is better also under ``maximize``.
+    Losses are the closure's own values. Reductions count in the direction of optimization, so that
+    positive is better under ``maximize`` too. ``str(info)`` is a line of a log and
+    ``dataclasses.asdict(info)`` a row of a table.
 
     Attributes:
-        status: how the step ended; ``ACCEPTED`` if the parameters moved, or ``RECOVERING`` if they
-            did to reduce the violation of a constraint.
-        loss: loss before the step.
-        new_loss: loss after it; equal to ``loss`` if nothing moved.
-        kl: KL(old || new) after it in nats, from float64; 0 if nothing moved.
-        largest_kl: that of the sample where it is largest, if ``max_kl`` caps it.
-        predicted_reduction: reduction the linear model promised for the last trial.
-        actual_reduction: reduction achieved; 0 if nothing moved.
-        delta: the KL radius of this step.
-        radius: the radius of the last trial of :class:`NewtonTrustRegion`.
-        damping: the damping of the direction taken.
-        penalty: the price of the KL in the penalised form.
-        constraints: values of the constraints after the step.
-        multipliers: what a unit of each constraint costs of the linear model of the loss.
-        cg_status: how the linear solve ended; None if it was not reached.
-        cg_iterations: iterations of the linear solve.
-        cg_residual: residual of the linear solve relative to the gradient's norm.
-        products: Fisher products spent in this step, those of a preconditioner included.
-        backend: which way of differentiating made them, as of :class:`FisherOperator`.
-        preconditioner: which one, whether it was used, and the gain that its last test found.
-        scale: the line search's factor on the full step, of the last trial.
-        backtracks: how many trials of the line search were made before one would do.
-        evaluations: calls of the closure, the first included.
-        detail: what to look at when the step failed, for example a parameter's name.
+        status: How the step ended. ``ACCEPTED`` means that the parameters moved, ``RECOVERING``
+            that they moved to reduce the violation of a constraint, and ``CONVERGED`` that they
+            did not have to.
+        loss: The loss before the step.
+        new_loss: The loss after the step; equal to ``loss`` if the parameters did not move.
+        gradient_norm: The Euclidean norm of the gradient before the step.
+        largest_gradient: The largest absolute entry of the gradient before the step.
+        kl: KL(old || new) in nats after the step, from float64; 0 if the parameters did not move.
+        largest_kl: The KL of the sample where it is largest, if ``max_kl`` bounds it.
+        predicted_reduction: The reduction that the model predicted for the last trial.
+        actual_reduction: The measured reduction; 0 if the parameters did not move.
+        delta: The KL radius of this step.
+        radius: The Euclidean or metric radius of the last trial of :class:`NewtonTrustRegion`.
+        damping: The damping that the step was solved with.
+        penalty: The price of the KL in the penalized form.
+        constraints: The values of the constraints after the step.
+        multipliers: The change of the linear model of the loss per unit of each constraint.
+        cg_status: How the linear solve ended; None if there was none.
+        cg_iterations: Iterations of the linear solve.
+        cg_residual: The residual of the linear solve relative to the norm of the gradient.
+        products: Curvature products spent in this step, including those of a preconditioner.
+        backend: How the products were differentiated; see :class:`FisherOperator`.
+        preconditioner: The preconditioner, whether it was used, and the gain its last test found.
+        scale: The factor of the line search on the full step, at the last trial.
+        backtracks: Trials of the line search before the first acceptable one.
+        evaluations: Closure evaluations, including the first.
+        maximize: The loss is maximized.
+        detail: What to check when the step failed, for example the name of a parameter.
 
     """
 
     status: Status
     loss: float
     new_loss: float
+    gradient_norm: float = math.nan
+    largest_gradient: float = math.nan
     kl: float = 0.0
     largest_kl: float | None = None
     predicted_reduction: float = 0.0
@@ -64,6 +72,7 @@ class StepInfo:
     scale: float = 0.0
     backtracks: int = 0
     evaluations: int = 1
+    maximize: bool = False
     detail: str = ""
 
     @property
@@ -74,7 +83,7 @@ class StepInfo:
     @property
     def rho(self) -> float:
         """Actual over predicted reduction; 0 if nothing moved or nothing was predicted."""
-        if not self.accepted or self.predicted_reduction == 0:  # it can underflow
+        if not self.accepted or self.predicted_reduction == 0:  # The prediction can underflow.
             return 0.0
         return self.actual_reduction / self.predicted_reduction
 
@@ -82,7 +91,18 @@ class StepInfo:
         """Return one line to print in a training loop."""
         if not self.accepted:
             return f"{self.status.value}: {self.status}" + (f" ({self.detail})" * bool(self.detail))
-        return (
-            f"{self.status.value}: loss {self.loss:.6g} -> {self.new_loss:.6g}, kl {self.kl:.3g},"
-            f" rho {self.rho:.3g}, cg {self.cg_iterations}, backtracks {self.backtracks}"
-        )
+        objective = "objective" if self.maximize else "loss"
+        losses = f"{objective} {self.loss:.6g} -> {self.new_loss:.6g}"
+        return f"{self.status.value}: {losses}, {self._region()}, {self._work()}"
+
+    def _region(self) -> str:
+        """Return what bounded the step, and how much of it was used."""
+        if self.radius == 0:
+            bound = f" of {self.delta:.3g}" if self.delta < math.inf else ""
+            return f"kl {self.kl:.3g}{bound}, rho {self.rho:.3g}"
+        bounded = self.radius < math.inf
+        bound = f"radius {self.radius:.3g}" if bounded else f"damping {self.damping:.3g}"
+        return f"rho {self.rho:.3g}, {bound}"
+
+    def _work(self) -> str:
+        return f"cg {self.cg_iterations}, backtracks {self.backtracks}"

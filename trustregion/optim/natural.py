@@ -13,23 +13,22 @@ from ..operators.base import OperatorLike
 from ..preconditioners import Gated, Preconditioner
 from ..solvers.radius import classic_radius, levenberg_marquardt_damping
 from ..status import Status
-from .base import TrustRegionOptimizer, uncompiled
-from .closure import Calls, Closure, Evaluation, comparable_kernels, read_prediction
-from .direction import directions
+from .candidates import solve, to_the_edge, within_constraints
+from .closure import NaturalClosure, read_natural
 from .info import StepInfo
-from .options import NaturalOptions, shared_options
-from .problem import CurvatureClosure, Problem
-from .replicas import ProcessGroup
-from .search import Search
-from .start import enter
+from .objective import CurvatureClosure
+from .optimizer import TrustRegionOptimizer, uncompiled
+from .options import Adapt, NaturalOptions, Search, flat
+from .processes import ProcessGroup
+from .search import search
 
-# A converged loss rejects step after step, and the radius would shrink for ever. A KL so far below
-# the target tells nothing more, and is soon left where the loss changes.
+# A converged loss rejects step after step, and delta or the penalty would move for ever. A KL this
+# far below the target carries no information, and the options soon recover where the loss changes.
 SMALLEST = 1e-6
 
 
 class NaturalTrustRegion(TrustRegionOptimizer):
-    r"""Minimise a loss by natural-gradient steps that stay within a KL ball.
+    r"""Minimize a loss by natural-gradient steps that stay within a KL ball.
 
     Each step solves, matrix-free,
 
@@ -38,75 +37,66 @@ class NaturalTrustRegion(TrustRegionOptimizer):
     where ``g`` is the gradient of the loss and ``F`` the Fisher matrix of the model's predicted
     distribution, then shortens ``s`` until the *measured* loss has fallen and the *measured*
     KL(old || new) is at most ``delta``. A step that cannot have both leaves every parameter bit
-    for bit as it was; :attr:`info` says why.
+    for bit as it was, and :attr:`info` says why.
 
     The closure returns ``(loss, distribution)`` without calling ``backward()``. It is called once
-    with grad enabled and then once a trial under ``no_grad``; a closure that differentiates inside
-    wraps that part in ``torch.enable_grad()``. It must be reproducible: the same batch in every
-    call of one step. Random numbers of torch's generators are the same in every call, so that
-    Dropout draws one mask a step; :func:`check_closure` finds what is not reproducible.
+    with grad enabled and then once per trial under ``no_grad``; a closure that differentiates
+    inside wraps that part in ``torch.enable_grad()``. It must be reproducible: all calls of one
+    step must see the same batch. Torch's random numbers and the buffers of the modules it calls are
+    the same in every call, so that Dropout draws one mask per step; :func:`check_closure` finds
+    what is not reproducible, and the first step of an optimizer warns about it.
 
-    A closure of ``(loss, distribution, constraints)`` has values ``c``, shape ``(m,)``, that should
-    not be positive. The step then solves the problem above with :math:`c + \nabla c' s \le 0` and
-    is accepted where the measured constraints hold; where one does not hold at the start, the
-    step is to reduce the violation first, ``Status.RECOVERING``, and the loss may rise.
+    A closure of ``(loss, distribution, constraints)`` also returns values ``c``, shape ``(m,)``,
+    that should not be positive. The step then solves the problem above subject to
+    :math:`c + \nabla c' s \le 0` and is accepted only if the measured constraints hold. Where a
+    constraint is violated at the start, the step reduces the violation first
+    (``Status.RECOVERING``), and the loss may rise.
 
-    The search ends near the edge: the next trial is interpolated from the measured KL, longer or
-    shorter, so that an accepted step uses 0.9 of ``delta`` within three trials where the loss
-    allows it (:func:`ball_search`).
+    The search ends near the edge of the ball: each further trial is interpolated from the measured
+    KL, longer or shorter, so that an accepted step uses 0.9 of ``delta`` within three trials where
+    the loss allows it (:func:`ball_search`).
 
-    Several parameter groups share one KL ball. ``lr`` multiplies the step's length, so
+    All parameter groups share one KL ball. ``lr`` multiplies the length of the step, so
     learning-rate schedulers work (with ``cycle_momentum=False`` where they would cycle a momentum,
-    of which there is none). It is the only option that may differ between groups: the largest one
-    multiplies the length; a group at a fraction of it has its parameters measured in units of that
-    fraction, which damps it more, and at 0 it stays. ``delta`` may be changed between steps too,
-    in all groups.
+    which this optimizer does not have). It is the only option that may differ between groups. The
+    largest rate multiplies the length. The parameters of a group at a fraction of it are measured
+    in units of that fraction, which damps them more, and a group at 0 stays put. ``delta`` may be
+    changed between steps too, in all groups.
 
-    Cost of a step: one forward and backward pass, ``cg_max_iter`` Fisher products at most, and one
-    forward pass a trial; one more after a step that was rejected, to see whether the closure
-    repeats. Memory: at most thirty vectors of the parameters' size, float64 counted twice, and the
-    graph.
+    Cost of a step: one forward and backward pass, at most ``cg_max_iter`` Fisher products, and one
+    forward pass per trial; one more after a rejected step, and one more in the first step, to see
+    whether the closure repeats. Memory: the graph, and at most thirty vectors of the parameters'
+    size, of which one in float64 counts twice.
 
     Args:
-        params: parameters or parameter groups, as for any torch optimizer. float32 or float64.
-        delta: KL radius in nats: joint over output dimensions, mean over the batch.
-        lr: factor on the length of the step to the ball's edge; 1 goes to the edge.
-        damping: lambda in ``(F + lambda I) x = -g``; it shapes the direction, not the length.
-            Several, as a tuple, are solved from one Krylov space and measured: the one of least
-            loss within the ball is taken, for a forward pass each and no product more.
-        cg_max_iter: limit on conjugate-gradient iterations, one Fisher product each.
-        cg_rtol: relative residual at which conjugate gradients stop early.
+        params: Parameters or parameter groups, as for any torch optimizer; float32 or float64.
+        delta: The KL radius in nats: joint over output dimensions, mean over the batch.
+        lr: The factor on the length of the step to the edge of the ball; 1 goes to the edge.
+        damping: lambda in ``(F + lambda I) x = -g``, which shapes the direction of the step and not
+            its length. Several dampings, as a tuple, are solved from one Krylov space and measured,
+            and the one of least loss within the ball is taken; each costs a forward pass and no
+            product.
+        cg_max_iter: The limit on conjugate-gradient iterations, one Fisher product each.
+        cg_rtol: The relative residual at which conjugate gradients stop early.
         preconditioner: ``KFAC(module)``, ``Jacobi()``, ``Nystrom(rank)`` or ``Recycled()``, built
-            anew in each step and switched off where it does not pay (:class:`Gated`;
+            afresh in each step and switched off where it does not pay (:class:`Gated`;
             ``info.preconditioner`` says so). Or a fixed approximation of the inverse of
             ``F + lambda I``, positive definite, that is always used: a :class:`LinearOperator`, a
             square tensor or a callable.
-        backtrack_factor: largest factor from a trial that did not lower the loss to the next.
-        max_backtracks: one more trial of the line search than this at most.
-        maximize: maximise the objective instead.
-        scales: lengths to measure, as fractions of that to the edge; of several, for each damping,
-            the one of least loss is taken.
-        max_kl: bound on the KL of every sample, beside the one on their mean.
-        penalty: C, to minimise the loss plus C times the KL: the step is then
-            :math:`s = -(F + \lambda I)^{-1} g / C`, which ``delta`` still bounds, unless it is
-            infinite, and the penalised loss must fall.
-        kl_target: double C after a step with more than 1.5 times this KL or a rejected one, and
-            halve it after one with less than the 1.5th part. A rejected step with a millionth of
-            this KL leaves C as it is.
-        max_delta: let ``delta`` follow rho, the actual over the predicted reduction of the loss:
-            a quarter of it, down to a millionth of this, after a step with rho below 1/4; twice as
-            much, up to this, after one with rho above 3/4 that used 0.8 of it.
-        adapt_damping: let ``damping`` follow rho (:func:`levenberg_marquardt_damping`).
-        warm_start: start conjugate gradients from this factor times the last solution, whose
-            memory then fades over the steps; costs one product.
-        process_group: the processes that take the step together, each with samples of its own and
-            the same parameters: losses, products and KLs are means over the samples of all. None
-            takes the default group of ``torch.distributed`` where it is initialised; False none.
-
-    Options that follow the steps are written to the parameter groups, as a scheduler would.
+        penalty: C, to minimize the loss plus C times the KL. The step is then
+            :math:`s = -(F + \lambda I)^{-1} g / C`, which ``delta`` still bounds unless it is
+            infinite, and the penalized loss must fall.
+        maximize: Maximize the loss instead.
+        search: Options of the line search; see :class:`Search`.
+        adapt: Options that follow the steps; see :class:`Adapt`. Their new values are written to
+            the parameter groups, as a scheduler would.
+        process_group: The processes that take the step together, each with its own samples and the
+            same parameters. Losses, products and KLs are means over the samples of all processes.
+            None takes the default group of ``torch.distributed`` if it is initialized, False none.
 
     Raises:
-        ValueError: an option out of range, or groups that disagree on a shared option.
+        TypeError: The preconditioner is a class or a name.
+        ValueError: An option is out of range, or groups disagree on a shared option.
 
     Example:
         >>> from torch.distributions import Categorical
@@ -141,16 +131,10 @@ class NaturalTrustRegion(TrustRegionOptimizer):
         cg_max_iter: int = 10,
         cg_rtol: float = 1e-3,
         preconditioner: Preconditioner | Gated | OperatorLike | None = None,
-        backtrack_factor: float = 0.7,
-        max_backtracks: int = 30,
-        maximize: bool = False,
-        scales: tuple[float, ...] = (1.0,),
-        max_kl: float | None = None,
         penalty: float | None = None,
-        kl_target: float | None = None,
-        max_delta: float | None = None,
-        adapt_damping: bool = False,
-        warm_start: float = 0.0,
+        maximize: bool = False,
+        search: Search = Search(),  # noqa: B008 # frozen
+        adapt: Adapt = Adapt(),  # noqa: B008 # frozen
         process_group: ProcessGroup | bool | None = None,
     ) -> None:
         defaults = {
@@ -159,104 +143,92 @@ class NaturalTrustRegion(TrustRegionOptimizer):
             "damping": damping,
             "cg_max_iter": cg_max_iter,
             "cg_rtol": cg_rtol,
-            "backtrack_factor": backtrack_factor,
-            "max_backtracks": max_backtracks,
-            "maximize": maximize,
-            "scales": scales,
-            "max_kl": max_kl,
             "penalty": penalty,
-            "kl_target": kl_target,
-            "max_delta": max_delta,
-            "adapt_damping": adapt_damping,
-            "warm_start": warm_start,
+            "maximize": maximize,
+            **flat("search", search, Search),
+            **flat("adapt", adapt, Adapt),
         }
         super().__init__(params, defaults, preconditioner, process_group)
 
     @uncompiled
     @torch.no_grad()
     def step(  # pyright: ignore[reportIncompatibleMethodOverride] # the closure returns a pair
-        self, closure: Closure | None = None, *, curvature: CurvatureClosure | None = None
+        self, closure: NaturalClosure | None = None, *, curvature: CurvatureClosure | None = None
     ) -> Tensor | None:
         """Take one step; :attr:`info` then says how it went.
 
         Args:
-            closure: returns ``(loss, distribution)``, and constraints if there are any. None is
+            closure: Returns ``(loss, distribution)``, and constraints if there are any. None is
                 allowed only where there is nothing to do: every ``.grad`` is None or zero
                 (checkpointing libraries call it so).
-            curvature: returns the prediction for other samples, usually fewer, whose Fisher matrix
-                is used: products then cost as much less (:func:`subsample`). Called once.
+            curvature: Returns the prediction for other samples, usually fewer, whose Fisher matrix
+                is used instead, so that products cost less (:func:`subsample`). It is called once.
 
         Returns:
-            The loss before the step, detached; None without a closure. The mean over the samples of
-            all processes where there are several.
+            The loss before the step, detached; None without a closure. With several processes it is
+            the mean over the samples of all.
 
         Raises:
-            RuntimeError: no closure although there are gradients, inference mode, a GradScaler, a
-                model whose graph cannot be differentiated twice, or another process that failed.
-            TypeError: the closure returned something else, or a distribution that is refused.
-            ValueError: parameters that are not finite, a loss or distribution without a graph, or
-                another number of constraints in a trial.
+            RuntimeError: There are gradients and no closure, inference mode is on, a GradScaler is
+                used, the model's graph cannot be differentiated twice, or another process failed.
+            TypeError: The closure returned something else, or a distribution that is refused.
+            ValueError: Parameters are not finite, the loss or the distribution has no graph, or the
+                number of constraints changed in a trial.
 
         """
-        self._refuse_scaler()
-        options = shared_options(self.param_groups, NaturalOptions)
         if closure is None:
-            self._require_closure("(loss, distribution)")
-            self._count_step()
-            return None
-        vector, replicas = self._vector(), self._replicas()
-        last = self._last_direction(vector) if options.warm_start else None
-        with comparable_kernels():
-            calls = Calls(closure, vector.device)
-            agreed = self._agreed(options)
-            start = enter(calls, read_prediction, _parts, vector, replicas, agreed)
-            returned = start.evaluation.loss.detach().clone()  # it may be a parameter itself
-            problem = Problem(vector, replicas, calls, start, options, *self._rates(vector))
-            found = directions(problem, self._gated(), curvature, last)
-            info = found.info
-            if found.candidates:
-                old, theta, share = start.evaluation.joint.frozen(), start.theta, start.share
-                goal = problem.goal
-                del start, problem  # and their graph
-                search = Search(
-                    calls, old, vector, theta, replicas, share, options, goal, found.fall
-                )
-                info = search.run(found.candidates, info)
-                self._adapt(options, info)
-        if options.warm_start and found.solution is not None:
-            self._keep_direction(vector, found.solution)
-        self.info = info
-        self._count_step()
-        return returned if replicas.size == 1 else returned.new_tensor(info.loss)
+            return self._nothing_to_do("(loss, distribution)")
+        o, solves, fall = self._options(NaturalOptions), [], None
+        with self._objective(closure, read_natural, o) as objective:
+            objective.note(delta=o.delta, penalty=o.penalty)
+            with objective.derivatives():
+                g = objective.gradient()  # of the loss, in the units of the learning rates
+                if g is None:  # info.status says why
+                    return objective.returned
+                rows, M = objective.constraint_gradients(), self._gated()
+                F = objective.fisher(curvature, g, rows)  # linearized once, never run again
+                if len(rows):
+                    steps, fall = within_constraints(objective, F, g, rows, o, M)
+                else:
+                    last = self._last_solution(objective.vector, o)
+                    solves = solve(F, g, objective.units, o, M, last)  # (F + damping I) x = -g
+                    steps = to_the_edge(objective, solves, o, M)  # s'Fs / 2 = delta
+            del F
+            objective.release()  # the graph, before the search
+            if steps:
+                search(objective, steps, o, fall)  # a lower loss, and KL(old || new) <= delta
+                self._follow(o, objective.info)
+        if o.warm_start and solves:
+            self._keep_solution(objective.vector, solves[0].x)
+        return objective.returned
 
-    def _adapt(self, options: NaturalOptions, info: StepInfo) -> None:
-        """Let radius, damping and penalty follow what was measured."""
+    def _follow(self, o: NaturalOptions, info: StepInfo) -> None:
+        """Let delta, damping and penalty follow what the search measured."""
         rho = info.rho if info.accepted else -math.inf
         if info.status in (Status.RECOVERING, Status.NOT_REPRODUCIBLE):
-            return  # no statement on the loss
-        if options.max_delta is not None:
-            edge = info.accepted and info.kl >= 0.8 * options.delta
+            return  # Such a step says nothing about the loss.
+        if o.max_delta is not None:
+            edge = info.accepted and info.kl >= 0.8 * o.delta
             radius = classic_radius(
-                math.sqrt(options.delta),
+                math.sqrt(o.delta),
                 rho,
                 on_boundary=edge,
                 shrink=0.5,
                 grow=math.sqrt(2),
-                largest=math.sqrt(options.max_delta),
+                largest=math.sqrt(o.max_delta),
             )
-            floor = min(options.delta, SMALLEST * options.max_delta)
-            self._write("delta", max(min(radius**2, options.max_delta), floor))
-        if options.adapt_damping:
-            self._write("damping", levenberg_marquardt_damping(options.dampings[0], rho))
-        if options.kl_target is not None and options.penalty is not None:
-            # of a step that was rejected, as the model has it: predicted is s'Fs / C for scale 1
-            kl = info.predicted_reduction / (2 * options.penalty * info.scale)
-            beyond = SMALLEST if not info.accepted else 1.5
-            if (info.kl if info.accepted else kl) > beyond * options.kl_target:
-                self._write("penalty", 2 * options.penalty)
-            elif info.accepted and info.kl < options.kl_target / 1.5:
-                self._write("penalty", options.penalty / 2)
-
-
-def _parts(evaluation: Evaluation) -> tuple[Tensor, Tensor, float]:
-    return evaluation.loss, evaluation.constraints, evaluation.joint.total
+            floor = min(o.delta, SMALLEST * o.max_delta)
+            self._write("delta", max(min(radius**2, o.max_delta), floor))
+        if o.damping_factor is not None:
+            factor = o.damping_factor
+            damping = levenberg_marquardt_damping(o.dampings[0], rho, factor=factor)
+            self._write("damping", damping)
+        if o.kl_target is not None and o.penalty is not None:
+            # The model's KL of a rejected step: its predicted reduction is s'Fs / C at scale 1.
+            predicted = info.predicted_reduction / (2 * o.penalty * info.scale)
+            kl = info.kl if info.accepted else predicted
+            beyond = 1.5 if info.accepted else SMALLEST
+            if kl > beyond * o.kl_target:
+                self._write("penalty", 2 * o.penalty)
+            elif info.accepted and kl < o.kl_target / 1.5:
+                self._write("penalty", o.penalty / 2)

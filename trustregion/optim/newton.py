@@ -3,113 +3,112 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
-from dataclasses import replace
-from typing import Any, ClassVar
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..distributions import Prediction
 from ..operators.base import OperatorLike
 from ..preconditioners import Gated, Preconditioner
 from ..solvers.radius import classic_radius, gould_radius, levenberg_marquardt_damping
+from ..solvers.stopping import forcing_sequence
 from ..status import Status
-from .base import TrustRegionOptimizer, uncompiled
-from .closure import Calls, Judgement, comparable_kernels, read_judgement
-from .curvature import CURVATURES, METRICS, SOLVERS, Curvature, quadratic_model, solver
-from .info import StepInfo
-from .options import NewtonOptions, SharedOptions, shared_options
-from .quadratic import Model, ModelStep
-from .replicas import ProcessGroup
-from .start import enter
-from .trials import Trials, shorten, shrink
+from .closure import NewtonClosure, read_newton
+from .curvature import FisherMetric, derivatives, fisher_metric, preconditioned
+from .objective import Objective
+from .optimizer import TrustRegionOptimizer, uncompiled
+from .options import NewtonOptions, Region, flat
+from .processes import ProcessGroup
+from .quadratic import Minimizer, Model, TrialStep, minimizer
+from .trials import FAILED, shorten, shrink
 
-NewtonClosure = Callable[[], "Tensor | tuple[Tensor, Tensor | tuple[Tensor, ...] | Prediction]"]
-
-RULES = ("gould", "classic")
+KNOWN = {
+    "curvature": ("hessian", "ggn"),
+    "solver": ("gltr", "steihaug", "cg"),
+    "metric": ("euclidean", "fisher"),
+    "rule": ("gould", "classic"),
+}
 
 
 class NewtonTrustRegion(TrustRegionOptimizer):
-    r"""Minimise a loss by steps of its quadratic model within a trust region.
+    r"""Minimize a loss by steps of its quadratic model within a trust region.
 
     Each step solves, matrix-free,
 
     .. math:: \min_s\; g's + \tfrac12 s'As \quad \text{subject to} \quad \|s\| \le \Delta
 
-    where ``A`` is the Hessian of the loss, or its generalised Gauss-Newton matrix, measures the
-    loss there, and compares: :math:`\rho` is the actual over the predicted reduction. A step with
-    :math:`\rho > 0.01` is taken; otherwise the radius shrinks and the model is minimised again,
+    where ``A`` is the Hessian of the loss or its generalized Gauss-Newton matrix. It then measures
+    the loss there: :math:`\rho` is the actual over the predicted reduction. A step with
+    :math:`\rho > 0.01` is taken. Otherwise the radius shrinks and the model is minimized again,
     **for no product**, since the Krylov space of the first solve is kept. A good step lets the
-    radius grow. Where the Hessian is indefinite, directions of negative curvature are followed to
-    the edge. A step that does not reduce the loss leaves every parameter bit for bit as it was;
-    :attr:`info` says why.
+    radius grow. Where the Hessian is indefinite, the step follows directions of negative curvature
+    to the boundary. A step that does not reduce the loss leaves every parameter bit for bit as it
+    was, and :attr:`info` says why.
 
     The closure returns the loss, without calling ``backward()``. For ``curvature="ggn"`` it returns
     ``(loss, outputs)``, the very tensors that the loss was computed from, for the Gauss-Newton
     matrix of the loss; or ``(loss, distribution)`` for the Fisher matrix, which is the
     Gauss-Newton matrix of a negative log-likelihood in its natural parameters.
 
-    **Levenberg-Marquardt.** With an infinite radius the damping bounds the step, and moves by
+    The fit has ended when the status is ``CONVERGED``: no entry of the gradient exceeds ``gtol``,
+    or the model predicts a reduction below the rounding of the loss. The parameters are then left
+    as they are.
+
+    **Levenberg-Marquardt.** With an infinite radius the damping bounds the step and moves by
     Marquardt's rule::
 
-        NewtonTrustRegion(params, math.inf, curvature="ggn", damping=1e-2, adapt_damping=True,
-                          damping_factor=4.0)
+        NewtonTrustRegion(params, math.inf, curvature="ggn", damping=1e-2,
+                          region=Region(damping_factor=4.0))
 
-    To fit a few, ill-conditioned parameters, solve exactly too, ``rtol=1e-12``, and write them in
-    units of a first guess.
+    To fit a few ill-conditioned parameters, also solve exactly (``rtol=1e-12``) and write the
+    parameters in units of a first guess.
 
-    **Hessian-free optimisation** (Martens, 2010) is the same with ``solver="cg"``: conjugate
-    gradients start from the last solution and end by Martens' rule of relative progress, the step
+    **Hessian-free optimization** (Martens, 2010) is the same with the solver ``"cg"``: conjugate
+    gradients start from the last solution and stop by Martens' rule of relative progress, the step
     is shortened until the loss falls, and lambda moves by 3/2::
 
-        NewtonTrustRegion(params, math.inf, curvature="ggn", damping=1.0, adapt_damping=True,
-                          solver="cg", warm_start=0.95)
+        NewtonTrustRegion(params, math.inf, curvature="ggn", damping=1.0,
+                          region=Region(solver="cg", damping_factor=1.5, warm_start=0.95))
 
-    Cost of a step: one forward and backward pass, one product an iteration, and one forward pass a
-    trial. Memory: that of the Krylov space, one vector in float64 an iteration, two with a metric;
-    ``"cg"`` needs a constant number.
+    Cost of a step: one forward and backward pass, one product per iteration, and one forward pass
+    per trial; one more after a rejected step, and one more in the first step, to see whether the
+    closure repeats. Memory: the Krylov space, one vector in float64 per iteration, or two with a
+    metric; the solver ``"cg"`` needs a constant number.
 
     Args:
-        params: parameters or parameter groups, as for any torch optimizer. float32 or float64.
-        radius: :math:`\Delta` of the first step, in the norm of ``metric``; it then follows
-            :math:`\rho`. Infinite to let the damping bound the step.
+        params: Parameters or parameter groups, as for any torch optimizer; float32 or float64.
+        radius: :math:`\Delta` of the first step, in the norm of the metric; it then follows
+            :math:`\rho`. An infinite radius lets the damping bound the step.
         curvature: ``"hessian"`` or ``"ggn"``.
-        lr: factor on the step, as schedulers write it. Groups at a fraction of the largest rate
-            have their parameters measured in units of that fraction.
-        solver: ``"gltr"``: exact over a Krylov space; ``"steihaug"``: truncated conjugate
-            gradients; ``"cg"``: the damped system, without a radius.
-        metric: the norm of the radius. ``"euclidean"``: or, with a preconditioner ``M``,
-            :math:`\sqrt{s'M^{-1}s}`. ``"fisher"``: :math:`\sqrt{s'(F + \mu I)s}`, in which a radius
-            of :math:`\sqrt{2\delta}` is to second order a KL of :math:`\delta`; each iteration then
-            solves with ``F``, by conjugate gradients of at most ``max_iter`` products.
-        damping: lambda, added to ``A``; with an infinite radius in units of the metric, as
-            :math:`A + \lambda M^{-1}`, but for ``"cg"``.
-        adapt_damping: let lambda follow :math:`\rho` (:func:`levenberg_marquardt_damping`).
-        damping_factor: by which it moves.
-        max_iter: limit on the iterations of a solve.
-        rtol: tolerance of a solve; None for :func:`forcing_sequence`, exact near a minimum only.
-        preconditioner: as for :class:`NaturalTrustRegion`; it changes the metric too.
-        radius_rule: ``"gould"`` (:func:`gould_radius`) or ``"classic"`` (:func:`classic_radius`).
-        max_rejections: how many trials may fail before the step gives up.
-        warm_start: for ``"cg"``: start from this factor times the last solution.
-        metric_damping: :math:`\mu` of the Fisher metric.
-        maximize: maximise the objective instead.
-        process_group: as for :class:`NaturalTrustRegion`. Where the closure returns the loss alone,
+        lr: The factor on the step, as schedulers write it. The parameters of a group at a fraction
+            of the largest rate are measured in units of that fraction.
+        damping: lambda, added to ``A``. With an infinite radius it is in units of the metric, as
+            :math:`A + \lambda M^{-1}`, except for the solver ``"cg"``.
+        max_iter: The limit on the iterations of a solve.
+        rtol: The tolerance of a solve; None takes :func:`forcing_sequence`, which is exact near a
+            minimum only.
+        gtol: The largest absolute gradient entry at which the fit counts as converged.
+        preconditioner: As for :class:`NaturalTrustRegion`; it also defines the metric.
+        maximize: Maximize the loss instead.
+        region: How the model is minimized, and how the region follows :math:`\rho`; see
+            :class:`Region`.
+        process_group: As for :class:`NaturalTrustRegion`. If the closure returns the loss alone,
             every process counts the same.
 
     Raises:
-        ValueError: an option out of range, or groups that disagree on a shared option.
+        TypeError: The preconditioner is a class or a name.
+        ValueError: An option is out of range, or groups disagree on a shared option.
 
     Example:
         >>> x = torch.tensor([-1.2, 1.0], dtype=torch.float64, requires_grad=True)
-        >>> optimizer = NewtonTrustRegion([x])
+        >>> optimizer = NewtonTrustRegion([x], gtol=1e-6)
         >>> def rosenbrock():
         ...     return 100 * (x[1] - x[0] ** 2) ** 2 + (1 - x[0]) ** 2
         >>> for _ in range(40):
         ...     loss = optimizer.step(rosenbrock)
-        >>> x.detach()
-        tensor([1., 1.], dtype=torch.float64)
+        >>> x.detach(), optimizer.info.status
+        (tensor([1., 1.], dtype=torch.float64), <Status.CONVERGED: 'converged'>)
 
     References:
         Conn, Gould and Toint, Trust-Region Methods, 2000, Alg. 6.1.1; Martens, Deep Learning via
@@ -118,12 +117,6 @@ class NewtonTrustRegion(TrustRegionOptimizer):
     """
 
     options_class = NewtonOptions
-    _settings: ClassVar = {
-        "curvature": CURVATURES,
-        "solver": SOLVERS,
-        "metric": METRICS,
-        "radius_rule": RULES,
-    }
 
     def __init__(
         self,
@@ -132,48 +125,42 @@ class NewtonTrustRegion(TrustRegionOptimizer):
         *,
         curvature: str = "hessian",
         lr: float | Tensor = 1.0,
-        solver: str = "gltr",
-        metric: str = "euclidean",
         damping: float = 0.0,
-        adapt_damping: bool = False,
-        damping_factor: float = 1.5,
         max_iter: int = 100,
         rtol: float | None = None,
+        gtol: float = 0.0,
         preconditioner: Preconditioner | Gated | OperatorLike | None = None,
-        radius_rule: str = "gould",
-        max_rejections: int = 20,
-        warm_start: float = 0.0,
-        metric_damping: float = 1e-3,
         maximize: bool = False,
+        region: Region = Region(),  # noqa: B008 # frozen
         process_group: ProcessGroup | bool | None = None,
     ) -> None:
-        self.curvature, self.solver, self.metric = curvature, solver, metric
-        self.radius_rule = radius_rule
-        for name, known in self._settings.items():
-            if getattr(self, name) not in known:
-                words = " or ".join(f'"{word}"' for word in known)
-                raise ValueError(f"{name} must be {words}, got {getattr(self, name)!r}")
-        if solver == "cg" and radius < math.inf:
+        numbers = flat("region", region, Region)
+        words = {name: numbers.pop(name) for name in ("solver", "metric", "rule")}
+        for name, word in {"curvature": curvature, **words}.items():
+            if word not in KNOWN[name]:
+                known = " or ".join(f'"{word}"' for word in KNOWN[name])
+                raise ValueError(f"{name} must be {known}, got {word!r}")
+        self.curvature, self.solver, self.metric = curvature, words["solver"], words["metric"]
+        self.rule = words["rule"]
+        if self.solver == "cg" and radius < math.inf:
             raise ValueError(
-                'solver="cg" knows no radius: the damping bounds its steps. Pass radius=math.inf'
+                'solver="cg" has no radius: the damping bounds its steps. Pass radius=math.inf'
                 f" and a positive damping, got radius={radius}"
             )
-        if metric == "fisher" and preconditioner is not None:
+        if self.metric == "fisher" and preconditioner is not None:
             raise ValueError(
-                'metric="fisher" and a preconditioner are both the metric of the region: give one'
+                'metric="fisher" and a preconditioner each define the metric of the region: give'
+                " one of them"
             )
         defaults = {
             "lr": lr,
             "radius": radius,
             "damping": damping,
-            "adapt_damping": adapt_damping,
-            "damping_factor": damping_factor,
             "max_iter": max_iter,
             "rtol": rtol,
-            "max_rejections": max_rejections,
-            "warm_start": warm_start,
-            "metric_damping": metric_damping,
+            "gtol": gtol,
             "maximize": maximize,
+            **numbers,
         }
         super().__init__(params, defaults, preconditioner, process_group)
 
@@ -185,120 +172,83 @@ class NewtonTrustRegion(TrustRegionOptimizer):
         """Take one step; :attr:`info` then says how it went.
 
         Args:
-            closure: returns the loss, or ``(loss, outputs)``, or ``(loss, distribution)``. None is
+            closure: Returns the loss, or ``(loss, outputs)``, or ``(loss, distribution)``. None is
                 allowed only where there is nothing to do: every ``.grad`` is None or zero
                 (checkpointing libraries call it so).
 
         Returns:
-            The loss before the step, detached; None without a closure. The mean over all processes
-            where there are several.
+            The loss before the step, detached; None without a closure. With several processes it is
+            the mean over all of them.
 
         Raises:
-            RuntimeError: no closure although there are gradients, inference mode, a GradScaler, a
-                model whose graph cannot be differentiated twice, or another process that failed.
-            TypeError: the closure returned something else, or a distribution that is refused.
-            ValueError: parameters that are not finite, a loss without a graph, or a closure that
-                does not return what the curvature needs.
+            RuntimeError: There are gradients and no closure, inference mode is on, a GradScaler is
+                used, the model's graph cannot be differentiated twice, or another process failed.
+            TypeError: The closure returned something else, or a distribution that is refused.
+            ValueError: Parameters are not finite, the loss has no graph, or the closure does not
+                return what the curvature needs.
 
         """
-        self._refuse_scaler()
-        options = shared_options(self.param_groups, NewtonOptions)
         if closure is None:
-            self._require_closure("the loss")
-            self._count_step()
-            return None
-        vector, replicas = self._vector(), self._replicas()
-        last = self._last_direction(vector) if options.warm_start else None
-        with comparable_kernels():
-            calls = Calls(closure, vector.device)
-            agreed = self._agreed(options)
-            start = enter(calls, read_judgement, _parts, vector, replicas, agreed)
-            returned = start.evaluation.loss.detach().clone()  # it may be a parameter itself
-            curvature = Curvature(
-                self.curvature, self.metric, vector, replicas, start, options, *self._rates(vector)
-            )
-            model, info = quadratic_model(curvature, self._gated())
-            if model is not None:
-                joint = start.evaluation.joint
-                trials = Trials(
-                    calls,
-                    None if joint is None else joint.frozen(),
-                    vector,
-                    start.theta,
-                    replicas,
-                    start.share,
-                    returned.new_tensor(start.loss),
-                    options.sign,
-                    curvature.lr,
-                    curvature.unscaled,
-                )
-                info = self._search(trials, model, options, last, info)
-            self.info = replace(info, products=curvature.products, evaluations=calls.count)
-        self._count_step()
-        return returned if replicas.size == 1 else returned.new_tensor(info.loss)
+            return self._nothing_to_do("the loss")
+        o = self._options(NewtonOptions)
+        with self._objective(closure, read_newton, o) as objective:
+            objective.note(radius=o.radius, damping=o.damping)
+            if not objective.finite():  # info.status says why
+                return objective.returned
+            with objective.derivatives():
+                raw, A = derivatives(objective, self.curvature)  # linearized once
+                g = objective.slope(raw, o.gtol)  # in the units of the learning rates
+                if g is None:
+                    return objective.returned
+                if self.metric == "fisher":
+                    M = fisher_metric(objective, o)
+                else:
+                    M = preconditioned(objective, A, self._gated(), o.damping)
+            rtol = forcing_sequence() if o.rtol is None else o.rtol
+            model = Model(A=objective.units.operator(A), g=g, M=M, rtol=rtol, max_iter=o.max_iter)
+            last = self._last_solution(objective.vector, o)
+            minimize = minimizer(
+                model, self.solver, o, last
+            )  # region -> its minimizer of the model
+            self._try(objective, minimize, o)  # rho = actual / predicted reduction, region follows
+            inner = M.count if isinstance(M, FisherMetric) else 0
+            objective.note(products=A.count + inner)
+        return objective.returned
 
-    def _search(
-        self,
-        trials: Trials,
-        model: Model,
-        options: NewtonOptions,
-        last: Tensor | None,
-        info: StepInfo,
-    ) -> StepInfo:
-        """Commit a step that will do, or restore the parameters bit for bit."""
-        solve, accepted = solver(self.solver, model, options, last), False
-        moved: dict[str, float] = {}  # options that follow what was measured
-        try:
-            if self.solver == "cg":
-                step = solve(options.damping)
-                info, rho = shorten(trials, step, options.max_rejections, info)
-                if options.warm_start:
-                    self._keep_direction(trials.vector, step.s)
-                moved |= self._adapted_damping(options, rho)
-            elif options.radius == math.inf:
-                limit, first = options.max_rejections, options.damping
-                follow = self._raised(options)
-                info, damping, _ = shrink(trials, solve, "damping", first, follow, limit, info)
-                if options.adapt_damping:
-                    moved["damping"] = damping
-            else:
-                limit, first = options.max_rejections, options.radius
-                follow = self._next_radius
-                info, radius, rho = shrink(trials, solve, "radius", first, follow, limit, info)
-                moved |= {"radius": radius, **self._adapted_damping(options, rho)}
-            info = trials.doubted(info)
-            if info.status is not Status.NOT_REPRODUCIBLE:  # which says nothing of any trial
-                for name, value in moved.items():
-                    self._write(name, value)
-            accepted = info.accepted
-        finally:  # also on KeyboardInterrupt
-            if not accepted:
-                trials.vector.assign(trials.theta)
-        return info
+    def _try(self, objective: Objective, minimize: Minimizer, o: NewtonOptions) -> None:
+        """Keep a step that reduces the loss as the model predicts, and let the region follow."""
+        limit, changes = o.max_rejections, {}
+        if self.solver == "cg":
+            with objective.derivatives():
+                step = minimize(o.damping)
+            rho = shorten(objective, step, limit)
+            if o.warm_start:
+                self._keep_solution(objective.vector, step.s)
+            changes = self._next_damping(o, rho)
+        elif o.radius == math.inf:
+            raised = lambda damping, rho, _: _marquardt(damping, rho, o)  # noqa: E731
+            size, _ = shrink(objective, minimize, "damping", o.damping, raised, limit)
+            changes = {} if o.damping_factor is None else {"damping": size}
+        else:
+            size, rho = shrink(objective, minimize, "radius", o.radius, self._next_radius, limit)
+            changes = {"radius": size, **self._next_damping(o, rho)}
+        if objective.info.status in FAILED:
+            objective.compare_start(objective.info.predicted_reduction)
+        if objective.info.status is not Status.NOT_REPRODUCIBLE:  # Then no trial says anything.
+            for name, value in changes.items():
+                self._write(name, value)
 
-    def _agreed(self, options: SharedOptions) -> str:
-        settings = ", ".join(f"{name}={getattr(self, name)}" for name in self._settings)
-        return f"{super()._agreed(options)}, {settings}"
-
-    def _next_radius(self, radius: float, rho: float, step: ModelStep) -> float:
-        if self.radius_rule == "gould":
+    def _next_radius(self, radius: float, rho: float, step: TrialStep) -> float:
+        if self.rule == "gould":
             return gould_radius(radius, rho, length=step.norm)
         return classic_radius(radius, rho, on_boundary=step.on_boundary)
 
-    def _raised(self, options: NewtonOptions) -> Callable[[float, float, ModelStep], float]:
-        factor = options.damping_factor
-        return lambda damping, rho, _: levenberg_marquardt_damping(damping, rho, factor=factor)
+    def _next_damping(self, o: NewtonOptions, rho: float) -> dict[str, float]:
+        return {} if o.damping_factor is None else {"damping": _marquardt(o.damping, rho, o)}
 
-    def _adapted_damping(self, options: NewtonOptions, rho: float) -> dict[str, float]:
-        if not options.adapt_damping:
-            return {}
-        factor = options.damping_factor
-        return {"damping": levenberg_marquardt_damping(options.damping, rho, factor=factor)}
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Return what deepcopy and pickle keep."""
-        return {**super().__getstate__(), **{name: getattr(self, name) for name in self._settings}}
+    def _settings(self) -> dict[str, str]:
+        return {name: getattr(self, name) for name in KNOWN}
 
 
-def _parts(evaluation: Judgement) -> tuple[Tensor, Tensor, float]:
-    return evaluation.loss, evaluation.loss.new_zeros(0), evaluation.weight
+def _marquardt(damping: float, rho: float, o: NewtonOptions) -> float:
+    return levenberg_marquardt_damping(damping, rho, factor=o.damping_factor or 1.5)

@@ -1,4 +1,4 @@
-"""The options that the parameter groups of an optimizer share."""
+"""The options of the optimizers, and their checks."""
 
 from __future__ import annotations
 
@@ -10,20 +10,99 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 
+@dataclass(frozen=True, kw_only=True)
+class Search:
+    """How :class:`NaturalTrustRegion` searches along its step.
+
+    Attributes:
+        backtrack_factor: The largest factor from a trial that did not lower the loss to the next.
+        max_backtracks: The number of trials after the first.
+        scales: Lengths to try first, as fractions of the length to the edge of the ball. If there
+            are several, each is measured for each damping, and the one of least loss is taken.
+        max_kl: A bound on the KL of every sample, in addition to the bound on their mean.
+
+    """
+
+    backtrack_factor: float = 0.7
+    max_backtracks: int = 30
+    scales: tuple[float, ...] = (1.0,)
+    max_kl: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adapt:
+    """What :class:`NaturalTrustRegion` carries from one step to the next.
+
+    Attributes:
+        max_delta: Lets ``delta`` follow rho, the actual over the predicted reduction of the loss.
+            After a step with rho below 1/4, ``delta`` shrinks to a quarter, but not below a
+            millionth of ``max_delta``. After a step with rho above 3/4 that used at least 0.8 of
+            ``delta``, it doubles, up to ``max_delta``.
+        damping_factor: Lets ``damping`` follow rho, by this factor
+            (:func:`levenberg_marquardt_damping`). 1.5 is usual.
+        kl_target: Lets ``penalty`` follow the measured KL. The penalty doubles after a step of more
+            than 1.5 times ``kl_target`` and after a rejected step, and halves after a step of less
+            than ``kl_target / 1.5``. A rejected step with a predicted KL below a millionth of
+            ``kl_target`` leaves it unchanged.
+        warm_start: Starts conjugate gradients from this fraction of the last solution, so that
+            several steps share the work of one solve. It costs one product.
+
+    """
+
+    max_delta: float | None = None
+    damping_factor: float | None = None
+    kl_target: float | None = None
+    warm_start: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Region:
+    r"""How :class:`NewtonTrustRegion` minimizes its model, and how the region follows rho.
+
+    Attributes:
+        solver: ``"gltr"`` is exact over a Krylov space, ``"steihaug"`` truncates conjugate
+            gradients, and ``"cg"`` solves the damped system, without a radius.
+        metric: The norm of the radius. ``"euclidean"`` is :math:`\sqrt{s'M^{-1}s}` if there is a
+            preconditioner ``M``. ``"fisher"`` is :math:`\sqrt{s'(F + \mu I)s}`, in which a radius
+            of :math:`\sqrt{2\delta}` is to second order a KL of :math:`\delta`. Each iteration
+            then solves a system with ``F``, by at most ``max_iter`` products.
+        metric_damping: The damping :math:`\mu` of the Fisher metric.
+        rule: ``"gould"`` (:func:`gould_radius`) or ``"classic"`` (:func:`classic_radius`).
+        damping_factor: Lets ``damping`` follow rho by this factor
+            (:func:`levenberg_marquardt_damping`); None leaves it fixed. 1.5 is Martens' choice.
+        max_rejections: The number of trials that may fail before the step gives up.
+        warm_start: Starts the solver ``"cg"`` from this fraction of the last solution.
+
+    """
+
+    solver: str = "gltr"
+    metric: str = "euclidean"
+    metric_damping: float = 1e-3
+    rule: str = "gould"
+    damping_factor: float | None = None
+    max_rejections: int = 20
+    warm_start: float = 0.0
+
+
 @dataclass(frozen=True)
 class SharedOptions:
-    """What both optimizers have."""
+    """The options of both optimizers, as the parameter groups hold them."""
 
     maximize: bool
     warm_start: float
+    damping_factor: float | None
 
     def __post_init__(self) -> None:
-        """Check the ranges; a schedule may write tensors."""
+        """Check the ranges, and turn the tensors that a schedule may write into floats."""
         self._in_range("warm_start", 0 <= self._number("warm_start") <= 1, "lie in [0, 1]")
+        if self.damping_factor is not None:
+            self._in_range(
+                "damping_factor", 1 < self._number("damping_factor") < math.inf, "exceed 1"
+            )
 
     @property
     def sign(self) -> float:
-        """Factor that turns the user's objective into one to minimise."""
+        """The factor that turns the closure's loss into one to minimize."""
         return -1.0 if self.maximize else 1.0
 
     def _number(self, name: str) -> float:
@@ -55,7 +134,7 @@ class SharedOptions:
 
 @dataclass(frozen=True)
 class NaturalOptions(SharedOptions):
-    """Those of NaturalTrustRegion."""
+    """The options of NaturalTrustRegion."""
 
     delta: float
     damping: float | tuple[float, ...]
@@ -68,7 +147,6 @@ class NaturalOptions(SharedOptions):
     penalty: float | None
     kl_target: float | None
     max_delta: float | None
-    adapt_damping: bool
 
     def __post_init__(self) -> None:
         """Check the ranges."""
@@ -107,10 +185,10 @@ class NaturalOptions(SharedOptions):
             self._number("damping")
         fits = len(self.dampings) > 0 and all(0 <= d < math.inf for d in self.dampings)
         self._in_range("damping", fits, "be finite and not negative")
-        if self.adapt_damping and len(self.dampings) > 1:
+        if self.damping_factor is not None and len(self.dampings) > 1:
             raise ValueError(
-                "adapt_damping moves one damping between steps, and several are chosen from within"
-                f" each: give one of the two, got damping={self.damping}"
+                "damping_factor moves one damping between steps, and several dampings are compared"
+                f" within each step: give one of the two, got damping={self.damping}"
             )
 
     @property
@@ -130,14 +208,13 @@ def _numbers(name: str, given: object) -> tuple[float, ...]:
 
 @dataclass(frozen=True)
 class NewtonOptions(SharedOptions):
-    """Those of NewtonTrustRegion."""
+    """The options of NewtonTrustRegion."""
 
     radius: float
     damping: float
-    adapt_damping: bool
-    damping_factor: float
     max_iter: int
     rtol: float | None
+    gtol: float
     max_rejections: int
     metric_damping: float
 
@@ -146,8 +223,8 @@ class NewtonOptions(SharedOptions):
         super().__post_init__()
         self._positive("radius", infinite=True)
         self._positive("damping", zero=True)
-        self._in_range("damping_factor", 1 < self._number("damping_factor") < math.inf, "exceed 1")
         self._count("max_iter", 1)
+        self._positive("gtol", zero=True)
         if self.rtol is not None:
             self._in_range("rtol", 0 <= self._number("rtol") < 1, "lie in [0, 1), or be None")
         self._count("max_rejections", 0)
@@ -159,8 +236,19 @@ class NewtonOptions(SharedOptions):
             )
 
 
+def flat(name: str, record: object, kind: type[Search | Adapt | Region]) -> dict[str, Any]:
+    """Return the options of a record under the names that the parameter groups give them."""
+    if not isinstance(record, kind):
+        word = kind.__name__
+        raise TypeError(
+            f"{name} must be a trustregion.optim.{word}, for example {name}={word}("
+            f"{fields(kind)[0].name}=...), got {record!r}"
+        )
+    return {field.name: getattr(record, field.name) for field in fields(kind)}
+
+
 def option_names(kind: type[SharedOptions]) -> list[str]:
-    """Return the names of the options that the groups share."""
+    """Return the names of the options that all groups share."""
     return [field.name for field in fields(kind)]
 
 
@@ -174,10 +262,10 @@ OptionsT = TypeVar("OptionsT", bound=SharedOptions)
 
 
 def shared_options(groups: Sequence[dict[str, Any]], kind: type[OptionsT]) -> OptionsT:
-    """Return the options of the parameter groups, checked: schedulers write them between steps.
+    """Return the checked options of the parameter groups, which schedulers may have changed.
 
     Raises:
-        ValueError: an option out of range, or groups that disagree on one other than ``lr``.
+        ValueError: An option is out of range, or groups disagree on one other than ``lr``.
 
     """
     shared = option_names(kind)

@@ -1,7 +1,8 @@
-"""The steps of a Newton method: the quadratic model minimised again and again, for few products."""
+"""The quadratic model of NewtonTrustRegion, minimized for one size of the region after another."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TypeAlias
@@ -9,6 +10,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from ..arguments import finite
 from ..operators.base import Identity, LinearOperator
 from ..solvers.cg import cg
 from ..solvers.gltr import gltr
@@ -18,24 +20,25 @@ from ..solvers.solution import LinearSolution, SubproblemSolution
 from ..solvers.steihaug import steihaug
 from ..status import Status
 from ..vector import dot, norm
+from .options import NewtonOptions
 
 Tolerance: TypeAlias = "Callable[[float], float] | float"
-PROGRESS = 5e-4  # an iteration of conjugate gradients has to earn this fraction; Martens' value
+PROGRESS = 5e-4  # Martens' value: the relative progress that an iteration has to make.
 
 
-@dataclass(frozen=True)
-class ModelStep:
-    r"""A step ``s`` and what the model :math:`g's + \frac12 s'As` says of it.
+@dataclass(frozen=True, kw_only=True)
+class TrialStep:
+    r"""A step ``s`` and its values in the model :math:`g's + \frac12 s'As`.
 
     Attributes:
-        s: the step, shape ``(n,)``.
-        status: how the solve ended; ``NEGATIVE_CURVATURE`` also where :math:`s'As` is negative.
-        decrease: :math:`-g's`.
+        s: The step, shape ``(n,)``.
+        status: How the solve ended; ``NEGATIVE_CURVATURE`` also where :math:`s'As` is negative.
+        decrease: The linear decrease :math:`-g's`.
         curvature: :math:`s'As`, without the damping.
-        norm: the length of the step in the metric of the region.
-        on_boundary: the step has the length of the radius.
-        iterations: of the solve.
-        residual: of the solve, relative to the gradient's norm.
+        norm: The length of the step in the metric of the region.
+        on_boundary: The step has the length of the radius.
+        iterations: The iterations of the solve.
+        residual: The residual of the solve, relative to the norm of the gradient.
 
     """
 
@@ -49,20 +52,20 @@ class ModelStep:
     residual: float
 
     def reduction(self, scale: float) -> float:
-        """Return how much the model falls along ``scale`` times the step."""
+        """Return the reduction of the model along ``scale`` times the step."""
         return scale * self.decrease - 0.5 * scale**2 * self.curvature
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Model:
-    """The quadratic model of one point, and how exactly it is minimised.
+    """The quadratic model at one point, and how accurately it is minimized.
 
     Attributes:
-        A: its matrix, without damping.
-        g: the gradient, shape ``(n,)``.
-        M: an approximate inverse of ``A``, the inverse of which is the metric; None for Euclidean.
-        rtol: tolerance of a solve.
-        max_iter: limit on its iterations.
+        A: Its matrix, without damping.
+        g: The gradient, shape ``(n,)``.
+        M: An approximate inverse of ``A``, whose inverse is the metric; None for Euclidean.
+        rtol: The tolerance of a solve.
+        max_iter: The limit on the iterations of a solve.
 
     """
 
@@ -78,19 +81,39 @@ class Model:
         return self.A if damping == 0 else self.A + damping * Identity(n, like.dtype, like.device)
 
 
-Solve = Callable[[float], ModelStep]
+Minimizer: TypeAlias = "Callable[[float], TrialStep]"
+"""Minimizes the model for one size of the region: a radius, or a damping without a radius."""
 
 
-def within_radius(model: Model, damping: float) -> Solve:
-    """Minimise over the ball of a radius, in a Krylov space that the first solve makes.
+def minimizer(model: Model, solver: str, o: NewtonOptions, last: Tensor | None) -> Minimizer:
+    """Return the minimizer of a solver.
 
-    Later ones are for smaller radii and take no product: their trials have written the parameters,
-    so that the graph of the products is no more, and the space is large enough.
+    Args:
+        model: The quadratic model.
+        solver: ``"gltr"``, ``"steihaug"`` or ``"cg"``.
+        o: The options of the optimizer.
+        last: The solution of the last step, for a warm start of ``"cg"``.
+
+    """
+    if solver == "cg":
+        x0 = None if last is None else o.warm_start * last
+        usable = x0 is not None and bool(x0.any()) and finite(x0)
+        return hessian_free(model, x0 if usable else None)
+    if o.radius == math.inf:
+        return with_damping(model)
+    return truncated(model, o.damping) if solver == "steihaug" else within_radius(model, o.damping)
+
+
+def within_radius(model: Model, damping: float) -> Minimizer:
+    """Minimize over the ball of a radius, in a Krylov space that the first solve builds.
+
+    Later solves are for smaller radii, for which the space is large enough, and take no product.
+    They could not take one: a trial has written the parameters, which invalidates the graph.
     """
     A = model.damped(damping)
     space = KrylovSpace(A, -model.g, model.M)
 
-    def solve(radius: float) -> ModelStep:
+    def solve(radius: float) -> TrialStep:
         if space.size:
             return _region_step(model, space.minimize(radius, rtol=model.rtol), damping)
         max_iter = model.max_iter
@@ -100,11 +123,11 @@ def within_radius(model: Model, damping: float) -> Solve:
     return solve
 
 
-def truncated(model: Model, damping: float) -> Solve:
-    """Minimise over the ball by Steihaug's method: a smaller one ends the same path earlier."""
+def truncated(model: Model, damping: float) -> Minimizer:
+    """Minimize by Steihaug's method: a smaller ball ends the same path of iterates earlier."""
     path = _Remembered(model.damped(damping))
 
-    def solve(radius: float) -> ModelStep:
+    def solve(radius: float) -> TrialStep:
         path.rewind()
         found = steihaug(path, model.g, radius, M=model.M, rtol=model.rtol, max_iter=model.max_iter)
         return _region_step(model, found, damping)
@@ -112,15 +135,15 @@ def truncated(model: Model, damping: float) -> Solve:
     return solve
 
 
-def with_damping(model: Model) -> Solve:
-    """Minimise with ``damping M^-1`` added, in a Krylov space that the first solve makes.
+def with_damping(model: Model) -> Minimizer:
+    """Minimize with ``damping M^-1`` added, in a Krylov space that the first solve builds.
 
-    Later ones are for larger dampings and take no product, as for :func:`within_radius`. The step
+    Later solves are for larger dampings and take no product, as in :func:`within_radius`. The step
     is zero where the damping is too small to make the matrix positive definite.
     """
     space = KrylovSpace(model.A, -model.g, model.M)
 
-    def solve(damping: float) -> ModelStep:
+    def solve(damping: float) -> TrialStep:
         grows = not space.size
         while grows and space.size < model.max_iter:
             enough = not space.is_too_small(damping=damping, rtol=model.rtol)
@@ -133,10 +156,10 @@ def with_damping(model: Model) -> Solve:
     return solve
 
 
-def hessian_free(model: Model, x0: Tensor | None) -> Solve:
-    """Minimise with a damping by conjugate gradients that end by Martens' rule, from ``x0``."""
+def hessian_free(model: Model, x0: Tensor | None) -> Minimizer:
+    """Minimize with a damping by conjugate gradients from ``x0`` that stop by Martens' rule."""
 
-    def solve(damping: float) -> ModelStep:
+    def solve(damping: float) -> TrialStep:
         found = cg(
             model.damped(damping),
             -model.g,
@@ -151,37 +174,37 @@ def hessian_free(model: Model, x0: Tensor | None) -> Solve:
     return solve
 
 
-def _region_step(model: Model, found: SubproblemSolution, damping: float) -> ModelStep:
+def _region_step(model: Model, found: SubproblemSolution, damping: float) -> TrialStep:
     curvature = found.curvature - (damping * dot(found.s, found.s) if damping else 0.0)
     bends = found.status is Status.CONVERGED and curvature < 0
-    return ModelStep(
-        found.s,
-        Status.NEGATIVE_CURVATURE if bends else found.status,
-        found.predicted_reduction + 0.5 * found.curvature,
-        curvature,
-        found.norm,
-        found.on_boundary,
-        found.iterations,
-        found.residual_norm / norm(model.g),
+    return TrialStep(
+        s=found.s,
+        status=Status.NEGATIVE_CURVATURE if bends else found.status,
+        decrease=found.predicted_reduction + 0.5 * found.curvature,
+        curvature=curvature,
+        norm=found.norm,
+        on_boundary=found.on_boundary,
+        iterations=found.iterations,
+        residual=found.residual_norm / norm(model.g),
     )
 
 
-def _damped_step(model: Model, found: LinearSolution, excess: float) -> ModelStep:
-    """Return the step, of whose curvature the damping has ``excess``."""
-    return ModelStep(
-        found.x,
-        found.status,
-        -dot(model.g, found.x),
-        found.curvature - excess,
-        found.norm,
-        False,
-        found.iterations,
-        found.residual_norm / norm(model.g),
+def _damped_step(model: Model, found: LinearSolution, excess: float) -> TrialStep:
+    """Return the solution as a step; ``excess`` is the damping's part of its curvature."""
+    return TrialStep(
+        s=found.x,
+        status=found.status,
+        decrease=-dot(model.g, found.x),
+        curvature=found.curvature - excess,
+        norm=found.norm,
+        on_boundary=False,
+        iterations=found.iterations,
+        residual=found.residual_norm / norm(model.g),
     )
 
 
 class _Remembered(LinearOperator):
-    """An operator that knows the products of a path which is walked again from its start."""
+    """An operator that remembers its products, for a path that is walked again from its start."""
 
     def __init__(self, A: LinearOperator) -> None:
         super().__init__(A.shape[0], A.dtype, A.device)
@@ -201,16 +224,3 @@ class _Remembered(LinearOperator):
             self._known.append((v.clone(), out.clone()))
         self._next += 1
         return out.clone()
-
-
-class Counted(LinearOperator):
-    """An operator that counts its products."""
-
-    def __init__(self, A: LinearOperator) -> None:
-        super().__init__(A.shape[0], A.dtype, A.device)
-        self.inner, self.count = A, 0
-
-    def mv(self, v: Tensor) -> Tensor:
-        """Return the product."""
-        self.count += 1
-        return self.inner.mv(v)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
+
+from ..vector import norm
 
 
 class Basis:
@@ -29,11 +33,33 @@ class Basis:
         self._count += 1
 
 
-def orthogonalise(r: Tensor, W: Tensor, Q: Tensor) -> Tensor:
+class Residuals:
+    """The residuals of conjugate gradients, and their images under ``M`` if there is one."""
+
+    def __init__(self, like: Tensor, preconditioned: bool) -> None:
+        self._r = Basis(like)
+        self._z = Basis(like) if preconditioned else self._r
+
+    def take_off(self, r_next: Tensor, r: Tensor, z: Tensor, rz: float) -> float:
+        """Keep ``r`` and ``z = M r``; make ``r_next`` orthogonal to all kept, in place.
+
+        Returns the size of what was taken off.
+        """
+        scale = 1 / math.sqrt(rz)
+        self._r.append(r * scale)
+        if self._z is not self._r:
+            self._z.append(z * scale)
+        rest = orthogonalize(r_next, self._r.rows, self._z.rows)
+        removed = norm(r_next - rest)
+        r_next.copy_(rest)
+        return removed
+
+
+def orthogonalize(r: Tensor, W: Tensor, Q: Tensor) -> Tensor:
     """Return ``r - W' (Q r)``, twice over, for rows with ``Q W' = I``.
 
-    Twice, since one pass leaves ``eps |r|`` in the span, which is much where little of ``r`` is
-    left. Cost: ``8 k n`` operations for ``k`` rows.
+    One pass leaves ``eps |r|`` in the span, which is much where little of ``r`` is left. Cost:
+    ``8 k n`` operations for ``k`` rows.
 
     References:
         Giraud, Langou, Rozloznik, On the loss of orthogonality in the Gram-Schmidt

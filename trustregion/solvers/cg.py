@@ -9,12 +9,14 @@ import torch
 from torch import Tensor
 
 from ..arguments import check_count, check_start, check_tolerances, check_vector
-from ..operators.base import LinearOperator, OperatorLike, as_operator
+from ..operators.base import LinearOperator, OperatorLike, as_operator, product
 from ..status import Status
-from .recurrence import Recurrence, Rules
-from .solution import LinearSolution
-from .stopping import Progress
-from .verified import Asking, Goal, Observer, Solving, drive, solve
+from ..vector import dot, norm
+from .basis import Residuals
+from .products import Asks, answer, answer_in_blocks
+from .refinement import Line, Refinement, Run, Start
+from .solution import LinearSolution, join
+from .stopping import Progress, Tolerance, why_no_direction
 
 
 @torch.no_grad()
@@ -114,66 +116,98 @@ def cg(
     like = b if b.ndim == 1 else b[:, 0] if b.shape[1] else b.new_empty(b.shape[0])
     A = as_operator(A, like)
     M = None if M is None else as_operator(M, like)
-    limit = 10 * like.numel() if max_iter is None else max_iter
-    spend = math.inf if max_products is None else max_products
-    goal = Goal(rtol, atol, limit, spend, verify, callback)
 
-    def start(
-        r: Tensor, tolerance: float, left: int, observe: Observer | None, value: float
-    ) -> Asking:
-        progress = None if progress_tol is None else Progress(progress_tol, value)
-        rules = Rules(tolerance, left, progress, reorthogonalize=reorthogonalize)
-        return Recurrence(r, b.dtype, M, rules, observe).iterate()
+    def run(start: Start) -> Asks[Run]:
+        progress = None if progress_tol is None else Progress(progress_tol, start.value)
+        kept = Residuals(start.r, M is not None) if reorthogonalize else None
+        return conjugate_gradients(start, b.dtype, M, progress=progress, kept=kept)
 
+    asked = Refinement(
+        run=run,
+        tolerance=Tolerance(rtol, atol),
+        max_iter=10 * like.numel() if max_iter is None else max_iter,
+        max_products=math.inf if max_products is None else max_products,
+        verify=verify,
+        callback=callback,
+    )
     if b.ndim == 1:
-        return drive(A, solve(b, x0, goal, start))
+        return answer(A, asked.solve(b, x0))
     starts = [None] * b.shape[1] if x0 is None else x0.unbind(1)
     pairs = zip(b.unbind(1), starts, strict=True)
-    return _together(A, b, [solve(*pair, goal, start) for pair in pairs])
+    return join(b, answer_in_blocks(A, [asked.solve(*pair) for pair in pairs]))
 
 
-def _together(A: LinearOperator, b: Tensor, solves: list[Solving]) -> LinearSolution:
-    """Give several solves their products in blocks, and join what they return."""
-    ended: dict[int, LinearSolution] = {}
-    answers: dict[int, Tensor | None] = dict.fromkeys(range(len(solves)))
-    while answers:
-        asked: dict[int, Tensor] = {}
-        for i, answer in answers.items():
-            try:
-                asked[i] = solves[i].send(answer)  # type: ignore[arg-type]  # None starts it
-            except StopIteration as end:
-                ended[i] = end.value
-        if not asked:
-            break
-        V = torch.stack(list(asked.values()), dim=1)
-        block = A.mm(V)
-        if block.shape != V.shape or block.dtype is not V.dtype:
-            raise ValueError(
-                f"the operator must map a block of shape {tuple(V.shape)} and dtype {V.dtype} to"
-                f" one alike, got shape {tuple(block.shape)} and dtype {block.dtype}"
-            )
-        answers = dict(zip(asked, block.T.contiguous(), strict=True))
-    return join(b, [ended[i] for i in range(len(solves))])
+Leaves = Callable[[Run, Tensor, Tensor, float], bool]
+"""``(run, p, M^-1 p, alpha)`` -> whether ``x + alpha p`` is outside of where ``x`` must stay."""
 
 
-def join(b: Tensor, columns: list[LinearSolution]) -> LinearSolution:
-    """Return the account of all columns of ``b``."""
-    others = (c.status for c in columns if c.status is not Status.CONVERGED)
-    return LinearSolution(
-        torch.stack([c.x for c in columns], dim=1) if columns else torch.zeros_like(b),
-        next(others, Status.CONVERGED),
-        max((c.iterations for c in columns), default=0),
-        sum(c.products for c in columns),
-        max((c.residual_norm for c in columns), default=0.0),
-        math.fsum(c.curvature for c in columns),
-        model_value=math.fsum(c.model_value for c in columns),
-        norm=max((c.norm for c in columns), default=0.0),
-        true_residual_norm=_largest([c.true_residual_norm for c in columns]),
-        columns=tuple(columns),
-    )
+def conjugate_gradients(
+    system: Start,
+    dtype: torch.dtype,
+    M: LinearOperator | None,
+    *,
+    progress: Progress | None = None,
+    kept: Residuals | None = None,
+    leaves: Leaves | None = None,
+) -> Asks[Run]:
+    """Run Alg. 5.3 of Nocedal and Wright from ``x = 0``.
+
+    At small n the time goes into calls, so the common path makes only six calls of torch.
+    """
+    eps, largest = torch.finfo(dtype).eps, torch.finfo(dtype).max
+    run = Run.start(system.r, M)
+    p, r_next = torch.zeros_like(run.r), torch.empty_like(run.r)
+    w = p if M is None else torch.zeros_like(p)  # M^-1 p
+    rz, pp = math.inf, 0.0
+    while run.goes_on(system.tolerance, system.max_iter, eps):
+        r = run.r
+        z = r if M is None else product(M, r.to(dtype)).double()
+        rz_old, rz = rz, run.rr if M is None else dot(r, z)
+        if not 0 < rz < math.inf:
+            return run.ended(why_no_direction(rz))
+        beta = min(rz / rz_old, largest)
+        torch.add(z, p, alpha=beta, out=p)  # p = z + beta p
+        if M is not None:
+            torch.add(r, w, alpha=beta, out=w)
+        # Without M, r and the old p are orthogonal.
+        pp = rz + beta * beta * pp if M is None else dot(p, p)
+        if not 0 < pp < math.inf:
+            return run.ended(Status.BREAKDOWN)
+        Ap = yield p
+        run.products += 1
+        pAp = torch.dot(p, Ap).item()
+        if not math.isfinite(pAp):
+            return run.ended(Status.NONFINITE_OPERATOR)
+        alpha, rr = rz / pAp if pAp > 0 else math.inf, math.inf
+        if alpha < math.inf:
+            torch.add(r, Ap, alpha=-alpha, out=r_next)  # r_next = r - alpha Ap
+            run.removed += 0.0 if kept is None else kept.take_off(r_next, r, z, rz)
+            rr = torch.dot(r_next, r_next).item()
+            if not math.isfinite(rr):
+                return run.ended(Status.NONFINITE_OPERATOR)
+            # Without M, r and r_next are orthogonal: |alpha Ap|^2 = r'r + r_next'r_next.
+            norm_Ap = math.sqrt(run.rr + rr) / alpha if M is None else norm(Ap)
+            run.norm_A = max(run.norm_A, norm_Ap / math.sqrt(pp))
+        if pAp <= eps * run.norm_A * pp or (leaves is not None and leaves(run, p, w, alpha)):
+            run.line, run.direction = Line(p, w, Ap, rz, pAp, pp), p
+            return run.ended(_why_not_to_the_minimum(run.line, run.norm_A, eps))
+        run.reach += alpha * math.sqrt(pp)
+        if not max(alpha, run.reach) <= largest:
+            return run.ended(Status.NONFINITE_OPERATOR)
+        run.move(p, w, alpha)
+        run.r, r_next, run.rr = r_next, r, rr
+        run.iterations += 1
+        if system.observe is not None:
+            system.observe(run.x)
+        if progress is not None and progress.stops_after(0.5 * alpha * rz):
+            return run.ended(Status.PROGRESS_BELOW_TOLERANCE)
+    return run
 
 
-def _largest(norms: list[float | None]) -> float | None:
-    """Return the largest, or None if one is not known."""
-    known = [size for size in norms if size is not None]
-    return max(known) if known and len(known) == len(norms) else None
+def _why_not_to_the_minimum(line: Line, norm_A: float, eps: float) -> Status:
+    """Judge ``p'Ap``: the model has a minimum along ``p`` where it is above its rounding."""
+    if line.pAp > eps * norm_A * line.pp:
+        return Status.BOUNDARY
+    norm_A = max(norm_A, math.sqrt(dot(line.Ap, line.Ap) / line.pp))
+    negative = line.pAp < -eps * norm_A * line.pp
+    return Status.NEGATIVE_CURVATURE if negative else Status.ZERO_CURVATURE

@@ -18,7 +18,7 @@ from .nnls import TOUCHING, BallPoint, lowest_in_ball
 EPS, TINY = torch.finfo(torch.float64).eps, 2.0**-500
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class ConstrainedStep:
     r"""A step ``s`` for the parameters under linear constraints.
 
@@ -165,7 +165,7 @@ def _check_constraints(g: Tensor, a: Tensor, b: Tensor | float) -> tuple[Tensor,
 
 
 def _nothing(b: Tensor, status: Status = Status.CONVERGED) -> BallPoint:
-    return BallPoint(b[:0], torch.zeros_like(b), 0.0, status)
+    return BallPoint(y=b[:0], multipliers=torch.zeros_like(b), ball_multiplier=0.0, status=status)
 
 
 @dataclass(frozen=True)
@@ -283,14 +283,14 @@ class _Problem:
             status = Status.STAGNATED
         excess = 0.5 * self.damping * dot(s, s) if self.damping else 0.0
         return ConstrainedStep(
-            s,
-            status,
-            -slopes[0],
-            point.multipliers,
-            point.ball_multiplier,
-            values,
-            feasible,
-            max(self.delta * min(dot(point.y, point.y), 1.0) - excess, 0.0),
-            products,
-            iterations,
+            s=s,
+            status=status,
+            predicted_reduction=-slopes[0],
+            multipliers=point.multipliers,
+            ball_multiplier=point.ball_multiplier,
+            constraint_values=values,
+            feasible=feasible,
+            kl_model=max(self.delta * min(dot(point.y, point.y), 1.0) - excess, 0.0),
+            products=products,
+            iterations=iterations,
         )

@@ -15,7 +15,7 @@ from ..vector import dot, exponent, ldexp, norm
 from .region import no_step, region
 from .secular import minimize_in_eigenbasis
 from .solution import SubproblemSolution
-from .verified import Goal
+from .stopping import Tolerance
 
 
 @torch.no_grad()
@@ -93,7 +93,7 @@ def trust_region_dense(
     As = matrix @ s
     r, pull = problem.b - As, found.multiplier * y
     residual = norm(r - pull)
-    tolerance = Goal(rtol, atol).tolerance(problem.b, problem.e)
+    tolerance = Tolerance(rtol, atol).of(problem.b, problem.e)
     if not g.any() and not callable(rtol):  # there is no |g| to be relative to
         tolerance = max(tolerance, rtol * norm(pull))
     below = residual <= tolerance

@@ -17,7 +17,7 @@ from ..status import Status
 from ..vector import dot, exponent, ldexp, norm, scalar_ldexp
 from .cg import cg
 from .solution import LinearSolution
-from .verified import Goal
+from .stopping import Tolerance
 
 Method = Literal["auto", "dual", "primal"]
 Rtol = float | Callable[[float], float]
@@ -27,7 +27,7 @@ Rtol = float | Callable[[float], float]
 EXPECTED_ITERATIONS = 50
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class DualSolution(LinearSolution):
     """A :class:`LinearSolution` of ``(scale J'HJ + damping I) x = J'u``, and how it was found.
 
@@ -178,7 +178,7 @@ def dual_solve(
     if not finite(u):
         found = _ended(system, Status.NONFINITE_INPUT, 0)
     elif method == "dual":
-        found = _dual(system, Goal(rtol, 0.0, 0, verify=True))
+        found = _dual(system, Tolerance(rtol, 0.0))
     else:
         found = _primal(system, rtol, max_iter)
     return DualSolution(**vars(found), method=method, primal_flops=primal, dual_flops=dual)
@@ -216,9 +216,9 @@ class _System:
 def _ended(
     system: _System, status: Status, products: int, size: float = math.inf, p: Tensor | None = None
 ) -> LinearSolution:
-    """Return the zero solution, its residual's norm ``size`` and a direction ``p``."""
+    """Return the zero solution, whose residual has the norm ``size``, and a direction ``p``."""
     x = system.u.new_zeros(system.J.shape[1])
-    return LinearSolution(x, status, 0, products, size, 0.0, p)
+    return LinearSolution.none(x, status, products=products, residual_norm=size, direction=p)
 
 
 def _primal(system: _System, rtol: Rtol, max_iter: int | None) -> LinearSolution:
@@ -269,7 +269,7 @@ def _unit(system: _System, rows: Tensor, e: int, k: int, H: Tensor | None) -> _U
     return _Unit(rows, e, ldexp(system.u.double(), -k), H, weight, scalar_ldexp(d, j - q), q)
 
 
-def _dual(system: _System, goal: Goal) -> LinearSolution:
+def _dual(system: _System, asked: Tolerance) -> LinearSolution:
     J, k = system.J, exponent(system.u)
     if k is None:  # u = 0, whose solution is 0
         return _ended(system, Status.CONVERGED, 0, 0.0)
@@ -298,14 +298,14 @@ def _dual(system: _System, goal: Goal) -> LinearSolution:
         return _ended(system, Status.NONFINITE_OPERATOR, products, start)
     x = ldexp(out.double(), q - f)  # as it is returned
     r = g - unit.mv(x)
-    size, tolerance = norm(r), goal.tolerance(g, f)
+    size, tolerance = norm(r), asked.of(g, f)
     if not size <= norm(g):
         return _ended(system, Status.STAGNATED, products, start)
     short = size <= math.hypot(scalar_ldexp(lost, -t), tolerance)
     status = Status.LEAST_SQUARES if short else Status.STAGNATED
     found = LinearSolution(
-        out,
-        Status.CONVERGED if size <= tolerance else status,
+        x=out,
+        status=Status.CONVERGED if size <= tolerance else status,
         iterations=0,
         products=products,
         residual_norm=scalar_ldexp(size, f),

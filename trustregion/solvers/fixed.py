@@ -108,13 +108,13 @@ def fixed_cg(
     numbers = (state.rr.sqrt(), x @ (b - r) * unit, -0.5 * (x @ (b + r)) * unit)
     residual, curvature, value = (torch.where(sound, t, 0.0) * unit for t in numbers)
     return FixedSolution(
-        torch.where(sound, returned, 0.0),
-        torch.where(sound, residual, torch.inf),
-        curvature,
-        value,
-        state.steps,
-        sound & (state.rr <= tolerance),
-        state.failed | ~sound,
+        x=torch.where(sound, returned, 0.0),
+        residual_norm=torch.where(sound, residual, torch.inf),
+        curvature=curvature,
+        model_value=value,
+        iterations=state.steps,
+        converged=sound & (state.rr <= tolerance),
+        failed=state.failed | ~sound,
     )
 
 

@@ -13,7 +13,7 @@ from ..status import Status
 from ..vector import dot, norm
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True, eq=False)  # a tensor has no truth value to compare by
 class Step:
     """A step ``s`` for the parameters.
 
@@ -62,19 +62,19 @@ def kl_ball_step(
     """
     check_radius("delta", delta)
     if not (finite(x) and finite(g)):
-        return Step(torch.zeros_like(x), Status.NONFINITE_INPUT, 0.0)
+        return _no_step(x, Status.NONFINITE_INPUT)
     curvature = damped_curvature - damping * dot(x, x)
     # The recurrence carries x'(F + damping I)x to about k eps; 100 covers the usual k.
     if not curvature > 100 * torch.finfo(x.dtype).eps * damped_curvature:
-        return Step(torch.zeros_like(x), Status.ZERO_CURVATURE, 0.0)
+        return _no_step(x, Status.ZERO_CURVATURE)
     length = math.sqrt(2 * delta / curvature)
     predicted = -length * dot(g, x)
     s = (length * x.double()).to(x.dtype)  # a length above float32 can give a step within it
     if not finite(s):
-        return Step(torch.zeros_like(x), Status.ZERO_CURVATURE, 0.0)
+        return _no_step(x, Status.ZERO_CURVATURE)
     if not predicted > 0:
-        return Step(torch.zeros_like(x), Status.NOT_A_DESCENT, predicted)
-    return Step(s, Status.CONVERGED, predicted)
+        return _no_step(x, Status.NOT_A_DESCENT, predicted)
+    return Step(s=s, status=Status.CONVERGED, predicted_reduction=predicted)
 
 
 @torch.no_grad()
@@ -117,11 +117,16 @@ def kl_penalty_step(
         if edge.status is not Status.CONVERGED or norm(edge.s) * penalty <= norm(x):
             return edge
     if not (finite(x) and finite(g)):
-        return Step(torch.zeros_like(x), Status.NONFINITE_INPUT, 0.0)
+        return _no_step(x, Status.NONFINITE_INPUT)
     s = (x.double() / penalty).to(x.dtype)
     if not finite(s):
-        return Step(torch.zeros_like(x), Status.ZERO_CURVATURE, 0.0)
+        return _no_step(x, Status.ZERO_CURVATURE)
     predicted = -dot(g, x) / penalty
     if not predicted > 0:
-        return Step(torch.zeros_like(x), Status.NOT_A_DESCENT, predicted)
-    return Step(s, Status.CONVERGED, predicted)
+        return _no_step(x, Status.NOT_A_DESCENT, predicted)
+    return Step(s=s, status=Status.CONVERGED, predicted_reduction=predicted)
+
+
+def _no_step(x: Tensor, status: Status, predicted: float = 0.0) -> Step:
+    """Return the zero step."""
+    return Step(s=torch.zeros_like(x), status=status, predicted_reduction=predicted)

@@ -22,8 +22,8 @@ from .point import Point
 from .region import Region, no_step, region
 from .secular import EPS, minimize_in_eigenbasis
 from .solution import LinearSolution, SubproblemSolution
-from .tridiagonal import Tridiagonalisation
-from .verified import SAFETY, Goal, shows
+from .stopping import SAFETY, Tolerance, surely_below
+from .tridiagonal import Tridiagonalization
 
 
 class KrylovSpace:
@@ -55,7 +55,7 @@ class KrylovSpace:
         self._given = region(-b, 1.0)
         unit = self._given.b if isinstance(self._given, Region) else torch.zeros_like(b).double()
         self._zero = torch.zeros_like(b)
-        self._process = Tridiagonalisation(self._A, unit, M, b.dtype)
+        self._process = Tridiagonalization(self._A, unit, M, b.dtype)
         self.restarted = False
 
     @property
@@ -141,25 +141,25 @@ class KrylovSpace:
         theta, U = self._process.spectrum(definite)
         first = U[0] if definite else U.new_zeros(0)
         point = self._point(U @ (self._process.start * first / (theta + damping)), damping)
-        goal = Goal(rtol, atol)
-        status, true = lowest or self._judge(point, self._given, goal), None
+        asked = Tolerance(rtol, atol)
+        status, true = lowest or self._judge(point, self._given, asked), None
         if verify and status is Status.STAGNATED:
-            status, true = self._measure(point, self._given, goal)
+            status, true = self._measure(point, self._given, asked)
         e = self._given.e
         x = self._given.returned(point.x)
         if not finite(x):
             x, status = torch.zeros_like(self._zero), Status.NONFINITE_OPERATOR
         return LinearSolution(
-            x,
-            status,
-            definite,
-            int(true is not None),
-            scalar_ldexp(point.residual if true is None else true, e),
-            scalar_ldexp(point.curvature, 2 * e),
-            direction,
-            scalar_ldexp(0.5 * point.curvature - point.linear, 2 * e),
-            scalar_ldexp(point.size, e),
-            None if true is None else scalar_ldexp(true, e),
+            x=x,
+            status=status,
+            iterations=definite,
+            products=int(true is not None),
+            residual_norm=scalar_ldexp(point.residual if true is None else true, e),
+            curvature=scalar_ldexp(point.curvature, 2 * e),
+            direction=direction,
+            model_value=scalar_ldexp(0.5 * point.curvature - point.linear, 2 * e),
+            norm=scalar_ldexp(point.size, e),
+            true_residual_norm=None if true is None else scalar_ldexp(true, e),
         )
 
     @torch.no_grad()
@@ -192,13 +192,13 @@ class KrylovSpace:
         problem = self._given.with_radius(radius)
         theta, U = self._process.spectrum(k)
         found = minimize_in_eigenbasis(theta + damping, self._process.start * U[0], problem.radius)
-        shift, goal = damping + found.multiplier, Goal(rtol, atol)
+        shift, asked = damping + found.multiplier, Tolerance(rtol, atol)
         point = self._point(U @ found.h, damping, shift)
         if found.on_boundary:  # h is exactly there, Q'h to the rounding of the basis
             point = point.stretched(problem.radius)
-        status, true = self._judge(point, problem, goal), None
+        status, true = self._judge(point, problem, asked), None
         if verify and status is Status.STAGNATED:
-            status, true = self._measure(point, problem, goal)
+            status, true = self._measure(point, problem, asked)
         return problem.account(
             point.x,
             status,
@@ -224,7 +224,7 @@ class KrylovSpace:
         """Say whether a larger space is needed: :meth:`solve`, or with a radius :meth:`minimize`,
         would end with ``MAX_ITER``. Cheaper than either: no pass over the basis.
         """
-        process, k, goal = self._process, self.size, Goal(rtol, atol)
+        process, k, asked = self._process, self.size, Tolerance(rtol, atol)
         if not isinstance(self._given, Region) or (self.status is not None):
             return False
         if not process.start:  # b = 0, whose tolerance is relative to the step
@@ -244,7 +244,7 @@ class KrylovSpace:
             last = dot(
                 U[-1], minimize_in_eigenbasis(theta + damping, process.start * U[0], inner).h
             )
-        return process.onward(k, last) > goal.tolerance(self._given.b, self._given.e)
+        return process.onward(k, last) > asked.of(self._given.b, self._given.e)
 
     @torch.no_grad()
     def restart(self) -> None:
@@ -298,7 +298,7 @@ class KrylovSpace:
         """Return zero: the answer for ``b = 0``, and all there is if no vector could be made."""
         status = self.status or Status.CONVERGED
         residual = no_step(self._zero, status).residual_norm
-        return LinearSolution(torch.zeros_like(self._zero), status, 0, 0, residual, 0.0)
+        return LinearSolution.none(torch.zeros_like(self._zero), status, residual_norm=residual)
 
     def _definite(self, k: int, damping: float) -> tuple[int, Status | None, Tensor | None]:
         """Return how far ``T + damping I`` is positive definite; why it ends, and where to."""
@@ -330,22 +330,22 @@ class KrylovSpace:
         linear = process.start * h[0].item() if k else 0.0
         return Point(x, y, shift, size, curvature, linear, onward, rounding)
 
-    def _judge(self, point: Point, problem: Region, goal: Goal) -> Status:
+    def _judge(self, point: Point, problem: Region, asked: Tolerance) -> Status:
         """Say whether the residual is below the tolerance, as far as the coefficients know."""
-        tolerance = self._tolerance(point, problem, goal)
+        tolerance = self._tolerance(point, problem, asked)
         if point.onward > tolerance:
             return self.status or Status.MAX_ITER
         lost = self._process.norm_A * norm(problem.rounding(point.x))
         sure = point.onward + SAFETY * (point.rounding + lost) <= tolerance
         return Status.CONVERGED if sure else Status.STAGNATED
 
-    def _tolerance(self, point: Point, problem: Region, goal: Goal) -> float:
+    def _tolerance(self, point: Point, problem: Region, asked: Tolerance) -> float:
         """Return the tolerance at unit scale; for ``b = 0`` it is relative to ``shift M^-1 x``."""
-        if self._process.start or callable(goal.rtol):
-            return goal.tolerance(problem.b, problem.e)
-        return max(goal.rtol * abs(point.shift) * norm(point.y), goal.atol)
+        if self._process.start or callable(asked.rtol):
+            return asked.of(problem.b, problem.e)
+        return max(asked.rtol * abs(point.shift) * norm(point.y), asked.atol)
 
-    def _measure(self, point: Point, problem: Region, goal: Goal) -> tuple[Status, float]:
+    def _measure(self, point: Point, problem: Region, asked: Tolerance) -> tuple[Status, float]:
         """Return the status by the true residual, and its norm. Cost: one product."""
         process = self._process
         x = point.x - problem.rounding(point.x)  # as it is returned
@@ -355,5 +355,5 @@ class KrylovSpace:
         if not math.isfinite(size):
             return Status.NONFINITE_OPERATOR, point.residual
         rounding = process.eps * process.norm_A * norm(x)
-        below = shows(size, rounding, self._tolerance(point, problem, goal))
+        below = surely_below(size, rounding, self._tolerance(point, problem, asked))
         return Status.CONVERGED if below else Status.STAGNATED, size

@@ -14,7 +14,7 @@ from ..operators.map import LinearMap, as_map
 from ..status import Status
 from ..vector import dot, exponent, ldexp, norm, scalar_ldexp
 from .solution import LinearSolution
-from .verified import SAFETY, Goal
+from .stopping import SAFETY, Tolerance
 
 ROUNDING = torch.finfo(torch.float64).eps
 # In eps: where the rules of Paige and Saunders (section 6) end a run whatever the tolerance. Going
@@ -145,16 +145,23 @@ class _Point:
 class _Solve:
     """A run of unit scale, and the measurements that its end rests on."""
 
-    def __init__(self, run: _Lsqr, e: int, goal: Goal) -> None:
-        self.lsqr, self.e, self.goal = run, e, goal
-        self.tolerance = goal.tolerance(run.g, e + run.unit)
+    def __init__(
+        self,
+        run: _Lsqr,
+        e: int,
+        asked: Tolerance,
+        max_iter: int,
+        callback: Callable[[Tensor], object] | None,
+    ) -> None:
+        self.lsqr, self.e, self.max_iter, self.callback = run, e, max_iter, callback
+        self.tolerance = asked.of(run.g, e + run.unit)
 
     def solve(self) -> tuple[_Point, Status]:
         """Run, and measure where it matters."""
         lsqr = self.lsqr
         if norm(lsqr.g) <= self.tolerance:
             return _Point(lsqr.x, lsqr.g, measured=True), Status.CONVERGED
-        status = lsqr.run(self.tolerance, self.goal.max_iter, self._observe)
+        status = lsqr.run(self.tolerance, self.max_iter, self._observe)
         point = _Point(self._returned(), lsqr.v * lsqr.slope, measured=False)
         if not finite(point.x):
             point = _Point(torch.zeros_like(lsqr.x), lsqr.g, measured=True)
@@ -182,20 +189,20 @@ class _Solve:
         return norm(point.s) + margin <= self.tolerance
 
     def _observe(self) -> None:
-        if self.goal.callback is not None:
-            self.goal.callback(ldexp(self._returned(), self.e).to(self.lsqr.J.dtype))
+        if self.callback is not None:
+            self.callback(ldexp(self._returned(), self.e).to(self.lsqr.J.dtype))
 
     def account(self, point: _Point, status: Status) -> LinearSolution:
         """Return the solution in the units of the caller."""
         lsqr, e = self.lsqr, self.e
         x, size = point.x, scalar_ldexp(norm(point.s), e + lsqr.unit)
         return LinearSolution(
-            ldexp(x, e).to(lsqr.J.dtype),
-            status,
-            lsqr.iterations,
-            lsqr.products,
-            size,
-            scalar_ldexp(dot(x, lsqr.g - point.s), 2 * e + lsqr.unit),
+            x=ldexp(x, e).to(lsqr.J.dtype),
+            status=status,
+            iterations=lsqr.iterations,
+            products=lsqr.products,
+            residual_norm=size,
+            curvature=scalar_ldexp(dot(x, lsqr.g - point.s), 2 * e + lsqr.unit),
             model_value=scalar_ldexp(-0.5 * dot(x, lsqr.g + point.s), 2 * e + lsqr.unit),
             norm=scalar_ldexp(norm(x), e),
             true_residual_norm=size if point.measured else None,
@@ -288,13 +295,13 @@ def lsqr(
         raise ValueError(f"damping must be a finite number and not negative, got {damping}")
     x = b.new_zeros(J.shape[1])
     if not finite(b):
-        return LinearSolution(x, Status.NONFINITE_INPUT, 0, 0, math.inf, 0.0)
+        return LinearSolution.none(x, Status.NONFINITE_INPUT)
     e = exponent(b)
     if e is None or x.numel() == 0:  # the solution is 0
-        return LinearSolution(x, Status.CONVERGED, 0, 0, 0.0, 0.0)
+        return LinearSolution.none(x, Status.CONVERGED, residual_norm=0.0)
     run = _Lsqr(J, ldexp(b.double(), -e), damping)
     if not math.isfinite(run.alpha):
-        return LinearSolution(x, Status.NONFINITE_OPERATOR, 0, run.products, math.inf, 0.0)
+        return LinearSolution.none(x, Status.NONFINITE_OPERATOR, products=run.products)
     limit = 10 * min(J.shape) if max_iter is None else max_iter
-    solve = _Solve(run, e, Goal(rtol, atol, limit, verify=False, callback=callback))
+    solve = _Solve(run, e, Tolerance(rtol, atol), limit, callback)
     return solve.account(*solve.solve())

@@ -11,7 +11,7 @@ Trial = TypeVar("Trial")
 BallTrialT = TypeVar("BallTrialT", bound="BallTrial")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class LineSearch(Generic[Trial]):
     """The result of a search.
 
@@ -56,7 +56,7 @@ def backtracking(
         trial = evaluate(scale)
         accepted = accept(trial)
         if accepted or j >= max_backtracks:
-            return LineSearch(accepted, scale, trial, j)
+            return LineSearch(accepted=accepted, scale=scale, trial=trial, backtracks=j)
         j += 1
 
 
@@ -79,7 +79,7 @@ class BallTrial:
         return math.isfinite(self.value) and not math.isnan(self.size)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class BallSearch(Generic[BallTrialT]):
     """The result of a search within a ball.
 
@@ -173,7 +173,13 @@ def ball_search(
             if outside is None and not best.lower_at(scale, start, slope):
                 break
     end = best or here
-    return BallSearch(best is not None, end.scale, end.trial, count, backtracks)
+    return BallSearch(
+        accepted=best is not None,
+        scale=end.scale,
+        trial=end.trial,
+        evaluations=count,
+        backtracks=backtracks,
+    )
 
 
 @dataclass(frozen=True)

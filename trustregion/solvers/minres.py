@@ -4,234 +4,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from ..arguments import check_count, check_start, check_tolerances, check_vector, finite
-from ..operators.base import LinearOperator, OperatorLike, as_operator, product
+from ..operators.base import LinearOperator, OperatorLike, as_operator
 from ..status import Status
-from ..vector import dot, exponent, ldexp, norm, scalar_ldexp
+from ..vector import dot, norm, scalar_ldexp
+from .products import Asks, answer
+from .refinement import Refinement, Run, Shorter, Start, Trusted
 from .solution import LinearSolution
-from .verified import Asking, Goal, Observer, Run, drive, solve
+from .stopping import Tolerance
+from .three_term import ThreeTerm
 
 ROUNDING = torch.finfo(torch.float64).eps
 # |Ar| below this many eps |A||r| is rounding.
 NEGLIGIBLE = 8.0
 # Where there is no solution, rounding ends the fall of |Ar| / |A||r| at about a tenth of sqrt(eps)
-# (all tried, n to 200); an iterate below this may be the last good one.
+# (on all systems that were tried, n to 200). An iterate below this may be the last good one.
 CANDIDATE = 10.0
-
-
-@dataclass(frozen=True)
-class _Rules:
-    """When a run stops, in the units of the unit-scale system."""
-
-    tolerance: float
-    """On the norm of the recurred residual."""
-    max_iter: int
-    stop_at_curvature: bool
-
-
-class _Lanczos:
-    r"""The method of Paige and Saunders on ``A x = b`` of unit scale, from ``x = 0``.
-
-    The Lanczos vectors are ``u`` in the space of residuals and ``v = M u`` in that of ``x``, with
-    ``u_i'v_j = 1`` where ``i = j`` and else 0. Their tridiagonal matrix ``T`` is made triangular by
-    reflections ``(cs, sn)`` as it grows. The residual is carried by
-    ``r_k = sn^2 r_{k-1} - (phi / gamma) z``, where ``z`` is the next ``u`` before it is normalised:
-    nothing is divided by a ``beta`` that may be zero.
-
-    Products with ``A`` and ``M`` are brought to unit scale by powers of two. Vectors are carried in
-    float64 and handed to ``A`` and ``M`` in their own dtype, so that in float32 the products alone
-    round. Memory: eight vectors in float64, five more with a preconditioner, and two or three for
-    an iterate that may turn out to be the least-squares solution.
-    """
-
-    def __init__(
-        self,
-        b: Tensor,
-        dtype: torch.dtype,
-        M: LinearOperator | None,
-        rules: _Rules,
-        observe: Observer | None,
-    ) -> None:
-        self.dtype, self.M, self.rules, self.observe = dtype, M, rules, observe
-        self.eps, self.largest = torch.finfo(dtype).eps, torch.finfo(dtype).max
-        x = torch.zeros_like(b)
-        self.run = Run(x, x if M is None else torch.zeros_like(b), b.clone(), dot(b, b))
-        self.kept, self.least, self.start = self.run, math.inf, math.sqrt(self.run.rr)
-        self.A_unit: int | None = None  # exponents of the units of A and M, once known
-        self.M_unit: int | None = None
-        self.u = self.v = self.u_old = torch.zeros_like(b)
-        self.beta = self.dbar = self.epsln = self.sn = self.phibar = 0.0
-        self.cs = -1.0
-        count = 1 if M is None else 2  # w, and M^-1 w where that is another vector
-        self.w, self.w_old = ([torch.zeros_like(b) for _ in range(count)] for _ in range(2))
-        self.length = self.length_old = 0.0  # of w
-        self.norm_T = self.norm_A = self.reach = 0.0
-        self.growth = 1.0
-
-    def iterate(self) -> Asking:
-        """Run to the end; the ``status`` of what is returned is set."""
-        run = self.run
-        if self._goes_on():
-            run.status = self._begin()
-        while self._goes_on():
-            Av = yield self.v.to(self.dtype)
-            run.products += 1
-            run.status = self._step(Av.double())
-        return self._shortest() if run.status is Status.LEAST_SQUARES else run
-
-    def _goes_on(self) -> bool:
-        """Say whether another iteration is due, and set the status if not."""
-        run = self.run
-        if run.status is None:
-            gap = self.eps * self.norm_A * self.reach  # as of `Run`, which says more in float64
-            # Below a tenth of the gap to the true residual the recurred one means nothing. Where
-            # even the residual of the candidate is below it, nothing was gained since.
-            if self.kept is not run and math.sqrt(self.kept.rr) <= gap:
-                run.status = Status.LEAST_SQUARES
-            elif math.sqrt(run.rr) <= max(self.rules.tolerance, 0.1 * gap):
-                run.status = Status.CONVERGED
-            elif run.iterations >= self.rules.max_iter:
-                run.status = Status.MAX_ITER
-        return run.status is None
-
-    def _begin(self) -> Status | None:
-        r = self.run.r
-        found = self._metric(r)
-        if isinstance(found, Status):
-            return found
-        self.phibar = found[1]
-        self._normalise(r, *found)
-        self.beta = 0.0
-        self._account()
-        return None
-
-    def _metric(self, z: Tensor) -> tuple[Tensor, float] | Status:
-        """Return ``M z`` and ``sqrt(z'Mz)``, or why there is none."""
-        if self.M is None:
-            size = norm(z)
-            return (z, size) if math.isfinite(size) else Status.NONFINITE_OPERATOR
-        Mz = product(self.M, z.to(self.dtype)).double()
-        if self.M_unit is None:
-            self.M_unit = (exponent(Mz) or 0) - (exponent(z) or 0)
-        Mz = ldexp(Mz, -self.M_unit)
-        zMz, rounding = dot(z, Mz), self.eps * norm(z) * norm(Mz)
-        if not math.isfinite(zMz + rounding):
-            return Status.NONFINITE_OPERATOR
-        if zMz < -rounding:
-            return Status.INDEFINITE_PRECONDITIONER
-        return (Mz, math.sqrt(zMz)) if zMz > rounding else Status.BREAKDOWN
-
-    def _normalise(self, z: Tensor, Mz: Tensor, beta: float) -> None:
-        self.u_old, self.u, self.beta = self.u, z / beta, beta
-        self.v = self.u if self.M is None else Mz / beta
-
-    def _step(self, Av: Tensor) -> Status | None:
-        """Grow the Krylov space by ``Av`` and move in it; return why to stop, or None."""
-        if self.A_unit is None:
-            self.A_unit = exponent(Av) or 0
-        z = ldexp(Av, -self.A_unit)
-        size, size_v = norm(z), 1.0 if self.M is None else norm(self.v)
-        if not math.isfinite(size):
-            return Status.NONFINITE_OPERATOR
-        self.norm_A = max(self.norm_A, size / size_v)
-        z.sub_(self.u_old, alpha=self.beta)
-        alfa = dot(self.v, z)
-        z.sub_(self.u, alpha=alfa)
-        invariant = norm(z) <= self.eps * size  # the Krylov space holds A v
-        found = (z.zero_(), 0.0) if invariant else self._metric(z)
-        if isinstance(found, Status):
-            return found
-        Mz, beta = found
-        self.norm_T = max(self.norm_T, math.hypot(self.beta, alfa, beta))
-        delta = self.cs * self.dbar + self.sn * alfa
-        gbar = self.sn * self.dbar - self.cs * alfa
-        self.dbar = -self.cs * beta
-        status = self._stops(-self.cs * gbar, math.hypot(gbar, self.dbar))
-        if status is None:
-            status = self._advance(z, gbar, delta, beta, size_v)
-            if beta > 0:
-                self._normalise(z, Mz, beta)
-        return status
-
-    def _stops(self, curvature: float, stretch: float) -> Status | None:
-        """Judge the last residual by ``r'Ar / r'r`` and ``|Ar| / |r|``; return why to stop."""
-        run, floor = self.run, self.eps * self.norm_T
-        if self.rules.stop_at_curvature and curvature <= floor:
-            p = self._direction(run.r)
-            if not finite(p):
-                return Status.NONFINITE_OPERATOR
-            run.direction = p.to(self.dtype, copy=True)
-            return Status.NEGATIVE_CURVATURE if curvature < -floor else Status.ZERO_CURVATURE
-        if stretch <= CANDIDATE * math.sqrt(self.eps) * self.norm_T:
-            # where x has grown, the same |Ar| was had at the price of rounding
-            score = stretch * (self.start + self.norm_A * self.reach)
-            if score <= self.least:
-                x = run.x.clone()
-                y = x if self.M is None else run.y.clone()
-                self.kept, self.least = replace(run, x=x, y=y, r=run.r.clone()), score
-        return Status.LEAST_SQUARES if stretch <= NEGLIGIBLE * floor else None
-
-    def _direction(self, r: Tensor) -> Tensor:
-        """Return ``M r``, in the space of ``x``."""
-        return r if self.M is None else product(self.M, r.to(self.dtype)).double()
-
-    def _advance(
-        self, z: Tensor, gbar: float, delta: float, beta: float, size_v: float
-    ) -> Status | None:
-        """Move to where the residual is smallest in the grown space."""
-        run, unit, gamma = self.run, -(self.A_unit or 0), math.hypot(gbar, beta)
-        epsln, self.epsln = self.epsln, self.sn * beta
-        self.cs, self.sn = gbar / gamma, beta / gamma
-        phi, self.phibar = self.cs * self.phibar, self.sn * self.phibar
-        # what w is the small difference of is its rounding
-        before = epsln * self.length_old + abs(delta) * self.length
-        self.growth = max(self.growth, before / size_v)
-        for w_old, w, p in zip(self.w_old, self.w, (self.v, self.u), strict=False):
-            w_old.mul_(-epsln).sub_(w, alpha=delta).add_(p).div_(gamma)
-        self.w, self.w_old = self.w_old, self.w
-        self.length_old, self.length = self.length, norm(self.w[0])
-        self.reach += abs(phi) * self.length
-        alpha, reach = scalar_ldexp(phi, unit), scalar_ldexp(self.reach, unit)
-        if not max(abs(alpha), reach) <= self.largest:
-            return Status.NONFINITE_OPERATOR
-        run.x.add_(self.w[0], alpha=alpha)
-        if self.M is not None:
-            run.y.add_(self.w[1], alpha=scalar_ldexp(alpha, -(self.M_unit or 0)))
-        run.r.mul_(self.sn * self.sn).sub_(z, alpha=phi / gamma)
-        run.rr = dot(run.r, run.r)
-        self._account()
-        run.iterations += 1
-        run.norm_A = scalar_ldexp(self.norm_A, -unit)
-        run.reach = reach * (1 + ROUNDING / self.eps * self.growth)
-        if self.observe is not None:
-            self.observe(run.x)
-        return None
-
-    def _account(self) -> None:
-        if self.M_unit is not None:
-            half, odd = divmod(self.M_unit, 2)
-            self.run.metric_norm = scalar_ldexp(self.phibar * math.sqrt(1 + odd), half)
-
-    def _shortest(self) -> Run:
-        """Return the candidate less its part along the residual, which ``A`` maps to zero."""
-        run, last = self.kept, self.run
-        run.status, run.iterations, run.products = last.status, last.iterations, last.products
-        p = self._direction(run.r)
-        if not finite(p):
-            run.status = Status.NONFINITE_OPERATOR
-            return run
-        rMr = dot(run.r, p)
-        share = dot(run.x, run.r) / rMr if rMr > 0 else math.inf  # it may underflow
-        if math.isfinite(share):
-            run.x.sub_(p, alpha=share)
-            if self.M is not None:
-                run.y.sub_(run.r, alpha=share)
-        return run
 
 
 @torch.no_grad()
@@ -316,12 +108,180 @@ def minres(
     check_count("max_iter", max_iter)
     A = as_operator(A, b)
     M = None if M is None else as_operator(M, b)
-    limit = 10 * b.numel() if max_iter is None else max_iter
 
-    def start(
-        r: Tensor, tolerance: float, left: int, observe: Observer | None, _value: float
-    ) -> Asking:
-        rules = _Rules(tolerance, left, stop_at_negative_curvature)
-        return _Lanczos(r, b.dtype, M, rules, observe).iterate()
+    def run(start: Start) -> Asks[Run]:
+        return minimal_residuals(start, b.dtype, M, stop_at_negative_curvature)
 
-    return drive(A, solve(b, x0, Goal(rtol, atol, limit, verify=verify, callback=callback), start))
+    asked = Refinement(
+        run=run,
+        tolerance=Tolerance(rtol, atol),
+        max_iter=10 * b.numel() if max_iter is None else max_iter,
+        verify=verify,
+        callback=callback,
+    )
+    return answer(A, asked.solve(b, x0))
+
+
+def minimal_residuals(
+    system: Start, dtype: torch.dtype, M: LinearOperator | None, stop_at_curvature: bool
+) -> Asks[Run]:
+    r"""Run the method of Paige and Saunders from ``x = 0``.
+
+    The tridiagonal ``T`` of the Lanczos process is made triangular by reflections ``(cs, sn)`` as
+    it grows. The residual is carried by ``r_k = sn^2 r_{k-1} - (phi / gamma) z``, where ``z`` is
+    the next ``u`` before it is normalized: nothing is divided by a ``beta`` that may be zero.
+
+    Memory: eight vectors in float64, five more with a preconditioner, and two or three for each of
+    two iterates that may have to be returned in place of the last one.
+    """
+    run, lanczos = Run.start(system.r, M), ThreeTerm(system.r, dtype, M)
+    watch, step = _Watch(run, lanczos, system, stop_at_curvature), _Direction(system.r, M)
+    cs, sn, dbar, epsln, phibar = -1.0, 0.0, 0.0, 0.0, 0.0
+    if watch.goes_on():
+        found = lanczos.start(run.r)
+        if isinstance(found, Status):
+            return run.ended(found)
+        phibar = found
+        run.metric_norm = lanczos.metric_norm(phibar)
+    while watch.goes_on():
+        Av = yield lanczos.v
+        run.products += 1
+        found = lanczos.grow(Av)
+        if isinstance(found, Status):
+            return run.ended(found)
+        alfa, beta, z = found
+        delta, gbar = cs * dbar + sn * alfa, sn * dbar - cs * alfa  # by the last reflection
+        dbar = -cs * beta
+        if watch.stops(-cs * gbar, math.hypot(gbar, dbar)):
+            break
+        gamma = math.hypot(gbar, beta)
+        step.turn(lanczos, delta, epsln, gamma)  # gamma w = v - delta w_old - epsln w_older
+        epsln = sn * beta
+        cs, sn = gbar / gamma, beta / gamma  # the next reflection
+        phi, phibar = cs * phibar, sn * phibar
+        if not watch.allows(phi, step):
+            return run.ended(Status.NONFINITE_OPERATOR)
+        step.move(run, phi, lanczos)
+        run.r.mul_(sn * sn).sub_(z, alpha=phi / gamma)
+        run.rr = dot(run.r, run.r)
+        run.metric_norm = lanczos.metric_norm(phibar)
+        run.iterations += 1
+        watch.account()
+        if system.observe is not None:
+            system.observe(run.x)
+        lanczos.turn()
+    return watch.shortest() if run.status is Status.LEAST_SQUARES else run
+
+
+class _Direction:
+    """The direction ``w`` of the next move of ``x``, and ``W = M^-1 w``."""
+
+    def __init__(self, b: Tensor, M: LinearOperator | None) -> None:
+        count = 1 if M is None else 2  # w, and W where that is another vector
+        self.now, self.old = ([torch.zeros_like(b) for _ in range(count)] for _ in range(2))
+        self.length = self.length_old = 0.0
+        self.growth = 1.0  # of the rounding in w
+
+    def turn(self, lanczos: ThreeTerm, delta: float, epsln: float, gamma: float) -> None:
+        """Make the next direction out of the last two and ``v``."""
+        # w is a small difference of these, with their rounding.
+        before = epsln * self.length_old + abs(delta) * self.length
+        self.growth = max(self.growth, before / lanczos.size_v)
+        for older, old, v in zip(self.old, self.now, (lanczos.v, lanczos.u), strict=False):
+            older.mul_(-epsln).sub_(old, alpha=delta).add_(v).div_(gamma)
+        self.now, self.old = self.old, self.now
+        self.length_old, self.length = self.length, norm(self.now[0])
+
+    def move(self, run: Run, phi: float, lanczos: ThreeTerm) -> None:
+        """Move ``x`` by ``phi w``, in the units of the caller."""
+        alpha = scalar_ldexp(phi, -(lanczos.A_unit or 0))
+        run.x.add_(self.now[0], alpha=alpha)
+        if len(self.now) > 1:
+            run.y.add_(self.now[1], alpha=scalar_ldexp(alpha, -(lanczos.M_unit or 0)))
+
+
+class _Watch:
+    """When a run stops, and which of its iterates is returned."""
+
+    def __init__(
+        self, run: Run, lanczos: ThreeTerm, system: Start, stop_at_curvature: bool
+    ) -> None:
+        self.run, self.lanczos, self.system = run, lanczos, system
+        self.stop_at_curvature = stop_at_curvature
+        self.eps, self.largest = lanczos.eps, torch.finfo(lanczos.dtype).max
+        self.candidate, self.least, self.stretch = run, math.inf, math.inf
+        self.size_b = math.sqrt(run.rr)
+        self.reach, self.growth = 0.0, 1.0  # as of `Run`, in the unit of A
+
+    def goes_on(self) -> bool:
+        """Say whether another iteration is due, and set the status if not."""
+        run = self.run
+        if run.status is None:
+            gap = self.eps * self.lanczos.norm_A * self.reach  # `Run.gap` adds that of w
+            # Below a tenth of the gap to the true residual the recurred one means nothing. Where
+            # even the residual of the candidate is below it, nothing was gained since.
+            if self.candidate is not run and math.sqrt(self.candidate.rr) <= gap:
+                run.status = Status.LEAST_SQUARES
+            elif math.sqrt(run.rr) <= max(self.system.tolerance, 0.1 * gap):
+                run.status = Status.CONVERGED
+            elif run.iterations >= self.system.max_iter:
+                run.status = Status.MAX_ITER
+        return run.status is None
+
+    def stops(self, curvature: float, stretch: float) -> bool:
+        """Judge the last residual by ``r'Ar / r'r`` and ``|Ar| / |r|``."""
+        run, norm_T = self.run, self.lanczos.norm_T
+        floor = self.eps * norm_T
+        if self.stop_at_curvature and curvature <= floor:
+            p = self.lanczos.times_M(run.r)
+            if finite(p):
+                run.direction = p.clone()
+                negative = curvature < -floor
+                run.status = Status.NEGATIVE_CURVATURE if negative else Status.ZERO_CURVATURE
+            else:
+                run.status = Status.NONFINITE_OPERATOR
+            return True
+        if stretch <= CANDIDATE * math.sqrt(self.eps) * norm_T:
+            # where x has grown, the same |Ar| was had at the price of rounding
+            score = stretch * (self.size_b + self.lanczos.norm_A * self.reach)
+            if score <= self.least:
+                self.candidate, self.least, self.stretch = run.copy(), score, stretch
+        if stretch <= NEGLIGIBLE * floor:
+            run.status = Status.LEAST_SQUARES
+        return run.status is not None
+
+    def allows(self, phi: float, step: _Direction) -> bool:
+        """Say whether a move by ``phi w`` stays in the range of the dtype."""
+        lanczos, self.growth = self.lanczos, step.growth
+        self.reach += abs(phi) * step.length
+        # from here on the rounding of x may exceed the residual, whatever the recurrence says
+        if self.run.trusted is None:
+            gap = self.eps * lanczos.norm_A * self.reach
+            if math.sqrt(self.run.rr) <= gap:
+                self.run.trusted = Trusted(self.run.copy(), gap)
+        unit = -(lanczos.A_unit or 0)
+        return max(abs(scalar_ldexp(phi, unit)), scalar_ldexp(self.reach, unit)) <= self.largest
+
+    def account(self) -> None:
+        """Enter the rounding so far into the run."""
+        unit = self.lanczos.A_unit or 0
+        self.run.norm_A = scalar_ldexp(self.lanczos.norm_A, unit)
+        growth = 1 + ROUNDING / self.eps * self.growth
+        self.run.reach = scalar_ldexp(self.reach, -unit) * growth
+
+    def shortest(self) -> Run:
+        """Return the candidate, and it less its part along ``M r``, which ``A`` maps to zero."""
+        run, last, lanczos = self.candidate, self.run, self.lanczos
+        run.status, run.iterations, run.products = last.status, last.iterations, last.products
+        p = lanczos.times_M(run.r)
+        if not finite(p):
+            run.status = Status.NONFINITE_OPERATOR
+            return run
+        rMr = dot(run.r, p)
+        share = dot(run.x, run.r) / rMr if rMr > 0 else math.inf  # it may underflow
+        if math.isfinite(share):
+            x = torch.sub(run.x, p, alpha=share)
+            y = x if lanczos.M is None else torch.sub(run.y, run.r, alpha=share)
+            units = (lanczos.A_unit or 0) + (lanczos.M_unit or 0)
+            run.shorter = Shorter(x, y, scalar_ldexp(abs(share) * self.stretch, units))
+        return run

@@ -10,9 +10,8 @@ from torch import Tensor
 
 from ..arguments import check_count, check_number, check_tolerances, check_vector
 from ..operators.base import OperatorLike
-from .cg import join
 from .krylov import KrylovSpace
-from .solution import LinearSolution
+from .solution import LinearSolution, join
 
 
 @torch.no_grad()

@@ -18,7 +18,7 @@ TOUCHING = 64 * EPS  # a distance this near to the radius is the radius
 MOVES = 200  # enough to halve a bracket down to rounding, and for any number of active sets seen
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class NonnegativeSolution:
     """The result of a non-negative least squares problem.
 
@@ -37,7 +37,7 @@ class NonnegativeSolution:
     iterations: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class ShortestPoint:
     r"""The point of a polyhedron :math:`Gx \ge h` nearest to the origin.
 
@@ -89,7 +89,9 @@ def nnls(A: Tensor, b: Tensor, *, max_iter: int | None = None) -> NonnegativeSol
     _check_matrix("A", A, b)
     zero, e = A.new_zeros(A.shape[1]), exponent(b) or 0
     if not (finite(A) and finite(b)):
-        return NonnegativeSolution(zero, Status.NONFINITE_INPUT, math.inf, 0)
+        return NonnegativeSolution(
+            x=zero, status=Status.NONFINITE_INPUT, residual_norm=math.inf, iterations=0
+        )
     unit, powers = _at_unit_scale(A.T)
     target = ldexp(b.double(), -e)
     limit = 10 * A.shape[1] if max_iter is None else max_iter
@@ -100,7 +102,9 @@ def nnls(A: Tensor, b: Tensor, *, max_iter: int | None = None) -> NonnegativeSol
     if not finite(x):
         x, y, status = zero, torch.zeros_like(y), Status.NONFINITE_OPERATOR
     size = norm(target - unit.T @ y)
-    return NonnegativeSolution(x, status, scalar_ldexp(size, e), iterations)
+    return NonnegativeSolution(
+        x=x, status=status, residual_norm=scalar_ldexp(size, e), iterations=iterations
+    )
 
 
 @torch.no_grad()
@@ -160,7 +164,7 @@ def least_distance(G: Tensor, h: Tensor) -> ShortestPoint:
     x, multipliers = ldexp(y, e).to(G.dtype), h.new_tensor(scaled)
     if not (finite(x) and finite(multipliers)):
         return _origin(G, h, Status.NONFINITE_OPERATOR)
-    return ShortestPoint(x, multipliers, active, Status.CONVERGED)
+    return ShortestPoint(x=x, multipliers=multipliers, active=active, status=Status.CONVERGED)
 
 
 def lowest_point(B: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
@@ -195,8 +199,12 @@ def _active_rows(rows: Tensor, heights: Tensor) -> tuple[Tensor, Status]:
 
 
 def _origin(G: Tensor, h: Tensor, status: Status) -> ShortestPoint:
-    none = torch.zeros_like(h, dtype=torch.bool)
-    return ShortestPoint(G.new_zeros(G.shape[1]), torch.zeros_like(h), none, status)
+    return ShortestPoint(
+        x=G.new_zeros(G.shape[1]),
+        multipliers=torch.zeros_like(h),
+        active=torch.zeros_like(h, dtype=torch.bool),
+        status=status,
+    )
 
 
 def _check_matrix(name: str, A: object, b: Tensor) -> None:
@@ -251,7 +259,7 @@ def _active_set(A: Tensor, b: Tensor, limit: int) -> tuple[Tensor, int, bool]:
             x = torch.where(free, x, 0.0)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class BallPoint:
     r"""The minimiser of a linear function over the part of the unit ball in a polyhedron.
 
@@ -290,19 +298,25 @@ def lowest_in_ball(c: Tensor, G: Tensor, h: Tensor, rounding: float) -> BallPoin
         exists = start.status is Status.CONVERGED
         y = start.x if exists else _least_violation(G, h)
         status = Status.INFEASIBLE if exists else start.status
-        return BallPoint(y / max(norm(y), 1.0), none, 0.0, status)
+        return BallPoint(
+            y=y / max(norm(y), 1.0), multipliers=none, ball_multiplier=0.0, status=status
+        )
     y = start.x / max(size, 1.0)
     if not bool(c.any()):
-        return BallPoint(y, none, 0.0, Status.CONVERGED)
+        return BallPoint(y=y, multipliers=none, ball_multiplier=0.0, status=Status.CONVERGED)
     if size >= 1 - TOUCHING:  # one point, at which multipliers grow without bound
         infinite = torch.where(start.active, math.inf, 0.0)
-        return BallPoint(y, infinite, math.inf, Status.CONVERGED)
+        return BallPoint(
+            y=y, multipliers=infinite, ball_multiplier=math.inf, status=Status.CONVERGED
+        )
     piece = _crossing(c, G, h, rounding)
     if piece is None:
-        return BallPoint(y, none, 0.0, Status.STAGNATED)
+        return BallPoint(y=y, multipliers=none, ball_multiplier=0.0, status=Status.STAGNATED)
     active, y, weights, nu = piece
     none[active] = weights.clamp(min=0.0)
-    return BallPoint(y / max(norm(y), 1.0), none, nu, Status.CONVERGED)
+    return BallPoint(
+        y=y / max(norm(y), 1.0), multipliers=none, ball_multiplier=nu, status=Status.CONVERGED
+    )
 
 
 def _crossing(

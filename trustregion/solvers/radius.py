@@ -221,7 +221,7 @@ def levenberg_marquardt_damping(
     return min(max(damping, smallest), largest)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class InitialRadius:
     """The result of a search for a first radius.
 
@@ -305,7 +305,9 @@ def initial_radius(
         if error <= GOOD:
             good = max(good, t)
         t = _within(factor * t, largest)
-    return InitialRadius(good or t, good > 0, best, best_value, count)
+    return InitialRadius(
+        radius=good or t, agreed=good > 0, best=best, best_value=best_value, evaluations=count
+    )
 
 
 def _compare(

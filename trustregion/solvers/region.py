@@ -67,18 +67,18 @@ class Region:
         if not finite(step):
             return no_step(step, Status.NONFINITE_OPERATOR, iterations, products)
         return SubproblemSolution(
-            step,
-            status,
-            on_boundary,
-            multiplier,
-            scalar_ldexp(reduction, 2 * self.e),
-            iterations,
-            products,
-            scalar_ldexp(size, self.e),
-            scalar_ldexp(curvature, 2 * self.e),
-            scalar_ldexp(residual_norm, self.e),
-            hard_case,
-            direction,
+            s=step,
+            status=status,
+            on_boundary=on_boundary,
+            multiplier=multiplier,
+            predicted_reduction=scalar_ldexp(reduction, 2 * self.e),
+            iterations=iterations,
+            products=products,
+            norm=scalar_ldexp(size, self.e),
+            curvature=scalar_ldexp(curvature, 2 * self.e),
+            residual_norm=scalar_ldexp(residual_norm, self.e),
+            hard_case=hard_case,
+            direction=None if direction is None else direction.to(self.dtype, copy=True),
         )
 
 
@@ -99,5 +99,14 @@ def no_step(
     """Return the zero step of a problem that asks for none, or whose answer is not finite."""
     residual = 0.0 if status is Status.CONVERGED else math.inf
     return SubproblemSolution(
-        torch.zeros_like(g), status, False, 0.0, 0.0, iterations, products, 0.0, 0.0, residual
+        s=torch.zeros_like(g),
+        status=status,
+        on_boundary=False,
+        multiplier=0.0,
+        predicted_reduction=0.0,
+        iterations=iterations,
+        products=products,
+        norm=0.0,
+        curvature=0.0,
+        residual_norm=residual,
     )

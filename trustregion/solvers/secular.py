@@ -11,7 +11,7 @@ from torch import Tensor
 EPS = torch.finfo(torch.float64).eps
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Minimizer:
     """The solution ``h`` of shape ``(k,)`` in the eigenbasis, and how it was found."""
 
@@ -45,7 +45,7 @@ def minimize_in_eigenbasis(theta: Tensor, c: Tensor, radius: float) -> Minimizer
     if lowest > 0:
         h = c / theta
         if _size(h) <= radius:
-            return Minimizer(h, 0.0, on_boundary=False)
+            return Minimizer(h=h, multiplier=0.0, on_boundary=False)
     gaps = theta - lowest
     unseen = c.abs() <= 16 * len(theta) * EPS * _size(c)
     if lowest <= rounding and bool(unseen[gaps <= rounding].all()):
@@ -60,7 +60,7 @@ def minimize_in_eigenbasis(theta: Tensor, c: Tensor, radius: float) -> Minimizer
     size = _size(h)
     if size < radius * (1 - 1e-8):  # even at the smallest mu: what is left is the eigenvector's
         return _complete(h, size, lowest, rounding, radius, c)
-    return Minimizer(h * (radius / size), max(mu - lowest, 0.0), on_boundary=True)
+    return Minimizer(h=h * (radius / size), multiplier=max(mu - lowest, 0.0), on_boundary=True)
 
 
 def _complete(
@@ -68,9 +68,9 @@ def _complete(
 ) -> Minimizer:
     """Return the solution where ``c`` does not see the leftmost eigenvector."""
     if lowest >= -rounding:  # a singular, consistent system: the shortest solution is inside
-        return Minimizer(h, 0.0, on_boundary=size == radius)
+        return Minimizer(h=h, multiplier=0.0, on_boundary=size == radius)
     h[0] = math.copysign(radius * math.sqrt(1 - (size / radius) ** 2), c[0].item())
-    return Minimizer(h, -lowest, on_boundary=True, hard_case=True)
+    return Minimizer(h=h, multiplier=-lowest, on_boundary=True, hard_case=True)
 
 
 def _root(gaps: Tensor, c: Tensor, radius: float, low: float) -> float:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from ..status import Status
+from ..vector import ldexp, scalar_ldexp
 
 
-@dataclass(frozen=True, eq=False)  # a tensor has no truth value to compare by
+@dataclass(frozen=True, kw_only=True, eq=False)  # a tensor has no truth value to compare by
 class LinearSolution:
     r"""The result of solving ``A x = b``, or several such systems at once.
 
@@ -44,7 +48,7 @@ class LinearSolution:
     iterations: int
     products: int
     residual_norm: float
-    curvature: float
+    curvature: float = 0.0
     direction: Tensor | None = None
     model_value: float = 0.0
     norm: float = 0.0
@@ -52,8 +56,62 @@ class LinearSolution:
     preconditioned_residual_norm: float | None = None
     columns: tuple[LinearSolution, ...] = ()
 
+    @classmethod
+    def none(
+        cls,
+        x: Tensor,
+        status: Status,
+        *,
+        products: int = 0,
+        residual_norm: float = math.inf,
+        direction: Tensor | None = None,
+    ) -> LinearSolution:
+        """Return the account of a solve that ended before its first iteration, at ``x``."""
+        return LinearSolution(
+            x=x,
+            status=status,
+            iterations=0,
+            products=products,
+            residual_norm=residual_norm,
+            direction=direction,
+        )
 
-@dataclass(frozen=True, eq=False)  # a tensor has no truth value to compare by
+    def in_units(self, e: int, dtype: torch.dtype) -> LinearSolution:
+        """Return the solution for ``2^e b``, its vectors in another dtype."""
+        measured, metric = self.true_residual_norm, self.preconditioned_residual_norm
+        p = self.direction
+        return replace(
+            self,
+            x=ldexp(self.x, e).to(dtype),
+            direction=None if p is None else p.to(dtype, copy=True),
+            residual_norm=scalar_ldexp(self.residual_norm, e),
+            curvature=scalar_ldexp(self.curvature, 2 * e),
+            model_value=scalar_ldexp(self.model_value, 2 * e),
+            norm=scalar_ldexp(self.norm, e),
+            true_residual_norm=None if measured is None else scalar_ldexp(measured, e),
+            preconditioned_residual_norm=None if metric is None else scalar_ldexp(metric, e),
+        )
+
+
+def join(b: Tensor, columns: Sequence[LinearSolution]) -> LinearSolution:
+    """Return the solution for all columns of ``b``, shape ``(n, k)``, from those for each."""
+    others = (c.status for c in columns if c.status is not Status.CONVERGED)
+    measured = [c.true_residual_norm for c in columns if c.true_residual_norm is not None]
+    return LinearSolution(
+        x=torch.stack([c.x for c in columns], dim=1) if columns else torch.zeros_like(b),
+        status=next(others, Status.CONVERGED),
+        iterations=max((c.iterations for c in columns), default=0),
+        products=sum(c.products for c in columns),
+        residual_norm=max((c.residual_norm for c in columns), default=0.0),
+        curvature=math.fsum(c.curvature for c in columns),
+        model_value=math.fsum(c.model_value for c in columns),
+        norm=max((c.norm for c in columns), default=0.0),
+        true_residual_norm=max(measured) if 0 < len(measured) == len(columns) else None,
+        columns=tuple(columns),
+    )
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)  # a tensor has no truth value to compare by
 class SubproblemSolution:
     r"""The result of minimising :math:`g's + \frac12 s'As` over :math:`\|s\| \le \Delta`.
 

@@ -13,8 +13,8 @@ from ..arguments import check_count, check_tolerances
 from ..operators.base import LinearOperator, product
 from ..status import Status
 from ..vector import exponent, ldexp, norm
-from .tridiagonal import Tridiagonalisation
-from .verified import shows
+from .stopping import surely_below
+from .tridiagonal import Tridiagonalization
 
 _BLOCK = 64  # unit vectors at a time: memory of 64 n
 _CHECK = 5  # vectors from one look at the Ritz values to the next
@@ -92,7 +92,7 @@ def trace(A: LinearOperator, *, probes: int | None = None, seed: int = 0) -> flo
     return float(diagonal(A, probes=probes, seed=seed).double().sum())
 
 
-@dataclass(frozen=True, eq=False)  # a tensor has no truth value to compare by
+@dataclass(frozen=True, kw_only=True, eq=False)  # a tensor has no truth value to compare by
 class Eigenvalues:
     r"""The largest eigenvalues of an operator, as far as a Krylov space knows them.
 
@@ -164,7 +164,7 @@ def largest_eigenvalues(
     generator = torch.Generator().manual_seed(seed)
     start = torch.randn(n, generator=generator, dtype=torch.float64).to(A.device)
     unit = _UnitScale(A)
-    space = Tridiagonalisation(unit, start, None, A.dtype)
+    space = Tridiagonalization(unit, start, None, A.dtype)
     while space.size < limit and _too_small(space, k, rtol):
         if space.exhausted:
             if space.size >= k:
@@ -183,10 +183,18 @@ def largest_eigenvalues(
     status = space.status or Status.CONVERGED
     if status is Status.CONVERGED and not all(map(math.isfinite, residuals)):
         status = Status.NONFINITE_OPERATOR
-    elif status is Status.CONVERGED and not all(shows(r, rounding, tolerance) for r in residuals):
+    elif status is Status.CONVERGED and not all(
+        surely_below(r, rounding, tolerance) for r in residuals
+    ):
         status = Status.MAX_ITER if space.size == limit < n else Status.STAGNATED
     measured = torch.tensor(residuals, dtype=torch.float64, device=A.device)
-    return Eigenvalues(theta, vectors, measured, status, space.products + len(theta))
+    return Eigenvalues(
+        values=theta,
+        vectors=vectors,
+        residuals=measured,
+        status=status,
+        products=space.products + len(theta),
+    )
 
 
 class _UnitScale(LinearOperator):
@@ -213,7 +221,7 @@ def _residuals(A: LinearOperator, theta: Tensor, vectors: Tensor) -> list[float]
     return [norm(gap.nan_to_num(nan=math.inf)) for gap in gaps.T]
 
 
-def _too_small(space: Tridiagonalisation, k: int, rtol: float) -> bool:
+def _too_small(space: Tridiagonalization, k: int, rtol: float) -> bool:
     """Whether a Ritz value has a residual above the tolerance, by the coupling to what is next."""
     if space.size < k or (space.size % _CHECK and not space.exhausted):
         return True

@@ -12,10 +12,12 @@ from ..arguments import check_count, check_radius, check_tolerances, check_vecto
 from ..operators.base import LinearOperator, OperatorLike, as_operator, product
 from ..status import Status
 from ..vector import dot, norm
-from .recurrence import Recurrence, Rules
+from .cg import conjugate_gradients
+from .products import answer
+from .refinement import Line, Run, Start
 from .region import Region, region
 from .solution import SubproblemSolution
-from .verified import Goal, Run, drive, shows
+from .stopping import Tolerance, surely_below, why_no_direction
 
 
 @torch.no_grad()
@@ -82,12 +84,20 @@ def steihaug(
     problem = region(g, radius)
     if isinstance(problem, SubproblemSolution):
         return problem
-    tolerance = Goal(rtol, atol).tolerance(problem.b, problem.e)
+    tolerance = Tolerance(rtol, atol).of(problem.b, problem.e)
     limit = 10 * g.numel() if max_iter is None else max_iter
-    rules = Rules(tolerance, limit, radius=problem.radius)
-    run = drive(A, Recurrence(problem.b, g.dtype, M, rules).iterate())
-    status = run.status or Status.CONVERGED
-    if status is Status.CONVERGED:
+
+    def leaves(run: Run, p: Tensor, w: Tensor, alpha: float) -> bool:
+        if not 0 < dot(p, w) < math.inf:
+            return True  # M is not positive definite
+        return alpha >= to_the_edge(run.x, run.y, p, w, problem.radius)[0]
+
+    start = Start(problem.b, tolerance, limit)
+    run = answer(A, conjugate_gradients(start, g.dtype, M, leaves=leaves))
+    status, at_edge = run.status or Status.CONVERGED, False
+    if run.line is not None:
+        status, at_edge = _follow(run, run.line, status, problem.radius)
+    elif status is Status.CONVERGED:
         margin = run.margin(problem.rounding(run.x), problem.eps)
         if math.sqrt(run.rr) + margin > tolerance:
             status = _measure(A, problem, run, tolerance)
@@ -101,13 +111,48 @@ def steihaug(
         reduction=0.5 * dot(s, b + r),
         curvature=dot(s, b - r),
         residual_norm=norm(r),
-        on_boundary=run.at_edge,
+        on_boundary=at_edge,
         multiplier=math.nan if status in EDGE else 0.0,
         direction=run.direction,
     )
 
 
 EDGE = (Status.BOUNDARY, Status.NEGATIVE_CURVATURE, Status.ZERO_CURVATURE)
+
+
+def _follow(run: Run, line: Line, status: Status, radius: float) -> tuple[Status, bool]:
+    """End on a line whose minimum is outside, or which has none; say whether that is the edge."""
+    p, w, Ap, rz, pAp, _ = line
+    if status is Status.BOUNDARY:
+        run.direction = None
+    size = dot(p, w)
+    if not 0 < size < math.inf:
+        return why_no_direction(size), False
+    forth, back = to_the_edge(run.x, run.y, p, w, radius)
+    taus = [forth]
+    if status is not Status.BOUNDARY:
+        # a curvature that is positive, if only by rounding, has its minimum before the edge
+        taus += [back, rz / pAp] if 0 < rz < forth * pAp else [back]
+    tau = min(taus, key=lambda t: t * (0.5 * t * pAp - rz))  # the change of the model
+    run.move(p, w, tau)
+    run.r = torch.add(run.r, Ap, alpha=-tau)
+    run.iterations += 1
+    return status, tau in (forth, back)
+
+
+def to_the_edge(x: Tensor, y: Tensor, p: Tensor, w: Tensor, radius: float) -> tuple[float, float]:
+    """Return both roots ``tau`` of ``|x + tau p| = radius``, the positive one first.
+
+    The norm is that of ``M^-1``, with ``y = M^-1 x`` and ``w = M^-1 p``. The roots are computed in
+    units of the radius and without a difference of nearly equal numbers.
+    """
+    unit = math.sqrt(dot(p, w))
+    along = dot(x, w) / unit / radius
+    room = max(1 - dot(x, y) / radius / radius, 0.0)
+    root = math.sqrt(along * along + room)
+    forth = room / (along + root) if along > 0 else root - along
+    back = -room / (root - along) if along < 0 else -(root + along)
+    return forth * radius / unit, back * radius / unit
 
 
 def _measure(A: LinearOperator, problem: Region, run: Run, tolerance: float) -> Status:
@@ -118,4 +163,5 @@ def _measure(A: LinearOperator, problem: Region, run: Run, tolerance: float) -> 
         return Status.NONFINITE_OPERATOR
     run.r = r
     rounding = problem.eps * run.norm_A * norm(run.x)
-    return Status.CONVERGED if shows(norm(r), rounding, tolerance) else Status.STAGNATED
+    below = surely_below(norm(r), rounding, tolerance)
+    return Status.CONVERGED if below else Status.STAGNATED

@@ -1,8 +1,50 @@
-"""When a solve has done enough: forcing sequences and the relative progress of the model."""
+"""When a solve stops: its tolerance, forcing sequences, the progress of the model, breakdowns."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ..status import Status
+from ..vector import norm, scalar_ldexp
+
+# The estimate of the gap between the recurred and the true residual holds within a factor of 3 on
+# all systems that were tried (dense ones up to n = 3000). This factor leaves room.
+SAFETY = 8.0
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """The tolerance on the norm of a residual: the larger of a relative and an absolute one."""
+
+    rtol: float | Callable[[float], float]
+    atol: float
+
+    def of(self, b: Tensor, e: int) -> float:
+        """Return the tolerance for the right-hand side ``2^e b``, in units of ``2^e``."""
+        size = norm(b)
+        rtol = self.rtol(scalar_ldexp(size, e)) if callable(self.rtol) else self.rtol
+        if not rtol >= 0:
+            raise ValueError(f"rtol must return a number that is not negative, got {rtol}")
+        return max(rtol * size, scalar_ldexp(self.atol, -e))
+
+
+def surely_below(size: float, rounding: float, tolerance: float) -> bool:
+    """Say whether a measured residual shows that the true one is below the tolerance.
+
+    ``rounding`` is the rounding of the product that measured it, about ``eps |A| |x|``.
+    """
+    return size + rounding <= tolerance
+
+
+def why_no_direction(rz: float) -> Status:
+    """Return what is wrong with ``M``: ``r'Mr`` is not positive and finite for a nonzero ``r``."""
+    if not math.isfinite(rz):
+        return Status.NONFINITE_OPERATOR
+    return Status.INDEFINITE_PRECONDITIONER if rz < 0 else Status.BREAKDOWN
 
 
 class Progress:

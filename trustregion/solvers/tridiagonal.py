@@ -11,15 +11,15 @@ from ..arguments import finite
 from ..operators.base import LinearOperator, product
 from ..status import Status
 from ..vector import dot, exponent, ldexp, norm
-from .basis import Basis, orthogonalise
-from .verified import why_no_direction
+from .basis import Basis, orthogonalize
+from .stopping import why_no_direction
 
 
-class Tridiagonalisation:
+class Tridiagonalization:
     r"""Rows ``Q``, ``W`` with :math:`QW' = I` and :math:`AQ' = W'T + \beta_k w_{k+1} e_k'`.
 
     ``W`` is :math:`M^{-1}Q`, the same rows without a preconditioner. Every new vector is
-    orthogonalised against all the others, twice, in float64: the basis then behaves as in exact
+    orthogonalized against all the others, twice, in float64: the basis then behaves as in exact
     arithmetic, also for an operator in float32.
     """
 
@@ -105,7 +105,7 @@ class Tridiagonalisation:
         r = torch.add(Aq, self.W.rows[k], alpha=-alpha)
         if k > 0:
             r = torch.add(r, self.W.rows[k - 1], alpha=-self.betas[k - 1])
-        kept = orthogonalise(r, self.W.rows, self.Q.rows)
+        kept = orthogonalize(r, self.W.rows, self.Q.rows)
         beta = self._append(kept, norm(Aq))
         if self.status is not None:
             return False
@@ -121,7 +121,7 @@ class Tridiagonalisation:
             return
         r = torch.randn(rows.shape[1], generator=generator, dtype=torch.float64).to(rows.device)
         self.exhausted = False
-        self._append(orthogonalise(r, rows, self.Q.rows), norm(r))  # its coupling stays 0
+        self._append(orthogonalize(r, rows, self.Q.rows), norm(r))  # its coupling stays 0
 
     def _append(self, r: Tensor, before: float) -> float:
         """Add ``Mr`` over its length and return the length, or 0 where nothing is left of ``r``.

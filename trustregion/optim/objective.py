@@ -1,0 +1,481 @@
+"""A closure as a function of the flat parameters, for the duration of one step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Self
+from weakref import WeakSet
+
+import torch
+from torch import Tensor, nn
+
+from ..autodiff import differentiate
+from ..distributions import Joint, Prediction, joint_of
+from ..operators.base import LinearOperator
+from ..operators.fisher import FisherOperator
+from ..status import Status
+from ..vector import ParameterVector, norm
+from .closure import Evaluation
+from .info import StepInfo
+from .processes import Processes
+from .replay import Buffers, Replay, comparable_kernels
+from .units import Units
+
+SETTLING = 100  # The most repetitions of a call whose values move with its buffers.
+CurvatureClosure = Callable[[], Prediction]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Values:
+    """The values of an objective at some parameters, over the samples of all processes.
+
+    Attributes:
+        loss: The closure's loss.
+        kl: KL(old || new) in nats, from float64; 0 without a prediction.
+        largest_kl: The KL of the sample where it is largest, if it was asked for.
+        constraints: The closure's constraint values.
+        buffers: The buffers that the call has moved, as it left them.
+
+    """
+
+    loss: float
+    kl: float
+    largest_kl: float | None = None
+    constraints: tuple[float, ...] = ()
+    buffers: Buffers
+
+    @property
+    def violation(self) -> float:
+        """The sum of the positive constraint values."""
+        return sum(max(c, 0.0) for c in self.constraints)
+
+
+class Objective:
+    """The loss, the prediction and the constraints of a closure at any parameters.
+
+    Used as a context, it leaves the parameters bit for bit as they were, whatever is raised, unless
+    :meth:`keep` was called. All values and derivatives are means over the samples of all processes.
+    :attr:`info` collects what the step has to report.
+
+    Args:
+        closure: The user's closure.
+        read: Checks what the closure returned.
+        vector: The parameters.
+        processes: The processes that take the step together.
+        units: The learning rates.
+        sign: -1 to maximize the closure's loss, else 1.
+        repeats: The closure is known to return the same values in every call of a step.
+        modules: The modules that the closure calls; None to find them in the first call.
+
+    """
+
+    info: StepInfo
+
+    def __init__(
+        self,
+        closure: Callable[[], object],
+        read: Callable[[Any], Evaluation],
+        vector: ParameterVector,
+        processes: Processes,
+        units: Units,
+        sign: float = 1.0,
+        *,
+        repeats: bool = True,
+        modules: WeakSet[nn.Module] | None = None,
+    ) -> None:
+        self._closure, self._read = closure, read
+        self.vector, self.processes, self.units, self.sign = vector, processes, units, sign
+        self.repeats = repeats
+        self._replay = Replay(vector.device, modules)
+        self._here: Evaluation | None = None
+        self._old: Joint | None = None
+        self._moved = self._kept = False
+        self._buffers_matter = True
+
+    def __enter__(self) -> Self:
+        self._scope = comparable_kernels()
+        self._scope.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        try:
+            if self._moved and not self._kept:
+                self.vector.assign(self.theta)
+        finally:
+            self._scope.__exit__(*error)
+
+    def first(self, settings: str = "") -> None:
+        """Call the closure at the present parameters and keep its graph.
+
+        Args:
+            settings: Everything that decides the step and has to agree between the processes.
+
+        Raises:
+            RuntimeError: No graph can be recorded.
+            ValueError: A parameter is not finite, there are no samples, or processes disagree.
+
+        """
+
+        def look() -> tuple[tuple[Tensor, Evaluation], Tensor]:
+            theta = finite_values(self.vector)
+            here = self._replay.first(lambda: self._read(self._closure()))
+            total, m = here.total, len(here.constraints)
+            sums = [total, m, m * m, total * here.loss.item()]
+            return (theta, here), here.loss.new_tensor(sums, dtype=torch.float64)
+
+        like = self.vector.params[0].new_zeros(4, dtype=torch.float64)
+        (self.theta, here), sums = self.processes.total(look, like)
+        total, m, squares, loss = sums.tolist()
+        self.processes.require_same(self.theta, settings)
+        if self.processes.size * squares != m * m:  # by Cauchy and Schwarz, unless all are equal
+            raise ValueError("the processes of the group disagree on the number of constraints")
+        if not total > 0:
+            raise ValueError(
+                "the closure's prediction holds no samples, or their weights sum to zero: skip the"
+                " step of an empty batch"
+            )
+        self._here, self.share = here, here.total / total
+        self.returned = here.loss.detach().clone()  # The loss may be a parameter itself.
+        self.loss = here.loss.item() if self.processes.size == 1 else loss / total
+        if self.processes.size > 1:
+            self.returned = self.returned.new_tensor(self.loss)
+        constraints = here.constraints.detach().double()
+        if m:
+            constraints = self.processes.mean(lambda: constraints, constraints, self.share)
+        self.constraints = constraints
+        self.info = StepInfo(
+            status=Status.NONFINITE_LOSS,
+            loss=self.loss,
+            new_loss=self.loss,
+            maximize=self.sign < 0,
+            constraints=tuple(constraints.tolist()),
+        )
+
+    @property
+    def here(self) -> Evaluation:
+        """The first evaluation, with its graph."""
+        assert self._here is not None, "the graph is kept from first() to release()"
+        return self._here
+
+    @property
+    def modules(self) -> WeakSet[nn.Module] | None:
+        """The modules that the closure calls, once they have been found."""
+        return self._replay.modules
+
+    @property
+    def evaluations(self) -> int:
+        """The number of closure evaluations so far."""
+        return self._replay.count
+
+    def note(self, **changes: Any) -> None:
+        """Add to the report of the step."""
+        self.info = replace(self.info, **changes)
+
+    def mean(self, compute: Callable[[], Tensor]) -> Tensor:
+        """Return the mean over all processes of a vector in the space of the parameters."""
+        return self.processes.mean(compute, self.theta, self.share)
+
+    def operator(self, A: LinearOperator) -> LinearOperator:
+        """Return the mean over all processes of an operator."""
+        return self.processes.operator(A, self.share)
+
+    def derivatives(self) -> torch.autocast:
+        """Return the context in which derivatives are taken: outside of the closure's autocast."""
+        return torch.autocast(self.vector.device.type, enabled=False)
+
+    def gradient(self) -> Tensor | None:
+        """Return the gradient of the minimized loss in the units of the learning rates.
+
+        None stands for a step that cannot be taken, and the status then says why.
+        """
+        if not self.finite():
+            return None
+        return self.slope(self.mean(lambda: self.sign * self._gradient()))
+
+    def finite(self) -> bool:
+        """Whether the loss and the constraints are finite; the status is set if they are not."""
+        if math.isfinite(self.loss) and bool(self.constraints.isfinite().all()):
+            return True
+        self.note(status=Status.NONFINITE_LOSS)
+        return False
+
+    def slope(self, g: Tensor, gtol: float = 0.0) -> Tensor | None:
+        """Return a gradient in the units of the learning rates.
+
+        None stands for a step that cannot or need not be taken, and the status then says why.
+
+        Args:
+            g: The gradient of the minimized loss, shape ``(n,)``.
+            gtol: The largest absolute entry that counts as zero.
+
+        """
+        nonfinite = self.vector.name_nonfinite(g)
+        if nonfinite is not None:
+            self.note(status=Status.NONFINITE_GRADIENT, detail=f"parameter {nonfinite}")
+            return None
+        largest = g.abs().max().item() if g.numel() else 0.0
+        self.note(gradient_norm=norm(g), largest_gradient=largest)
+        scaled = self.units.gradient(g)
+        violated = any(c > 0 for c in self.info.constraints)
+        if self.units.lr == 0:
+            self.note(status=Status.ZERO_LENGTH)
+        elif not violated and not bool(scaled.any()):
+            self.note(status=Status.STATIONARY)
+        elif 0 < largest <= gtol:
+            detail = f"the largest entry of the gradient is {largest:.3g}, and gtol is {gtol:.3g}"
+            self.note(status=Status.CONVERGED, detail=detail)
+        else:
+            return scaled
+        return None
+
+    def _gradient(self) -> Tensor:
+        return gradient(self.here.loss, self.vector, required=self.processes.size == 1)
+
+    def constraint_gradients(self) -> Tensor:
+        """Return the gradients of the constraints in the same units, shape ``(m, n)``."""
+        with torch.enable_grad():  # Taking an element is an operation of the graph.
+            values = self.here.constraints.unbind()
+        rows = [
+            self.mean(lambda c=c, i=i: gradient(c, self.vector, f"constraint {i}"))
+            for i, c in enumerate(values)
+        ]
+        n = self.vector.numel
+        return self.units.gradient(torch.stack(rows)) if rows else self.theta.new_zeros(0, n)
+
+    def fisher(self, curvature: CurvatureClosure | None, g: Tensor, rows: Tensor) -> LinearOperator:
+        """Return the Fisher matrix of the prediction, linearized at the present parameters.
+
+        Args:
+            curvature: Returns another prediction, whose Fisher matrix is used instead.
+            g: The gradient, shape ``(n,)``. It must vanish in every parameter that the Fisher
+                matrix of no process sees, since no KL would bound such a parameter.
+            rows: The gradients of the constraints, shape ``(m, n)``, of which the same holds.
+
+        """
+
+        def build() -> tuple[FisherOperator, Tensor]:
+            joint = self.here.prediction if curvature is None else self._beside(curvature)
+            F = FisherOperator(joint, self.vector)
+            sums = like.clone()
+            sums[0] = joint.total
+            sums[1:][list(F.used)] = 1.0
+            return F, sums
+
+        like = self.theta.new_zeros(1 + len(self.vector.params), dtype=torch.float64)
+        F, sums = self.processes.total(build, like)
+        total, *counts = sums.tolist()
+        seen = {i for i, count in enumerate(counts) if count > 0}
+        require_seen(seen, self.vector, [g, *rows])
+        self.note(backend=F.backend)
+        return self.processes.operator(F, F.total / total)
+
+    def _beside(self, curvature: CurvatureClosure) -> Joint:
+        return self._replay.beside(lambda: joint_of(curvature()))
+
+    def release(self) -> None:
+        """Free the graph of the first evaluation; its prediction is kept in float64."""
+        if self._here is not None and self._here.joint is not None:
+            self._old = self._here.joint.frozen()
+        self._here = None
+
+    def evaluate(self, buffers: Buffers | None = None) -> Evaluation:
+        """Call the closure at the present parameters, without a graph.
+
+        Args:
+            buffers: Where the buffers start from, if not from where they were before the step.
+
+        """
+        try:
+            return self._replay.again(lambda: self._read(self._closure()), buffers)
+        except RuntimeError as error:
+            if "does not require grad" not in str(error):
+                raise
+            raise RuntimeError(
+                "the closure took a derivative in a trial of the line search, which records no"
+                " graph. It must not call backward(); a derivative that the loss itself needs goes"
+                f" under torch.enable_grad() in the closure (torch said: {error})"
+            ) from error
+
+    def at(self, theta: Tensor, *, largest_kl: bool = False) -> Values:
+        """Write other parameters, and return the values there; NaN where they are not finite.
+
+        The graph of the first evaluation is released.
+        """
+        if not bool(theta.isfinite().all()):
+            nothing = (math.nan,) * len(self.constraints)
+            return Values(loss=math.nan, kl=math.nan, constraints=nothing, buffers=[])
+        self.release()
+        self._moved = True
+        self.vector.assign(theta)
+        values = self._measure(largest_kl=largest_kl)
+        return self._settled(values, largest_kl=largest_kl) if values.buffers else values
+
+    def _settled(self, values: Values, *, largest_kl: bool) -> Values:
+        """Repeat a call whose buffers move until its values do not move with them.
+
+        A power iteration, as of a spectral norm, lags behind the parameters, and would move the
+        prediction after the step. Running statistics in train mode move no value: one repetition
+        per step shows that.
+        """
+        for repetition in range(SETTLING if self._buffers_matter else 0):
+            again = self._measure(values.buffers, largest_kl=largest_kl)
+            if _settle(values, again, self.info.delta):
+                self._buffers_matter = repetition > 0
+                break
+            values = again
+        return values
+
+    def _measure(self, buffers: Buffers | None = None, *, largest_kl: bool = False) -> Values:
+        """Return the values at the present parameters."""
+        m, top = len(self.constraints), self.theta.new_zeros(1, dtype=torch.float64)
+        like = self.theta.new_zeros(2 + m, dtype=torch.float64)
+
+        def measure() -> Tensor:
+            new = self.evaluate(buffers)
+            if len(new.constraints) != m:
+                raise ValueError(
+                    f"the closure returned {len(new.constraints)} constraints in a trial, and {m}"
+                    " in its first call: their number must stay the same"
+                )
+            kl = like[:1]
+            if self._old is not None and new.joint is not None:
+                kl = self._old.mean_kl(new.joint).reshape(1)
+                if largest_kl:
+                    top.copy_(self._old.largest_kl(new.joint).reshape(1))
+            return torch.cat([new.loss.detach().reshape(1).to(kl), kl, new.constraints.to(kl)])
+
+        loss, kl, *constraints = self.processes.mean(measure, like, self.share).tolist()
+        largest = self.processes.largest(lambda: top, top).item() if largest_kl else None
+        return Values(
+            loss=loss,
+            kl=kl,
+            largest_kl=largest,
+            constraints=tuple(constraints),
+            buffers=self._replay.left,
+        )
+
+    def keep(self, theta: Tensor, values: Values, promised: float) -> bool:
+        """Leave the parameters at ``theta``, where ``values`` were measured.
+
+        An objective that is not known to repeat is measured there once more first, and the step is
+        ``NOT_REPRODUCIBLE`` if the values differ.
+
+        Args:
+            theta: The parameters of an acceptable trial.
+            values: The values of that trial.
+            promised: The reduction of the loss that the model predicts.
+
+        """
+        if not self.repeats:
+            different = self._compare(values, self.at(theta), promised)
+            if different:
+                self.note(status=Status.NOT_REPRODUCIBLE, detail=different)
+                return False
+            self.repeats = True
+        self.vector.assign(theta)
+        self._replay.leave(values.buffers)
+        self._kept = True
+        return True
+
+    def compare_start(self, promised: float) -> None:
+        """After a step that failed, call the closure once more where the step began.
+
+        The step is ``NOT_REPRODUCIBLE`` if the values differ, since no trial could be compared.
+
+        Args:
+            promised: The reduction of the loss that the model predicts.
+
+        """
+        start = Values(loss=self.loss, kl=0.0, buffers=[])
+        different = self._compare(start, self.at(self.theta), promised)
+        if different:
+            self.note(status=Status.NOT_REPRODUCIBLE, detail=different)
+
+    def _compare(self, one: Values, other: Values, promised: float) -> str:
+        """Say what differs between two calls at the same parameters; empty if nothing does.
+
+        A loss may differ by its rounding, or by too little to mislead a search.
+        """
+        rounding = math.sqrt(torch.finfo(self.theta.dtype).eps) * max(
+            abs(one.loss), abs(other.loss)
+        )
+        if not abs(other.loss - one.loss) <= max(rounding, 0.01 * abs(promised)):
+            return f"the loss was {one.loss} in one call and {other.loss} in another"
+        if not abs(other.kl - one.kl) <= 0.01 * min(self.info.delta or math.inf, 1.0):
+            return f"the KL was {one.kl} in one call and {other.kl} in another"
+        return ""
+
+
+def _settle(one: Values, other: Values, delta: float) -> bool:
+    """Say whether the values of two calls agree so well that their buffers do not matter."""
+    near = abs(other.loss - one.loss) <= 1e-6 * abs(one.loss)
+    return near and abs(other.kl - one.kl) <= 1e-4 * min(delta or 1.0, 1.0)
+
+
+def finite_values(vector: ParameterVector) -> Tensor:
+    """Return a copy of the parameters, of which a graph can be recorded.
+
+    Raises:
+        RuntimeError: Inference mode is on.
+        ValueError: A parameter is not finite.
+
+    """
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError(
+            "step() cannot run under torch.inference_mode(), where no graph is recorded: leave it,"
+            " or use torch.no_grad() around the code that needs it"
+        )
+    theta = vector.values()
+    nonfinite = vector.name_nonfinite(theta)
+    if nonfinite is not None:
+        raise ValueError(
+            f"parameter {nonfinite} holds a NaN or an infinity before the step. This optimizer"
+            " never writes one: look at the initialization, a loaded checkpoint or other code that"
+            " writes the parameters"
+        )
+    return theta
+
+
+def gradient(
+    loss: Tensor, vector: ParameterVector, what: str = "loss", *, required: bool = False
+) -> Tensor:
+    """Return the gradient of the loss, shape ``(n,)``; ``.grad`` is untouched.
+
+    The graph is kept, since the distribution shares it.
+
+    Args:
+        loss: One number with its graph.
+        vector: The parameters.
+        what: The name of the number in errors.
+        required: Refuse a graph that leads to none of the parameters.
+
+    """
+    if not loss.requires_grad:
+        raise ValueError(
+            f"the {what} carries no graph, so it has no gradient: compute it from the model's"
+            " outputs with grad enabled, without detach() or torch.no_grad()"
+        )
+    grads = differentiate([loss], vector.params)
+    if required and all(grad is None for grad in grads):
+        raise ValueError(
+            f"the graph of the {what} leads to none of the {len(grads)} parameters given: pass the"
+            " parameters of the model that the closure calls, and look for detach(), .item() or"
+            " numpy on the way from them"
+        )
+    return vector.ravel(grads)
+
+
+def require_seen(seen: set[int], vector: ParameterVector, slopes: Sequence[Tensor]) -> None:
+    """Refuse parameters that move the loss but not the distribution: no KL bounds them."""
+    parts = [vector.unravel(g) for g in slopes]
+    unused = set(range(len(vector.params))).difference(seen)
+    unseen = [i for i in sorted(unused) if any(bool(part[i].any()) for part in parts)]
+    if unseen:
+        names = ", ".join(vector.names[i] for i in unseen)
+        raise ValueError(
+            f"the loss depends on parameter(s) {names}, the distribution does not, so the KL radius"
+            " says nothing about them. Give them to another optimizer, or return a joint"
+            " distribution that covers them, for example {'action': ..., 'value': Normal(v, 1)}"
+        )

@@ -1,0 +1,216 @@
+"""What all calls of a closure within one step share: random numbers, buffers and kernels."""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import TypeAlias, TypeVar
+from weakref import WeakSet
+
+import torch
+from torch import Tensor, nn
+from torch.distributions import Distribution
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.modules.module import register_module_forward_pre_hook
+
+T = TypeVar("T")
+Buffers: TypeAlias = "list[tuple[nn.Module, str, Tensor, int, Tensor]]"
+"""For each buffer its module, name and tensor, with the tensor's version and values."""
+
+# Torch's global generators and the validation of distributions belong to the process. Steps in
+# several threads therefore take turns in calling their closures.
+_turn = threading.RLock()
+
+
+class Replay:
+    """Calls of one closure that all see the same random numbers and the same buffers.
+
+    Dropout draws the same mask in each call, and batch normalization or a spectral norm starts from
+    the same statistics, so that a line search compares like with like. After the step, torch's
+    generators stand where one call left them, and the buffers where the call at the accepted
+    parameters left them. Only torch's own generators are replayed, on the CPU and on the device of
+    the parameters; numpy's and the closure's own generators are not.
+
+    Args:
+        device: The device of the parameters.
+        modules: The modules whose buffers may move; None to find them in the first call.
+
+    """
+
+    def __init__(self, device: torch.device, modules: WeakSet[nn.Module] | None = None) -> None:
+        self.count, self.modules = 0, modules
+        self.left: Buffers = []
+        self._device = device if device.type == "cuda" else None
+        self._start: list[Tensor] = []
+        self._end: list[Tensor] | None = None
+        self._before: Buffers = []
+        self._after: Buffers = []
+
+    def first(self, call: Callable[[], T]) -> T:
+        """Make the first call, with a graph, and see what it draws and which buffers it moves."""
+        self.count += 1
+        with _turn, torch.enable_grad(), ExitStack() as stack:
+            before = _snapshot(self.modules or ())
+            if self.modules is None:
+                stack.enter_context(_discovered(before))
+            self._start = self._states()
+            try:
+                return call()
+            finally:
+                end = self._states()
+                self._end = None if all(map(torch.equal, end, self._start)) else end
+                if self.modules is None:
+                    self.modules = WeakSet(module for module, *_ in before)
+                    # torch.func.functional_call may have lent a module other tensors.
+                    before = [entry for entry in before if getattr(entry[0], entry[1]) is entry[2]]
+                self._before = [entry for entry in before if _has_moved(*entry)]
+                self._after = self.left = _read(self._before)
+
+    def again(self, call: Callable[[], T], buffers: Buffers | None = None) -> T:
+        """Make another call without a graph.
+
+        Torch does not validate the arguments of distributions here: impossible parameters at a
+        trial make the loss or the KL refuse it.
+
+        Args:
+            call: The call.
+            buffers: Where the buffers start from, if not from where they were before the step.
+
+        """
+        self.count += 1
+        with torch.no_grad(), _turn, _without_validation():
+            return self._replayed(call, buffers)
+
+    def beside(self, call: Callable[[], T]) -> T:
+        """Run something else, with a graph, under the same random numbers and buffers."""
+        with torch.enable_grad(), _turn:
+            return self._replayed(call)
+
+    def leave(self, buffers: Buffers) -> None:
+        """Leave the buffers as the call at the accepted parameters left them."""
+        self._after = buffers
+        _write(buffers)
+
+    def _replayed(self, call: Callable[[], T], buffers: Buffers | None = None) -> T:
+        if self._end is not None:
+            self._restore(self._start)
+        _write(self._before if buffers is None else buffers)
+        try:
+            return call()
+        finally:
+            if self._end is not None:
+                self._restore(self._end)
+            self.left = _read(self._before)
+            _write(self._after)
+
+    def _states(self) -> list[Tensor]:
+        cuda = [torch.cuda.get_rng_state(self._device)] if self._device else []
+        return [torch.get_rng_state(), *cuda]
+
+    def _restore(self, states: list[Tensor]) -> None:
+        torch.set_rng_state(states[0])
+        if self._device:
+            torch.cuda.set_rng_state(states[1], self._device)
+
+
+@contextmanager
+def _discovered(buffers: Buffers) -> Iterator[None]:
+    """Add the buffers of all modules that this thread calls, as they were before the call."""
+    seen: set[nn.Module] = set()
+    here = threading.get_ident()
+
+    def collect(module: nn.Module, _: object) -> None:
+        if module not in seen and threading.get_ident() == here:
+            seen.add(module)
+            buffers.extend(_snapshot([module]))
+
+    with warnings.catch_warnings():  # Compiled modules warn that they call such a hook twice.
+        warnings.filterwarnings("ignore", "Using `torch.compile.* global hooks")
+        handle = register_module_forward_pre_hook(collect)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+
+def _snapshot(modules: Iterable[nn.Module]) -> Buffers:
+    named = ((module, name, b) for module in modules for name, b in module.named_buffers("", False))
+    return [(module, name, b, b._version, b.detach().clone()) for module, name, b in named]
+
+
+def _has_moved(module: nn.Module, name: str, tensor: Tensor, version: int, _: Tensor) -> bool:
+    """Say whether a buffer was written to or replaced; at a fixed point its values stay."""
+    now = getattr(module, name, tensor)
+    return now is not tensor or now._version != version
+
+
+def _read(buffers: Buffers) -> Buffers:
+    """Return the present state of the same buffers."""
+    present = ((module, name, getattr(module, name)) for module, name, *_ in buffers)
+    return [(module, name, b, b._version, b.detach().clone()) for module, name, b in present]
+
+
+@torch.no_grad()
+def _write(buffers: Buffers) -> None:
+    for module, name, tensor, _, values in buffers:
+        if getattr(module, name) is not tensor:
+            setattr(module, name, tensor)
+        tensor.copy_(values)
+
+
+@contextmanager
+def _without_validation() -> Iterator[None]:
+    default = Distribution._validate_args  # Torch has a setter for it, and no getter.
+    Distribution.set_default_validate_args(False)
+    try:
+        yield
+    finally:
+        Distribution.set_default_validate_args(default)
+
+
+class _Shared:
+    """A setting of the process that overlapping scopes, in several threads, hold together.
+
+    The first scope makes the setting and the last one restores it.
+    """
+
+    def __init__(self, setting: Callable[[], AbstractContextManager[object]]) -> None:
+        self._setting = setting
+        self._lock, self._holders, self._stack = threading.Lock(), 0, ExitStack()
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        """Hold the setting for the duration of a ``with`` block."""
+        with self._lock:
+            if not self._holders:
+                self._stack.enter_context(self._setting())
+            self._holders += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._holders -= 1
+                if not self._holders:
+                    self._stack.close()
+
+
+@contextmanager
+def _kernels() -> Iterator[None]:
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH), torch.compiler.set_stance("force_eager"):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast_path)
+
+
+comparable_kernels = _Shared(_kernels)
+"""Run models on kernels that can be differentiated twice, for the duration of a step.
+
+Attention uses its math kernel, and compiled models run as they were written. The scope is the
+whole step: the line search then compares values from one kernel, and activation checkpointing
+recomputes in the backward pass what it saw in the forward pass.
+"""

@@ -1,0 +1,298 @@
+"""Solves whose ``CONVERGED`` is a statement on the true residual: iterative refinement.
+
+A run of ``cg`` or ``minres`` starts from zero on a system of unit scale and carries its residual by
+a recurrence. Where rounding leaves open whether the true residual is below the tolerance, it is
+measured by one product, and the next run solves for the correction. What is returned is in the
+units of the caller.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..arguments import finite
+from ..status import Status
+from ..vector import dot, exponent, ldexp, norm
+from .products import Asks
+from .solution import LinearSolution
+from .stopping import SAFETY, Tolerance, surely_below
+
+# An x' is taken as the x without its part in the null space where this is all that r changes by.
+NEARLY_NULL = 0.1
+# Ends whose true residual may turn out to be below the tolerance.
+MAY_BE_BELOW = (Status.CONVERGED, Status.STAGNATED, Status.MAX_ITER)
+
+Observer = Callable[[Tensor], object]
+
+
+class Line(NamedTuple):
+    """The line ``x + tau p`` that a run of conjugate gradients did not follow to its end."""
+
+    p: Tensor
+    w: Tensor  # M^-1 p
+    Ap: Tensor
+    rz: float  # r'Mr, minus the slope of the model
+    pAp: float
+    pp: float
+
+
+class Shorter(NamedTuple):
+    """An iterate of minres less its part along ``M r``, which ``A`` maps to about zero."""
+
+    x: Tensor
+    y: Tensor  # M^-1 x
+    change: float  # by this, relative to its size, r may be another
+
+
+class Trusted(NamedTuple):
+    """The last iterate of minres before its rounding could exceed its residual."""
+
+    run: Run
+    gap: float  # an estimate of that rounding
+
+
+@dataclass(kw_only=True)
+class Run:
+    """The state of a run from ``x = 0`` on a system of unit scale; vectors in float64."""
+
+    x: Tensor
+    y: Tensor  # M^-1 x; the tensor x itself without a preconditioner
+    r: Tensor
+    rr: float  # r'r
+    metric_norm: float | None = None  # sqrt(r'Mr), where the method works in that norm
+    status: Status | None = None
+    iterations: int = 0
+    products: int = 0
+    line: Line | None = None
+    direction: Tensor | None = None
+    norm_A: float = 0.0  # the largest |Ap|/|p| seen: a lower bound of |A|
+    reach: float = 0.0  # the sum of |alpha p|: an upper bound of |x|
+    removed: float = 0.0  # what reorthogonalization took off r, and the true residual still has
+    trusted: Trusted | None = None
+    shorter: Shorter | None = None
+
+    @classmethod
+    def start(cls, b: Tensor, M: object) -> Run:
+        """Return the state at ``x = 0``."""
+        x = torch.zeros_like(b)
+        y = x if M is None else torch.zeros_like(b)
+        return cls(x=x, y=y, r=b.clone(), rr=dot(b, b))
+
+    def ended(self, status: Status) -> Run:
+        """Return the run with the reason why it stops."""
+        self.status = status
+        return self
+
+    def copy(self) -> Run:
+        """Return the state with vectors of its own."""
+        x = self.x.clone()
+        return replace(self, x=x, y=x if self.y is self.x else self.y.clone(), r=self.r.clone())
+
+    def move(self, p: Tensor, w: Tensor, tau: float) -> None:
+        """Go to ``x + tau p``; ``w`` is ``M^-1 p``."""
+        self.x.add_(p, alpha=tau)
+        if self.y is not self.x:
+            self.y.add_(w, alpha=tau)
+
+    def gap(self, eps: float) -> float:
+        """Return an estimate of ``|r - (b - Ax)|``, from the rounding of the products."""
+        return eps * self.norm_A * self.reach + self.removed
+
+    def margin(self, rounding: Tensor, eps: float) -> float:
+        """Return a bound of ``|r - (b - Ax)|`` for an ``x`` that is returned less ``rounding``."""
+        return SAFETY * (self.gap(eps) + self.norm_A * norm(rounding))
+
+    def goes_on(self, tolerance: float, max_iter: int, eps: float) -> bool:
+        """Say whether another iteration is due, and set the status if not."""
+        if self.status is None:
+            # Below a tenth of the gap to the true residual the recurred one means nothing.
+            if math.sqrt(self.rr) <= max(tolerance, 0.1 * self.gap(eps)):
+                self.status = Status.CONVERGED
+            elif self.iterations >= max_iter:
+                self.status = Status.MAX_ITER
+        return self.status is None
+
+
+class Start(NamedTuple):
+    """The system ``A d = r`` of a run, whose ``d`` is a correction of an ``x`` found before."""
+
+    r: Tensor
+    tolerance: float
+    max_iter: int
+    value: float = 0.0  # the value of the model at x
+    observe: Observer | None = None  # is shown each d
+
+
+@dataclass(frozen=True, kw_only=True)
+class Refinement:
+    """What is asked of a solve, and the kernel whose runs it is made of."""
+
+    run: Callable[[Start], Asks[Run]]
+    tolerance: Tolerance
+    max_iter: int
+    max_products: float = math.inf
+    verify: bool = False
+    callback: Observer | None = None
+
+    def solve(self, b: Tensor, x0: Tensor | None) -> Asks[LinearSolution]:
+        """Solve at unit scale, and undo the scaling."""
+        zero = torch.zeros_like(b)
+        if not (finite(b) and (x0 is None or finite(x0))):
+            x = zero if x0 is None or not finite(x0) else x0.clone()
+            return LinearSolution.none(x, Status.NONFINITE_INPUT)
+        e = exponent(b)
+        if e is None:  # b = 0, whose solution is 0
+            return LinearSolution.none(zero, Status.CONVERGED, residual_norm=0.0)
+        start = None if x0 is None else ldexp(x0.double(), -e)
+        system = _System(ldexp(b.double(), -e), b.dtype, e, self)
+        solution = yield from system.solve(start)
+        solution = solution.in_units(e, b.dtype)
+        if finite(solution.x):
+            return solution
+        # The solution itself overflows the dtype.
+        first = system.end(system.first, Status.NONFINITE_OPERATOR).in_units(e, b.dtype)
+        return replace(first, x=zero if x0 is None else x0.clone(), direction=solution.direction)
+
+
+@dataclass(frozen=True)
+class _Iterate:
+    x: Tensor
+    r: Tensor
+    y: Tensor  # M^-1 (x - x0)
+    measured: bool  # r is b - Ax by a product, not by a recurrence
+    metric_norm: float | None = None  # sqrt(r'Mr), as the recurrence carries it
+
+
+class _System:
+    """A system of unit scale on the way to its solution."""
+
+    def __init__(self, b: Tensor, dtype: torch.dtype, e: int, asked: Refinement) -> None:
+        self.b, self.dtype, self.e, self.asked = b, dtype, e, asked
+        self.eps, self.tolerance = torch.finfo(dtype).eps, asked.tolerance.of(b, e)
+        self.first = _Iterate(torch.zeros_like(b), b, torch.zeros_like(b), measured=True)
+        self.norm_A = 0.0
+        self.iterations = self.products = 0
+
+    def solve(self, x0: Tensor | None) -> Asks[LinearSolution]:
+        """Run, measure where it matters, and run again from there while that helps."""
+        if x0 is not None:
+            self.first = replace(self.first, x=x0)
+            r = yield from self._residual(x0)
+            if not finite(r):
+                return self.end(self.first, Status.NONFINITE_OPERATOR)
+            self.first = replace(self.first, r=r)
+            self.norm_A = norm(self.b - r) / (norm(x0) or 1.0)
+        best, aim, doubted = self.first, self.tolerance, False
+        while True:
+            run = yield from self.asked.run(self._start(best, aim))
+            self.iterations += run.iterations
+            self.products += run.products
+            self.norm_A = max(self.norm_A, run.norm_A)
+            if run.products == 0:
+                status = run.status or Status.CONVERGED
+                below = status is not Status.CONVERGED or self._surely_below(best)
+                return self.end(best, status if below else Status.STAGNATED)
+            point, status, in_doubt = self._arrive(best, run)
+            if not (self.asked.verify or in_doubt):
+                return self.end(point, status, run.direction)
+            if self.products >= self.asked.max_products:
+                status = Status.MAX_ITER if in_doubt else status
+                return self.end(point, status, run.direction)
+            r = yield from self._residual(point.x)
+            if not finite(r):
+                return self.end(point, Status.NONFINITE_OPERATOR, run.direction)
+            point = yield from self._improve(replace(point, r=r, measured=True), best, run, status)
+            if status in MAY_BE_BELOW and self._surely_below(point):
+                return self.end(point, Status.CONVERGED)
+            if status is not Status.CONVERGED:
+                return self.end(point, status, run.direction)
+            if doubted and norm(point.r) > 0.5 * norm(best.r):
+                return self.end(point, Status.STAGNATED)
+            # Lower than asked from now on, so that what is gained is more than the doubt.
+            best, aim, doubted = point, 0.25 * self.tolerance, True
+
+    def _start(self, at: _Iterate, tolerance: float) -> Start:
+        asked, e, dtype = self.asked, self.e, self.dtype
+        left = min(asked.max_iter - self.iterations, asked.max_products - self.products)
+        value = -0.5 * dot(at.x, self.b + at.r)
+        callback, observe = asked.callback, None
+        if callback is not None:
+            observe = lambda d: callback(ldexp(at.x + d, e).to(dtype))  # noqa: E731
+        return Start(at.r, tolerance, int(max(left, 0)), value, observe)
+
+    def _surely_below(self, at: _Iterate) -> bool:
+        return surely_below(norm(at.r), self.eps * self.norm_A * norm(at.x), self.tolerance)
+
+    def _residual(self, x: Tensor) -> Asks[Tensor]:
+        Ax = yield x
+        self.products += 1
+        return self.b - Ax
+
+    def _arrive(self, best: _Iterate, run: Run) -> tuple[_Iterate, Status, bool]:
+        """Return where the run ended, and how, and whether its residual is in doubt."""
+        status, size = run.status or Status.CONVERGED, math.sqrt(run.rr)
+        if status is Status.LEAST_SQUARES:
+            x, y, change = run.shorter or Shorter(run.x, run.y, 0.0)
+            point, margin = self._at(best, run, x, y)
+            if size > margin:
+                return point, status, change > NEARLY_NULL
+            # What is left is rounding, and shows nothing about A.
+            return self._at(best, run, run.x, run.y)[0], Status.STAGNATED, True
+        point, margin = self._at(best, run, run.x, run.y)
+        if status is Status.CONVERGED:
+            # behind a preconditioner minres may not get to see the largest |Ap|/|p|
+            sure = run.metric_norm is None and size + margin <= self.tolerance
+            return point, status, not sure
+        return point, status, run.trusted is not None
+
+    def _improve(self, point: _Iterate, best: _Iterate, run: Run, status: Status) -> Asks[_Iterate]:
+        """Return the end of a run as measured, or what rounding has made it worse than."""
+        size = norm(point.r)
+        if status is Status.LEAST_SQUARES and size > (1 + NEARLY_NULL) * math.sqrt(run.rr):
+            return self._at(best, run, run.x, run.y)[0]
+        if run.trusted is not None and status in MAY_BE_BELOW:
+            former, gap = run.trusted
+            if size > SAFETY * (gap + self.eps * run.norm_A * norm(best.x)):
+                other, _ = self._at(best, former, former.x, former.y)
+                r = yield from self._residual(other.x)
+                if norm(r) < size:
+                    point = replace(other, r=r, measured=True)
+        lost = status in MAY_BE_BELOW and (status is not Status.MAX_ITER or run.trusted is not None)
+        return best if lost and norm(best.r) < norm(point.r) else point
+
+    def _at(self, best: _Iterate, run: Run, x: Tensor, y: Tensor) -> tuple[_Iterate, float]:
+        """Return ``best + x``, and how far its residual may be from the one of the run."""
+        exact = best.x + x
+        x = ldexp(ldexp(exact, self.e).to(self.dtype).double(), -self.e)  # as it is returned
+        margin = run.margin(exact - x, self.eps) + SAFETY * self.eps * run.norm_A * norm(best.x)
+        at = _Iterate(
+            x if finite(x) else exact,
+            run.r,
+            best.y + y,
+            measured=False,
+            metric_norm=run.metric_norm,
+        )
+        return at, margin
+
+    def end(self, at: _Iterate, status: Status, direction: Tensor | None = None) -> LinearSolution:
+        x, r = at.x, at.r
+        size = norm(r)
+        return LinearSolution(
+            x=x,
+            status=status,
+            iterations=self.iterations,
+            products=self.products,
+            residual_norm=size,
+            curvature=dot(x, self.b - r),
+            direction=direction,
+            model_value=-0.5 * dot(x, self.b + r),
+            norm=math.sqrt(max(dot(x - self.first.x, at.y), 0.0)),
+            true_residual_norm=size if at.measured else None,
+            preconditioned_residual_norm=at.metric_norm,
+        )
