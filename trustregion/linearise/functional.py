@@ -140,6 +140,8 @@ _WAYS_OUT = {
     " torch.autograd.Function in it",
     "Batching rule not implemented": "the model holds an operation that torch.func.vmap cannot"
     " batch: loop over the parameters instead",
+    "does not have vmap support": "the model holds a torch.autograd.Function that torch.func.vmap"
+    " cannot batch, as checkpointing is in some releases of torch: loop over the parameters instead",
     "saved tensor hooks": "the model uses saved tensor hooks, as checkpointing does, which"
     " torch.func does not allow: use backend='graph' outside of transforms, or no checkpointing",
     "in-place operation": "the model writes to a tensor of its own, as the running averages of"
