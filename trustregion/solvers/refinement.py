@@ -258,7 +258,7 @@ class _System:
             return self._at(best, run, run.x, run.y)[0]
         if run.trusted is not None and status in MAY_BE_BELOW:
             former, gap = run.trusted
-            if size > SAFETY * (gap + self.eps * run.norm_A * norm(best.x)):
+            if size > 2 * gap + SAFETY * self.eps * run.norm_A * norm(best.x):
                 other, _ = self._at(best, former, former.x, former.y)
                 r = yield from self._residual(other.x)
                 if norm(r) < size:
