@@ -124,7 +124,7 @@ def _least_violation(G: Tensor, h: Tensor) -> Tensor:
     ``G`` and the ``w >= 0`` that makes them shortest: what is over where a bound is met.
     """
     bounds = h.clamp(-1 / EPS, 1 / EPS)
-    N = torch.eye(len(h), dtype=h.dtype) - G @ torch.linalg.pinv(G)
+    N = torch.eye(len(h), dtype=h.dtype, device=h.device) - G @ torch.linalg.pinv(G)
     violation = (N @ (bounds + nnls(N, -N @ bounds).x)).clamp(min=0.0)
     slack = math.sqrt(EPS) * violation.max()  # rounding must not empty the polyhedron again
     return least_distance(G, bounds - violation - slack).x
