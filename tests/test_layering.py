@@ -66,6 +66,7 @@ LEVELS = {
     "solvers.minres": 2,
     "solvers.least_squares": 2,
     "solvers.nnls": 1,
+    "solvers.lowest": 1,
     "solvers.dual": 2,
     "solvers.radius": 0,
     "solvers.cg": 2,
