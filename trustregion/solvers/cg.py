@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..arguments import check_count, check_start, check_tolerances, check_vector
+from ..arguments import as_positive, check_count, check_start, check_tolerances, check_vector
 from ..operators.base import LinearOperator, OperatorLike, as_operator, product
 from ..status import Status
 from ..vector import dot, norm
@@ -109,8 +109,8 @@ def cg(
     check_tolerances(rtol, atol)
     check_count("max_iter", max_iter)
     check_count("max_products", max_products)
-    if progress_tol is not None and not progress_tol > 0:
-        raise ValueError(f"progress_tol must be positive, got {progress_tol}")
+    if progress_tol is not None:
+        as_positive("progress_tol", progress_tol, infinite=True)
     if b.ndim == 2 and callback is not None:
         raise ValueError("callback takes the iterate of one right-hand side: pass b of shape (n,)")
     like = b if b.ndim == 1 else b[:, 0] if b.shape[1] else b.new_empty(b.shape[0])

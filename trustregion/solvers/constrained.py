@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..arguments import REAL, check_radius, check_vector, finite
+from ..arguments import REAL, as_not_negative, check_radius, check_vector, finite
 from ..operators.base import Identity, OperatorLike, as_operator
 from ..status import Status
 from ..vector import dot, exponent, ldexp, norm, scalar_ldexp
@@ -113,8 +113,7 @@ def constrained_kl_ball_step(
     """
     rows, values = _check_constraints(g, a, b)
     check_radius("delta", delta)
-    if not 0 <= damping < math.inf:
-        raise ValueError(f"damping must be finite and not negative, got {damping}")
+    as_not_negative("damping", damping)
     H = as_operator(A, g)
     H = H + damping * Identity(g.numel(), g.dtype, g.device) if damping else H
     problem = _Problem.of(torch.cat([g.unsqueeze(0), rows]), values, delta, damping)

@@ -10,7 +10,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..arguments import check_count, check_radius, check_tolerances, check_vector, finite
+from ..arguments import (
+    check_count,
+    check_damping,
+    check_radius,
+    check_tolerances,
+    check_vector,
+    finite,
+)
 from ..operators.base import LinearOperator, OperatorLike, as_operator, to_dense
 from ..operators.map import DenseMap, LinearMap, as_map, wide_mv, wide_rmv
 from ..status import Status
@@ -191,8 +198,7 @@ def _check(J: LinearMap, u: Tensor, damping: float, scale: float, method: str) -
             f"u must have the shape ({J.shape[0]},) and dtype {J.dtype} of the outputs of J,"
             f" got shape {tuple(u.shape)} and dtype {u.dtype}"
         )
-    if not (isinstance(damping, (int, float)) and 0 <= damping < math.inf):
-        raise ValueError(f"damping must be a finite number and not negative, got {damping}")
+    check_damping(damping)
     check_radius("scale", scale)
     if method not in ("auto", "dual", "primal"):
         raise ValueError(f"method must be 'auto', 'dual' or 'primal', got {method!r}")

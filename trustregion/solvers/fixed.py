@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..arguments import check_count, check_start, check_vector
+from ..arguments import check_count, check_start, check_tolerances, check_vector
 from ..operators.base import LinearOperator, OperatorLike, as_operator
 
 
@@ -87,8 +87,7 @@ def fixed_cg(
     check_vector("b", b)
     check_start(x0, b)
     check_count("iterations", iterations)
-    if not rtol >= 0:
-        raise ValueError(f"rtol must not be negative, got {rtol}")
+    check_tolerances(rtol, 0.0)
     A = as_operator(A, b)
     M = None if M is None else as_operator(M, b)
     dtype = b.dtype

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..arguments import check_count, check_tolerances, check_vector, finite
+from ..arguments import check_count, check_damping, check_tolerances, check_vector, finite
 from ..operators.map import LinearMap, as_map
 from ..status import Status
 from ..vector import dot, exponent, ldexp, norm, scalar_ldexp
@@ -291,8 +291,7 @@ def lsqr(
             f"J has shape {J.shape} and dtype {J.dtype}, which does not fit a vector b of shape"
             f" {tuple(b.shape)} and dtype {b.dtype}: b must be of shape ({J.shape[0]},)"
         )
-    if not (isinstance(damping, (int, float)) and 0 <= damping < math.inf):
-        raise ValueError(f"damping must be a finite number and not negative, got {damping}")
+    check_damping(damping)
     x = b.new_zeros(J.shape[1])
     if not finite(b):
         return LinearSolution.none(x, Status.NONFINITE_INPUT)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..arguments import check_count, check_tolerances
+from ..arguments import as_count, check_count, check_tolerances
 from ..operators.base import LinearOperator, product
 from ..status import Status
 from ..vector import exponent, ldexp, norm
@@ -49,7 +49,7 @@ def diagonal(A: LinearOperator, *, probes: int | None = None, seed: int = 0) -> 
     """
     n = A.shape[0]
     if probes is not None:
-        _check_probes(probes)
+        as_count("probes", probes, 1)
         total = torch.zeros(n, dtype=torch.float64, device=A.device)
         for z in _signs(A, probes, seed):
             total += z.double() * product(A, z).double()
@@ -228,12 +228,6 @@ def _too_small(space: Tridiagonalization, k: int, rtol: float) -> bool:
     theta, U = space.spectrum(space.size)
     bounds = space.betas[-1] * U[-1].abs()[-k:]
     return bool((bounds > rtol * theta[-k:].abs().max()).any())
-
-
-def _check_probes(probes: object) -> None:
-    check_count("probes", probes)
-    if not probes:
-        raise ValueError("probes must be a positive integer, got 0; None is exact")
 
 
 def _signs(A: LinearOperator, probes: int, seed: int) -> Iterator[Tensor]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from ..arguments import as_number_in
 from ..status import Status
 from ..vector import norm, scalar_ldexp
 
@@ -107,10 +108,8 @@ def forcing_sequence(kappa: float = 0.5, theta: float = 0.5) -> Callable[[float]
         Trust-Region Methods, 2000, section 7.5.1.
 
     """
-    if not 0 < kappa < 1:
-        raise ValueError(f"kappa must be between 0 and 1, got {kappa}")
-    if not 0 < theta <= 1:
-        raise ValueError(f"theta must be in (0, 1], got {theta}")
+    as_number_in("kappa", kappa, "(0, 1)")
+    as_number_in("theta", theta, "(0, 1]")
     return lambda size: min(kappa, size**theta)
 
 
