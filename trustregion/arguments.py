@@ -110,10 +110,13 @@ def as_number_in(name: str, value: object, interval: str) -> float:
 def as_count(name: str, value: object, least: int = 0) -> int:
     """Return an integer of at least ``least``."""
     words = f"of at least {least}" if least else "and not negative"
-    whole = isinstance(value, Integral) and not isinstance(value, bool)
-    count = int(value) if whole else least - 1
+    count = int(value) if _is_whole(value) else least - 1
     require(count >= least, name, f"be an integer {words}", value)
     return count
+
+
+def _is_whole(value: object) -> TypeGuard[int]:
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def require(fits: bool, name: str, expected: str, value: object) -> None:

@@ -33,7 +33,7 @@ def test_what_a_scheduler_may_write_becomes_a_float(value):
 @pytest.mark.parametrize("value", ["2", True, None, [2.0], torch.ones(2), 1j])
 def test_what_is_not_a_number_is_refused_by_name(value):
     for convert in (as_number, as_positive, as_not_negative):
-        with pytest.raises(ValueError, match="^lr must be a number, got "):
+        with pytest.raises(ValueError, match=r"^lr must be a number, got "):
             convert("lr", value)
 
 

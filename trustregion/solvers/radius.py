@@ -212,7 +212,9 @@ def levenberg_marquardt_damping(
 
     """
     as_not_negative("damping", damping)
-    _check_order("raise_below", raise_below, "lower_above", lower_above)
+    if not raise_below < lower_above:
+        given = f"{raise_below} and {lower_above}"
+        raise ValueError(f"raise_below must be less than lower_above, got {given}")
     require(1 < factor < math.inf, "factor", "be finite and above 1", factor)
     if not (0 <= smallest <= largest and smallest < math.inf):
         limits = f"{smallest} and {largest}"
@@ -352,13 +354,9 @@ def _check_rule(
     radius: float, low: float, high: float, shrink: float, grow: float, largest: float
 ) -> None:
     check_radius("radius", radius)
-    _check_order("shrink_below", low, "grow_above", high)
-    if not 0 < shrink < 1 < grow < math.inf:
-        words = f"factors must satisfy 0 < shrink < 1 < grow, got shrink={shrink} and grow={grow}"
-        raise ValueError(words)
-    as_positive("largest", largest, infinite=True)
-
-
-def _check_order(below: str, low: float, above: str, high: float) -> None:
     if not low < high:
-        raise ValueError(f"{below} must be less than {above}, got {low} and {high}")
+        raise ValueError(f"shrink_below must be less than grow_above, got {low} and {high}")
+    if not 0 < shrink < 1 < grow < math.inf:
+        given = f"shrink={shrink} and grow={grow}"
+        raise ValueError(f"factors must satisfy 0 < shrink < 1 < grow, got {given}")
+    as_positive("largest", largest, infinite=True)
