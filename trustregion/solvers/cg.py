@@ -14,7 +14,7 @@ from ..status import Status
 from ..vector import dot, norm
 from .basis import Residuals
 from .products import Asks, answer, answer_in_blocks
-from .refinement import Line, Refinement, Run, Start
+from .refinement import Correction, Line, Refinement, Run
 from .solution import LinearSolution, join
 from .stopping import Progress, Tolerance, why_no_direction
 
@@ -37,7 +37,7 @@ def cg(
 ) -> LinearSolution:
     r"""Solve :math:`A x = b` for symmetric positive definite ``A`` by conjugate gradients.
 
-    Each iterate minimises :math:`\frac12 x'Ax - b'x` over a growing Krylov space. The kernel stops
+    Each iterate minimizes :math:`\frac12 x'Ax - b'x` over a growing Krylov space. The kernel stops
     when :math:`\|b - Ax\| \le \max(\mathrm{rtol}\,\|b\|, \mathrm{atol})`, and at anything that
     makes the next iterate meaningless: an ``A`` or ``M`` that is not positive definite, or a value
     that is not finite. It never raises for numerical trouble and never returns a NaN.
@@ -77,7 +77,7 @@ def cg(
             when None. It ends a solve as ``MAX_ITER``. The product for ``x0`` is always spent.
         progress_tol: epsilon of Martens' rule: stop when the model value has improved by less
             than this fraction an iteration (see :class:`Progress`); 5e-4 is his choice.
-        reorthogonalize: keep the residuals and orthogonalise each new one against all of them. In
+        reorthogonalize: keep the residuals and orthogonalize each new one against all of them. In
             float32, or at a high condition, this saves the iterations that rounding adds.
         verify: measure the true residual at the end, by one product where it is not known.
         callback: called with the current iterate after each iteration; one vector only.
@@ -117,12 +117,12 @@ def cg(
     A = as_operator(A, like)
     M = None if M is None else as_operator(M, like)
 
-    def run(start: Start) -> Asks[Run]:
-        progress = None if progress_tol is None else Progress(progress_tol, start.value)
-        kept = Residuals(start.r, M is not None) if reorthogonalize else None
-        return conjugate_gradients(start, b.dtype, M, progress=progress, kept=kept)
+    def run(system: Correction) -> Asks[Run]:
+        progress = None if progress_tol is None else Progress(progress_tol, system.value)
+        kept = Residuals(system.r, M is not None) if reorthogonalize else None
+        return conjugate_gradients(system, b.dtype, M, progress=progress, kept=kept)
 
-    asked = Refinement(
+    refinement = Refinement(
         run=run,
         tolerance=Tolerance(rtol, atol),
         max_iter=10 * like.numel() if max_iter is None else max_iter,
@@ -131,10 +131,10 @@ def cg(
         callback=callback,
     )
     if b.ndim == 1:
-        return answer(A, asked.solve(b, x0))
+        return answer(A, refinement.solve(b, x0))
     starts = [None] * b.shape[1] if x0 is None else x0.unbind(1)
     pairs = zip(b.unbind(1), starts, strict=True)
-    return join(b, answer_in_blocks(A, [asked.solve(*pair) for pair in pairs]))
+    return join(b, answer_in_blocks(A, [refinement.solve(*pair) for pair in pairs]))
 
 
 Leaves = Callable[[Run, Tensor, Tensor, float], bool]
@@ -142,7 +142,7 @@ Leaves = Callable[[Run, Tensor, Tensor, float], bool]
 
 
 def conjugate_gradients(
-    system: Start,
+    system: Correction,
     dtype: torch.dtype,
     M: LinearOperator | None,
     *,

@@ -28,7 +28,7 @@ def trust_region_dense(
     rtol: float | Callable[[float], float] = 1e-5,
     atol: float = 0.0,
 ) -> SubproblemSolution:
-    r"""Minimise :math:`g's + \frac12 s'As` over :math:`\|s\| \le \Delta`, globally, for small n.
+    r"""Minimize :math:`g's + \frac12 s'As` over :math:`\|s\| \le \Delta`, globally, for small n.
 
     The norm is :math:`\|s\|^2 = s'M^{-1}s`. With :math:`M = LL'` and :math:`s = Lz` the problem is
     one in :math:`L'AL` and the Euclidean norm; its eigenvalues reduce it to one equation in one

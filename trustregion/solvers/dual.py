@@ -176,7 +176,7 @@ def dual_solve(
     check_tolerances(rtol, 0.0)
     check_count("max_iter", max_iter)
     H = None if metric is None else as_operator(metric, u)
-    system, (m, n) = _System(J, u, H, float(scale), float(damping)), J.shape
+    system, (m, n) = _DampedSystem(J, u, H, float(scale), float(damping)), J.shape
     limit = EXPECTED_ITERATIONS if max_iter is None else max_iter
     gram = None if isinstance(J, DenseMap) else 3.0 * m * m * n  # products of 2mn and K
     primal, dual = _flops(m, n, min(limit, m + 1, n), None, gram)
@@ -205,7 +205,7 @@ def _check(J: LinearMap, u: Tensor, damping: float, scale: float, method: str) -
 
 
 @dataclass(frozen=True)
-class _System:
+class _DampedSystem:
     J: LinearMap
     u: Tensor
     H: LinearOperator | None
@@ -220,14 +220,18 @@ class _System:
 
 
 def _ended(
-    system: _System, status: Status, products: int, size: float = math.inf, p: Tensor | None = None
+    system: _DampedSystem,
+    status: Status,
+    products: int,
+    size: float = math.inf,
+    p: Tensor | None = None,
 ) -> LinearSolution:
     """Return the zero solution, whose residual has the norm ``size``, and a direction ``p``."""
     x = system.u.new_zeros(system.J.shape[1])
     return LinearSolution.none(x, status, products=products, residual_norm=size, direction=p)
 
 
-def _primal(system: _System, rtol: Rtol, max_iter: int | None) -> LinearSolution:
+def _primal(system: _DampedSystem, rtol: Rtol, max_iter: int | None) -> LinearSolution:
     k = exponent(system.u) or 0
     g = system.J.rmv(ldexp(system.u, -k))  # at unit scale, where nothing overflows early
     b = ldexp(g, k)
@@ -241,7 +245,7 @@ def _primal(system: _System, rtol: Rtol, max_iter: int | None) -> LinearSolution
 
 
 @dataclass(frozen=True)
-class _Unit:
+class _ScaledSystem:
     """The system at unit scale, in float64: no power of two in the input changes a bit of it."""
 
     rows: Tensor
@@ -264,7 +268,7 @@ class _Unit:
         return self.adjoint(d if self.H is None else self.H @ d) + self.damping * x
 
 
-def _unit(system: _System, rows: Tensor, e: int, k: int, H: Tensor | None) -> _Unit:
+def _unit(system: _DampedSystem, rows: Tensor, e: int, k: int, H: Tensor | None) -> _ScaledSystem:
     h = 0 if H is None else exponent(H)
     s, i = math.frexp(system.scale)
     d, j = math.frexp(system.damping)
@@ -272,10 +276,12 @@ def _unit(system: _System, rows: Tensor, e: int, k: int, H: Tensor | None) -> _U
     q = max(sizes + ([j] if d else []), default=0)
     weight = 0.0 if h is None else scalar_ldexp(s, sizes[0] - q)
     H = H if H is None or h is None else ldexp(H, -h)
-    return _Unit(rows, e, ldexp(system.u.double(), -k), H, weight, scalar_ldexp(d, j - q), q)
+    return _ScaledSystem(
+        rows, e, ldexp(system.u.double(), -k), H, weight, scalar_ldexp(d, j - q), q
+    )
 
 
-def _dual(system: _System, asked: Tolerance) -> LinearSolution:
+def _dual(system: _DampedSystem, stop: Tolerance) -> LinearSolution:
     J, k = system.J, exponent(system.u)
     if k is None:  # u = 0, whose solution is 0
         return _ended(system, Status.CONVERGED, 0, 0.0)
@@ -304,7 +310,7 @@ def _dual(system: _System, asked: Tolerance) -> LinearSolution:
         return _ended(system, Status.NONFINITE_OPERATOR, products, start)
     x = ldexp(out.double(), q - f)  # as it is returned
     r = g - unit.mv(x)
-    size, tolerance = norm(r), asked.of(g, f)
+    size, tolerance = norm(r), stop.of(g, f)
     if not size <= norm(g):
         return _ended(system, Status.STAGNATED, products, start)
     short = size <= math.hypot(scalar_ldexp(lost, -t), tolerance)
@@ -331,7 +337,7 @@ def _square_root(K: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _solve_reduced(
-    R: Tensor, unit: _Unit, dtype: torch.dtype
+    R: Tensor, unit: _ScaledSystem, dtype: torch.dtype
 ) -> tuple[Tensor, Status | None, float]:
     """Solve ``(weight R'HR + damping I) y = R'u``.
 

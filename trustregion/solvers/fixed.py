@@ -54,7 +54,7 @@ def fixed_cg(
     flow through it if ``A`` or ``b`` has any; put it under ``torch.no_grad()`` otherwise.
 
     What it leaves out: measuring the true residual (``converged`` speaks of the recurred one),
-    reorthogonalisation, and statuses in words.
+    reorthogonalization, and statuses in words.
 
     Cost: ``iterations`` products with ``A`` and ``M``, one more with ``A`` for ``x0``.
 

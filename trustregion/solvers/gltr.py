@@ -30,9 +30,9 @@ def gltr(
     max_iter: int | None = None,
     space: KrylovSpace | None = None,
 ) -> SubproblemSolution:
-    r"""Minimise :math:`g's + \frac12 s'As` over :math:`\|s\| \le \Delta`, to a tolerance.
+    r"""Minimize :math:`g's + \frac12 s'As` over :math:`\|s\| \le \Delta`, to a tolerance.
 
-    The Krylov space of ``g`` grows until the minimiser in it satisfies
+    The Krylov space of ``g`` grows until the minimizer in it satisfies
 
     .. math:: (A + \lambda M^{-1}) s = -g, \quad \lambda \ge 0, \quad \lambda(\Delta - \|s\|) = 0
 

@@ -134,7 +134,7 @@ class _Lsqr:
 
 
 @dataclass(frozen=True)
-class _Point:
+class _Iterate:
     x: Tensor
     """As it is returned, in the units of ``b``, in float64."""
     s: Tensor
@@ -149,22 +149,22 @@ class _Solve:
         self,
         run: _Lsqr,
         e: int,
-        asked: Tolerance,
+        tolerance: Tolerance,
         max_iter: int,
         callback: Callable[[Tensor], object] | None,
     ) -> None:
         self.lsqr, self.e, self.max_iter, self.callback = run, e, max_iter, callback
-        self.tolerance = asked.of(run.g, e + run.unit)
+        self.tolerance = tolerance.of(run.g, e + run.unit)
 
-    def solve(self) -> tuple[_Point, Status]:
+    def solve(self) -> tuple[_Iterate, Status]:
         """Run, and measure where it matters."""
         lsqr = self.lsqr
         if norm(lsqr.g) <= self.tolerance:
-            return _Point(lsqr.x, lsqr.g, measured=True), Status.CONVERGED
+            return _Iterate(lsqr.x, lsqr.g, measured=True), Status.CONVERGED
         status = lsqr.run(self.tolerance, self.max_iter, self._observe)
-        point = _Point(self._returned(), lsqr.v * lsqr.slope, measured=False)
+        point = _Iterate(self._returned(), lsqr.v * lsqr.slope, measured=False)
         if not finite(point.x):
-            point = _Point(torch.zeros_like(lsqr.x), lsqr.g, measured=True)
+            point = _Iterate(torch.zeros_like(lsqr.x), lsqr.g, measured=True)
             return point, Status.NONFINITE_OPERATOR
         if status is not Status.CONVERGED or self._sure(point):
             return point, status
@@ -174,14 +174,14 @@ class _Solve:
             return point, Status.NONFINITE_OPERATOR
         # on 764 systems where it was above the tolerance, going on never brought it below
         status = Status.CONVERGED if size <= self.tolerance else Status.STAGNATED
-        return _Point(point.x, s, measured=True), status
+        return _Iterate(point.x, s, measured=True), status
 
     def _returned(self) -> Tensor:
         """Return ``x`` as the caller will get it, in the units of ``b``."""
         e, unit = self.e, self.lsqr.unit
         return ldexp(ldexp(self.lsqr.x, e - unit).to(self.lsqr.J.dtype).double(), -e)
 
-    def _sure(self, point: _Point) -> bool:
+    def _sure(self, point: _Iterate) -> bool:
         lsqr = self.lsqr
         rounding = norm(ldexp(point.x, lsqr.unit) - lsqr.x)
         curvature = math.hypot(lsqr.norm_J, lsqr.damp)
@@ -192,7 +192,7 @@ class _Solve:
         if self.callback is not None:
             self.callback(ldexp(self._returned(), self.e).to(self.lsqr.J.dtype))
 
-    def account(self, point: _Point, status: Status) -> LinearSolution:
+    def account(self, point: _Iterate, status: Status) -> LinearSolution:
         """Return the solution in the units of the caller."""
         lsqr, e = self.lsqr, self.e
         x, size = point.x, scalar_ldexp(norm(point.s), e + lsqr.unit)
@@ -220,7 +220,7 @@ def lsqr(
     max_iter: int | None = None,
     callback: Callable[[Tensor], object] | None = None,
 ) -> LinearSolution:
-    r"""Minimise :math:`\|J x - b\|^2 + \lambda \|x\|^2` by products with ``J`` and its transpose.
+    r"""Minimize :math:`\|J x - b\|^2 + \lambda \|x\|^2` by products with ``J`` and its transpose.
 
     The solution is :math:`x = (J'J + \lambda I)^{-1} J'b`, the one that :func:`cg` finds on the
     normal equations in as many iterations. But those square the condition of ``J``, and a product

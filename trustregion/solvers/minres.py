@@ -13,7 +13,7 @@ from ..operators.base import LinearOperator, OperatorLike, as_operator
 from ..status import Status
 from ..vector import dot, norm, scalar_ldexp
 from .products import Asks, answer
-from .refinement import Refinement, Run, Shorter, Start, Trusted
+from .refinement import Correction, Refinement, Run, Shorter, Trusted
 from .solution import LinearSolution
 from .stopping import Tolerance
 from .three_term import ThreeTerm
@@ -111,21 +111,21 @@ def minres(
     A = as_operator(A, b)
     M = None if M is None else as_operator(M, b)
 
-    def run(start: Start) -> Asks[Run]:
-        return minimal_residuals(start, b.dtype, M, stop_at_negative_curvature)
+    def run(system: Correction) -> Asks[Run]:
+        return minimal_residuals(system, b.dtype, M, stop_at_negative_curvature)
 
-    asked = Refinement(
+    refinement = Refinement(
         run=run,
         tolerance=Tolerance(rtol, atol),
         max_iter=10 * b.numel() if max_iter is None else max_iter,
         verify=verify,
         callback=callback,
     )
-    return answer(A, asked.solve(b, x0))
+    return answer(A, refinement.solve(b, x0))
 
 
 def minimal_residuals(
-    system: Start, dtype: torch.dtype, M: LinearOperator | None, stop_at_curvature: bool
+    system: Correction, dtype: torch.dtype, M: LinearOperator | None, stop_at_curvature: bool
 ) -> Asks[Run]:
     r"""Run the method of Paige and Saunders from ``x = 0``.
 
@@ -206,7 +206,7 @@ class _Watch:
     """When a run stops, and which of its iterates is returned."""
 
     def __init__(
-        self, run: Run, lanczos: ThreeTerm, system: Start, stop_at_curvature: bool
+        self, run: Run, lanczos: ThreeTerm, system: Correction, stop_at_curvature: bool
     ) -> None:
         self.run, self.lanczos, self.system = run, lanczos, system
         self.stop_at_curvature = stop_at_curvature

@@ -28,7 +28,7 @@ def multishift_cg(
     r"""Solve :math:`(A + \sigma M^{-1}) x = b` for many shifts at the price of one.
 
     The Krylov space does not depend on the shift, so the products of the hardest system serve all
-    of them. The basis is stored and fully orthogonalised (:func:`lanczos`), which makes each column
+    of them. The basis is stored and fully orthogonalized (:func:`lanczos`), which makes each column
     the iterate of :func:`cg` for its shift without the delay of rounding. Keep the space itself,
     with :func:`lanczos` and :meth:`KrylovSpace.solve`, where shifts are chosen one after another.
 

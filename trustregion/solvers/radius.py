@@ -213,12 +213,11 @@ def levenberg_marquardt_damping(
     """
     as_not_negative("damping", damping)
     if not raise_below < lower_above:
-        given = f"{raise_below} and {lower_above}"
-        raise ValueError(f"raise_below must be less than lower_above, got {given}")
+        limits = f"{raise_below} and {lower_above}"
+        raise ValueError(f"raise_below must be less than lower_above, got {limits}")
     require(1 < factor < math.inf, "factor", "be finite and above 1", factor)
     if not (0 <= smallest <= largest and smallest < math.inf):
-        limits = f"{smallest} and {largest}"
-        raise ValueError(f"limits must satisfy 0 <= smallest <= largest, got {limits}")
+        raise ValueError(f"0 <= smallest <= largest must hold, got {smallest} and {largest}")
     if not rho >= raise_below:
         damping = damping and _within(factor * damping, largest)
     elif rho > lower_above:
@@ -271,7 +270,7 @@ def initial_radius(
         slope: :math:`g'd`, negative; ``-|g|`` for steepest descent.
         curvature: :math:`d'Hd`, of either sign.
         evaluate: ``t`` -> :math:`f(\theta + t d)`.
-        start: the first ``t``; when None ``|slope / curvature|``, which minimises a convex model,
+        start: the first ``t``; when None ``|slope / curvature|``, which minimizes a convex model,
             or 1 where that is not positive and finite.
         trials: how many ``t`` to try, at least 1.
         largest: upper limit of the radius.
@@ -290,7 +289,7 @@ def initial_radius(
 
     """
     if not (math.isfinite(value) and math.isfinite(curvature)):
-        given = f"value={value} and curvature={curvature}"
+        given = f"value={value}, curvature={curvature}"
         raise ValueError(f"value and curvature must be finite, got {given}")
     require(-math.inf < slope < 0, "slope", "be finite and negative (d descends)", slope)
     as_count("trials", trials, 1)

@@ -119,7 +119,7 @@ class Run:
         return self.status is None
 
 
-class Start(NamedTuple):
+class Correction(NamedTuple):
     """The system ``A d = r`` of a run, whose ``d`` is a correction of an ``x`` found before."""
 
     r: Tensor
@@ -133,7 +133,7 @@ class Start(NamedTuple):
 class Refinement:
     """What is asked of a solve, and the kernel whose runs it is made of."""
 
-    run: Callable[[Start], Asks[Run]]
+    run: Callable[[Correction], Asks[Run]]
     tolerance: Tolerance
     max_iter: int
     max_products: float = math.inf
@@ -172,9 +172,9 @@ class _Iterate:
 class _System:
     """A system of unit scale on the way to its solution."""
 
-    def __init__(self, b: Tensor, dtype: torch.dtype, e: int, asked: Refinement) -> None:
-        self.b, self.dtype, self.e, self.asked = b, dtype, e, asked
-        self.eps, self.tolerance = torch.finfo(dtype).eps, asked.tolerance.of(b, e)
+    def __init__(self, b: Tensor, dtype: torch.dtype, e: int, options: Refinement) -> None:
+        self.b, self.dtype, self.e, self.options = b, dtype, e, options
+        self.eps, self.tolerance = torch.finfo(dtype).eps, options.tolerance.of(b, e)
         self.first = _Iterate(torch.zeros_like(b), b, torch.zeros_like(b), measured=True)
         self.norm_A = 0.0
         self.iterations = self.products = 0
@@ -190,7 +190,7 @@ class _System:
             self.norm_A = norm(self.b - r) / (norm(x0) or 1.0)
         best, aim, doubted = self.first, self.tolerance, False
         while True:
-            run = yield from self.asked.run(self._start(best, aim))
+            run = yield from self.options.run(self._correction(best, aim))
             self.iterations += run.iterations
             self.products += run.products
             self.norm_A = max(self.norm_A, run.norm_A)
@@ -199,9 +199,9 @@ class _System:
                 below = status is not Status.CONVERGED or self._surely_below(best)
                 return self.end(best, status if below else Status.STAGNATED)
             point, status, in_doubt = self._arrive(best, run)
-            if not (self.asked.verify or in_doubt):
+            if not (self.options.verify or in_doubt):
                 return self.end(point, status, run.direction)
-            if self.products >= self.asked.max_products:
+            if self.products >= self.options.max_products:
                 status = Status.MAX_ITER if in_doubt else status
                 return self.end(point, status, run.direction)
             measured = yield from self._measure(point, best, run, status)
@@ -217,14 +217,14 @@ class _System:
             # Lower than asked from now on, so that what is gained is more than the doubt.
             best, aim, doubted = point, 0.25 * self.tolerance, True
 
-    def _start(self, at: _Iterate, tolerance: float) -> Start:
-        asked, e, dtype = self.asked, self.e, self.dtype
-        left = min(asked.max_iter - self.iterations, asked.max_products - self.products)
+    def _correction(self, at: _Iterate, tolerance: float) -> Correction:
+        options, e, dtype = self.options, self.e, self.dtype
+        left = min(options.max_iter - self.iterations, options.max_products - self.products)
         value = -0.5 * dot(at.x, self.b + at.r)
-        callback, observe = asked.callback, None
+        callback, observe = options.callback, None
         if callback is not None:
             observe = lambda d: callback(ldexp(at.x + d, e).to(dtype))  # noqa: E731
-        return Start(at.r, tolerance, int(max(left, 0)), value, observe)
+        return Correction(at.r, tolerance, int(max(left, 0)), value, observe)
 
     def _surely_below(self, at: _Iterate) -> bool:
         return surely_below(norm(at.r), self.eps * self.norm_A * norm(at.x), self.tolerance)

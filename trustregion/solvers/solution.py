@@ -113,7 +113,7 @@ def join(b: Tensor, columns: Sequence[LinearSolution]) -> LinearSolution:
 
 @dataclass(frozen=True, kw_only=True, eq=False)  # a tensor has no truth value to compare by
 class SubproblemSolution:
-    r"""The result of minimising :math:`g's + \frac12 s'As` over :math:`\|s\| \le \Delta`.
+    r"""The result of minimizing :math:`g's + \frac12 s'As` over :math:`\|s\| \le \Delta`.
 
     The norm is :math:`\|s\|^2 = s'M^{-1}s` with a preconditioner ``M``, Euclidean without one.
 

@@ -14,7 +14,7 @@ from ..status import Status
 from ..vector import dot, norm
 from .cg import conjugate_gradients
 from .products import answer
-from .refinement import Line, Run, Start
+from .refinement import Correction, Line, Run
 from .region import Region, region
 from .solution import SubproblemSolution
 from .stopping import Tolerance, surely_below, why_no_direction
@@ -31,7 +31,7 @@ def steihaug(
     atol: float = 0.0,
     max_iter: int | None = None,
 ) -> SubproblemSolution:
-    r"""Minimise :math:`g's + \frac12 s'As` over :math:`\|s\| \le \Delta`, approximately.
+    r"""Minimize :math:`g's + \frac12 s'As` over :math:`\|s\| \le \Delta`, approximately.
 
     Conjugate gradients on :math:`As = -g` from zero, until the residual is small, the path leaves
     the region, or a direction of no positive curvature turns up; in the last two cases the step
@@ -92,8 +92,8 @@ def steihaug(
             return True  # M is not positive definite
         return alpha >= to_the_edge(run.x, run.y, p, w, problem.radius)[0]
 
-    start = Start(problem.b, tolerance, limit)
-    run = answer(A, conjugate_gradients(start, g.dtype, M, leaves=leaves))
+    system = Correction(problem.b, tolerance, limit)
+    run = answer(A, conjugate_gradients(system, g.dtype, M, leaves=leaves))
     status, at_edge = run.status or Status.CONVERGED, False
     if run.line is not None:
         status, at_edge = _follow(run, run.line, status, problem.radius)
