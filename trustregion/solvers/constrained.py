@@ -99,8 +99,8 @@ def constrained_kl_ball_step(
         max_iter: limit on their iterations.
 
     Raises:
-        TypeError: ``g`` or ``a`` is not a real floating tensor, or ``A`` or ``M`` not an operator.
-        ValueError: shapes or dtypes do not fit, ``m = 0``, or a number is out of its range.
+        TypeError: ``g`` or ``a`` is not a real floating-point tensor, or ``A`` or ``M`` not an operator.
+        ValueError: shapes or dtypes do not match, ``m = 0``, or a number is out of its range.
 
     Example:
         >>> F, g, a = torch.eye(2), torch.tensor([1.0, 0.0]), torch.tensor([-1.0, 0.0])

@@ -138,7 +138,7 @@ def dual_solve(
         J: a :class:`LinearMap` or a matrix ``(m, n)``.
         u: shape ``(m,)``, float32 or float64.
         damping: lambda, not negative.
-        metric: ``H``, symmetric positive semi-definite; the identity when None.
+        metric: ``H``, symmetric positive semi-definite; the identity if None.
         scale: ``s``, positive: one over the number of samples for a mean.
         method: ``"dual"``, ``"primal"``, or ``"auto"``.
         rtol: tolerance relative to the norm of ``J'u``, or a rule, as in :func:`cg`.
@@ -149,8 +149,8 @@ def dual_solve(
         ``ZERO_CURVATURE`` with a direction where ``H`` is not positive semi-definite.
 
     Raises:
-        TypeError: ``u`` is not a real floating tensor, ``J`` no map, or ``metric`` no operator.
-        ValueError: shapes or dtypes do not fit, or a number is out of its range.
+        TypeError: ``u`` is not a real floating-point tensor, ``J`` no map, or ``metric`` no operator.
+        ValueError: shapes or dtypes do not match, or a number is out of its range.
 
     Example:
         >>> from torch.distributions import Categorical

@@ -62,13 +62,13 @@ def fixed_cg(
         A: a :class:`LinearOperator`, a square tensor, or a callable ``v -> A v``.
         b: right-hand side, shape ``(n,)``, float32 or float64.
         iterations: how many.
-        x0: starting point, shape ``(n,)``; zero when None.
-        M: preconditioner, an approximation of the inverse of ``A``, positive definite.
+        x0: starting point, shape ``(n,)``; zero if None.
+        M: positive definite preconditioner, an approximation of the inverse of ``A``.
         rtol: tolerance relative to the norm of ``b``; at 0 nothing stops early.
 
     Raises:
-        TypeError: ``b`` is not a real floating vector, or ``A`` or ``M`` is not an operator.
-        ValueError: shapes or dtypes do not fit, or a number is negative.
+        TypeError: ``b`` is not a real floating-point vector, or ``A`` or ``M`` is not an operator.
+        ValueError: shapes or dtypes do not match, or a number is negative.
 
     Example:
         >>> A = torch.stack([torch.diag(torch.tensor([1.0, 2.0])), torch.eye(2)])

@@ -13,7 +13,7 @@ from ..status import Status
 from ..vector import dot, norm
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)  # a tensor has no truth value to compare by
+@dataclass(frozen=True, kw_only=True, eq=False)  # == on tensors is elementwise
 class Step:
     """A step ``s`` for the parameters.
 

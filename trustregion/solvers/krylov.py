@@ -120,7 +120,7 @@ class KrylovSpace:
 
         Args:
             damping: :math:`\lambda`, of either sign.
-            size: use the first vectors only, as if the space ended there; all when None.
+            size: use the first vectors only, as if the space ended there; all if None.
             rtol: tolerance relative to the norm of ``b``, for the status.
             atol: absolute tolerance, for the status.
             verify: measure the true residual, at one product, where ``STAGNATED`` is the answer.

@@ -253,9 +253,9 @@ def lsqr(
         J: a :class:`LinearMap` or a tensor of shape ``(m, n)``.
         b: right-hand side, shape ``(m,)``, float32 or float64.
         damping: lambda.
-        rtol: tolerance relative to the norm of ``J'b``, or a rule that makes it from that norm.
+        rtol: tolerance relative to the norm of ``J'b``, or a function of that norm that returns it.
         atol: absolute tolerance on the norm of ``s``.
-        max_iter: limit on iterations; ``10 min(m, n)`` when None.
+        max_iter: limit on iterations; ``10 min(m, n)`` if None.
         callback: called with the current iterate after each iteration.
 
     Returns:
@@ -264,8 +264,8 @@ def lsqr(
         those with ``J`` and those with ``J'``, summed.
 
     Raises:
-        TypeError: ``b`` is not a real floating tensor, or ``J`` is neither a map nor a tensor.
-        ValueError: shapes or dtypes do not fit, or the damping, a tolerance or limit is negative.
+        TypeError: ``b`` is not a real floating-point tensor, or ``J`` is neither a map nor a tensor.
+        ValueError: shapes or dtypes do not match, or the damping, a tolerance or limit is negative.
 
     Example:
         >>> J = torch.tensor([[1.0, 0.0], [1.0, 1.0], [1.0, 2.0]])

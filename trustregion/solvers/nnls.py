@@ -68,11 +68,11 @@ def nnls(A: Tensor, b: Tensor, *, max_iter: int | None = None) -> NonnegativeSol
     Args:
         A: the matrix, shape ``(m, n)``, float32 or float64.
         b: the right-hand side, shape ``(m,)``, of the dtype of ``A``.
-        max_iter: limit on least squares problems; ``10 n`` when None.
+        max_iter: limit on least squares problems; ``10 n`` if None.
 
     Raises:
-        TypeError: ``b`` is not a real floating tensor.
-        ValueError: shapes or dtypes do not fit, or ``max_iter`` is negative.
+        TypeError: ``b`` is not a real floating-point tensor.
+        ValueError: shapes or dtypes do not match, or ``max_iter`` is negative.
 
     Example:
         >>> nnls(torch.eye(2), torch.tensor([1.0, -1.0])).x
@@ -121,8 +121,8 @@ def least_distance(G: Tensor, h: Tensor) -> ShortestPoint:
         h: the bounds, shape ``(m,)``, of the dtype of ``G``; minus infinity for no bound.
 
     Raises:
-        TypeError: ``h`` is not a real floating tensor.
-        ValueError: shapes or dtypes do not fit.
+        TypeError: ``h`` is not a real floating-point tensor.
+        ValueError: shapes or dtypes do not match.
 
     Example:
         >>> least_distance(torch.eye(2), torch.tensor([2.0, -1.0])).x

@@ -108,7 +108,7 @@ def classic_radius(
         largest: upper limit of the radius.
 
     Raises:
-        ValueError: an argument out of its range.
+        ValueError: an argument is out of range.
 
     Example:
         >>> classic_radius(1.0, 0.9, on_boundary=True), classic_radius(1.0, 0.1, on_boundary=True)
@@ -155,7 +155,7 @@ def gould_radius(
         largest: upper limit of the radius.
 
     Raises:
-        ValueError: an argument out of its range.
+        ValueError: an argument is out of range.
 
     Example:
         >>> gould_radius(1.0, 1.0, length=1.0), gould_radius(1.0, -2.0, length=0.5)
@@ -201,7 +201,7 @@ def levenberg_marquardt_damping(
         largest: upper limit.
 
     Raises:
-        ValueError: an argument out of its range.
+        ValueError: an argument is out of range.
 
     Example:
         >>> levenberg_marquardt_damping(3.0, 0.1), levenberg_marquardt_damping(3.0, 0.9)
@@ -270,7 +270,7 @@ def initial_radius(
         slope: :math:`g'd`, negative; ``-|g|`` for steepest descent.
         curvature: :math:`d'Hd`, of either sign.
         evaluate: ``t`` -> :math:`f(\theta + t d)`.
-        start: the first ``t``; when None ``|slope / curvature|``, which minimizes a convex model,
+        start: the first ``t``; if None ``|slope / curvature|``, which minimizes a convex model,
             or 1 where that is not positive and finite.
         trials: how many ``t`` to try, at least 1.
         largest: upper limit of the radius.

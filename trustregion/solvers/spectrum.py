@@ -31,7 +31,7 @@ def diagonal(A: LinearOperator, *, probes: int | None = None, seed: int = 0) -> 
 
     Args:
         A: a symmetric operator.
-        probes: how many products to spend; n products and no noise when None.
+        probes: how many products to spend; n products and no noise if None.
         seed: of the signs, from an own generator.
 
     Raises:
@@ -74,7 +74,7 @@ def trace(A: LinearOperator, *, probes: int | None = None, seed: int = 0) -> flo
 
     Args:
         A: a symmetric operator.
-        probes: how many products to spend; n products and no noise when None.
+        probes: how many products to spend; n products and no noise if None.
         seed: of the signs, from an own generator.
 
     Raises:
@@ -92,7 +92,7 @@ def trace(A: LinearOperator, *, probes: int | None = None, seed: int = 0) -> flo
     return float(diagonal(A, probes=probes, seed=seed).double().sum())
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)  # a tensor has no truth value to compare by
+@dataclass(frozen=True, kw_only=True, eq=False)  # == on tensors is elementwise
 class Eigenvalues:
     r"""The largest eigenvalues of an operator, as far as a Krylov space knows them.
 
@@ -133,7 +133,7 @@ def largest_eigenvalues(
         A: a symmetric operator of any definiteness.
         k: how many.
         rtol: tolerance of the residuals, relative to the largest of the values in size.
-        max_iter: limit on the dimension of the space; ``10 k + 30`` when None.
+        max_iter: limit on the dimension of the space; ``10 k + 30`` if None.
         seed: of the first vector, from an own generator.
 
     Returns:
