@@ -167,7 +167,7 @@ def _in_words() -> Iterator[None]:
 def _load_forward_mode() -> None:
     """Load torch's forward mode, whose first use emits a warning about torch itself."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
+        warnings.simplefilter("ignore")  # a DeprecationWarning or a FutureWarning
         torch.func.jvp(torch.sin, (torch.zeros(()),), (torch.zeros(()),))
 
 
