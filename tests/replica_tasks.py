@@ -13,8 +13,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from optimizers import natural, newton
 from replica_models import MODELS, network
-from trustregion import KFAC, Jacobi, NaturalTrustRegion, NewtonTrustRegion, Nystrom
+from trustregion import KFAC, Jacobi, NaturalTrustRegion, Nystrom
 from trustregion.operators.gauss_newton import GaussNewtonOperator
 from trustregion.preconditioners import Recycled
 
@@ -78,7 +79,7 @@ def optimizer_of(case: Case, net: nn.Module) -> Any:
     if case.rates:
         params = [{"params": params[:2], "lr": case.rates[0]}, {"params": params[2:]}]
         params[1]["lr"] = case.rates[1]
-    return (NewtonTrustRegion if case.newton else NaturalTrustRegion)(params, **options)
+    return (newton if case.newton else natural)(params, **options)
 
 
 def train(rank: int | None, case: Case) -> list[dict[str, Any]]:

@@ -39,9 +39,9 @@ class Replay:
         start = self._starts.get(part)
         if start is not None:
             with kept():
-                _restore(start)
+                restore_generators(start)
                 return call()
-        start = _states()
+        start = generator_states()
         result = call()
         self._starts[part] = self._shared(start)
         return result
@@ -66,20 +66,22 @@ def repeatable(fn: Callable[..., T]) -> Callable[..., T]:
 @contextmanager
 def kept() -> Iterator[None]:
     """Restore torch's global generators on exit."""
-    before = _states()
+    before = generator_states()
     try:
         yield
     finally:
-        _restore(before)
+        restore_generators(before)
 
 
-def _states() -> States:
+def generator_states() -> States:
+    """Return the states of torch's global generators."""
     # Reading a state would initialize CUDA in a process that computes on the CPU only.
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
     return [torch.get_rng_state(), *cuda]
 
 
-def _restore(states: States) -> None:
+def restore_generators(states: States) -> None:
+    """Put torch's global generators back to earlier states."""
     torch.set_rng_state(states[0])
     for index, state in enumerate(states[1:]):
         torch.cuda.set_rng_state(state, index)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributions import Normal
 from torch.optim import Optimizer
 
-from trustregion import NaturalTrustRegion, NewtonTrustRegion
+from optimizers import natural, newton
 
 from .problem import Evaluate, Subject
 
@@ -31,9 +31,9 @@ NATURAL: list[dict[str, Any]] = [
 NEWTON: list[dict[str, Any]] = [
     *RATES,
     MAXIMIZE,
-    {"radius": 0.1, "radius_rule": "classic"},
+    {"radius": 0.1, "rule": "classic"},
     {"solver": "steihaug"},
-    {"damping": 0.1, "adapt_damping": True},
+    {"damping": 0.1, "damping_factor": 1.5},
     {"max_iter": 3, "rtol": 0.1, "max_rejections": 3},
 ]
 
@@ -55,17 +55,17 @@ def _gauss_newton(_: Optimizer, evaluate: Evaluate) -> Evaluate:
 
 
 def _adaptive(params: Any, **options: Any) -> Optimizer:
-    following = {"max_delta": 1.0, "adapt_damping": True, "warm_start": 0.9}
-    return NaturalTrustRegion(params, **following, **options)
+    following = {"max_delta": 1.0, "damping_factor": 1.5, "warm_start": 0.9}
+    return natural(params, **following, **options)
 
 
 def _hessian_free(params: Any, **options: Any) -> Optimizer:
-    return NewtonTrustRegion(
+    return newton(
         params,
         math.inf,
         curvature="ggn",
         damping=1.0,
-        adapt_damping=True,
+        damping_factor=1.5,
         solver="cg",
         warm_start=0.95,
         **options,
@@ -73,9 +73,9 @@ def _hessian_free(params: Any, **options: Any) -> Optimizer:
 
 
 OURS = {
-    "NaturalTrustRegion": Subject(NaturalTrustRegion, _natural, NATURAL),
+    "NaturalTrustRegion": Subject(natural, _natural, NATURAL),
     "NaturalTrustRegion, all adaptive": Subject(_adaptive, _natural, [*RATES, MAXIMIZE]),
-    "NewtonTrustRegion": Subject(NewtonTrustRegion, _newton, NEWTON),
+    "NewtonTrustRegion": Subject(newton, _newton, NEWTON),
     # the least squares here are convex: to maximise them by Gauss-Newton is refused
     "NewtonTrustRegion, Hessian-free": Subject(_hessian_free, _gauss_newton, RATES),
 }

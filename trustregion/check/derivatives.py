@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..operators.fisher import FisherOperator
-from ..optim.objective import gradient
+from ..optim.derivatives import gradient_of
 from ..vector import dot, norm
 from .report import ClosureCheck
 from .slopes import Curve, Verdict, judge
@@ -62,7 +62,7 @@ class Derivatives:
         subject = self._subject
         for value in subject.scalars.values():
             free = value.requires_grad  # a constraint may depend on no parameter
-            yield gradient(value, subject.vector) if free else torch.zeros_like(subject.theta)
+            yield gradient_of(value, subject.vector) if free else torch.zeros_like(subject.theta)
 
     def _normal(self) -> Tensor:
         theta = self._subject.theta

@@ -138,7 +138,10 @@ class EmbeddingBag(Rule):
             "include_last_offset": self.bags[1].numel() > site.outputs[0].shape[0],
         }
         if self.options["mode"] == "max" or site.needs[1:].count(True):
-            raise UnreadableGraph("EmbeddingBag can be linearised for fixed sums and means only")
+            raise UnreadableGraph(
+                "EmbeddingBag cannot be differentiated twice, and can be linearised for fixed sums"
+                " and means only"
+            )
 
     def jvp(self, tangents: Tangents) -> Tensor:
         """Return the bags of the tangent."""

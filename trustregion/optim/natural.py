@@ -15,8 +15,14 @@ from ..solvers.radius import classic_radius, levenberg_marquardt_damping
 from ..status import Status
 from .candidates import solve, to_the_edge, within_constraints
 from .closure import NaturalClosure, read_natural
+from .derivatives import (
+    CurvatureClosure,
+    constraint_gradients,
+    fisher,
+    gradient,
+    without_autocast,
+)
 from .info import StepInfo
-from .objective import CurvatureClosure
 from .optimizer import TrustRegionOptimizer, uncompiled
 from .options import Adapt, NaturalOptions, Search, flat
 from .processes import ProcessGroup
@@ -181,12 +187,12 @@ class NaturalTrustRegion(TrustRegionOptimizer):
         o, solves, fall = self._options(NaturalOptions), [], None
         with self._objective(closure, read_natural, o) as objective:
             objective.note(delta=o.delta, penalty=o.penalty)
-            with objective.derivatives():
-                g = objective.gradient()  # of the loss, in the units of the learning rates
+            with without_autocast(objective):
+                g = gradient(objective)  # of the loss, in the units of the learning rates
                 if g is None:  # info.status says why
                     return objective.returned
-                rows, M = objective.constraint_gradients(), self._gated()
-                F = objective.fisher(curvature, g, rows)  # linearized once, never run again
+                rows, M = constraint_gradients(objective), self._gated()
+                F = fisher(objective, curvature, g, rows)  # linearized once, never run again
                 if len(rows):
                     steps, fall = within_constraints(objective, F, g, rows, o, M)
                 else:

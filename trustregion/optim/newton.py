@@ -15,7 +15,15 @@ from ..solvers.radius import classic_radius, gould_radius, levenberg_marquardt_d
 from ..solvers.stopping import forcing_sequence
 from ..status import Status
 from .closure import NewtonClosure, read_newton
-from .curvature import FisherMetric, derivatives, fisher_metric, preconditioned
+from .derivatives import (
+    FisherMetric,
+    fisher_metric,
+    is_finite,
+    preconditioned,
+    quadratic,
+    slope,
+    without_autocast,
+)
 from .objective import Objective
 from .optimizer import TrustRegionOptimizer, uncompiled
 from .options import NewtonOptions, Region, flat
@@ -108,7 +116,7 @@ class NewtonTrustRegion(TrustRegionOptimizer):
         >>> for _ in range(40):
         ...     loss = optimizer.step(rosenbrock)
         >>> x.detach(), optimizer.info.status
-        (tensor([1., 1.], dtype=torch.float64), <Status.CONVERGED: 'converged'>)
+        (tensor([1.0000, 1.0000], dtype=torch.float64), <Status.CONVERGED: 'converged'>)
 
     References:
         Conn, Gould and Toint, Trust-Region Methods, 2000, Alg. 6.1.1; Martens, Deep Learning via
@@ -193,11 +201,11 @@ class NewtonTrustRegion(TrustRegionOptimizer):
         o = self._options(NewtonOptions)
         with self._objective(closure, read_newton, o) as objective:
             objective.note(radius=o.radius, damping=o.damping)
-            if not objective.finite():  # info.status says why
+            if not is_finite(objective):  # info.status says why
                 return objective.returned
-            with objective.derivatives():
-                raw, A = derivatives(objective, self.curvature)  # linearized once
-                g = objective.slope(raw, o.gtol)  # in the units of the learning rates
+            with without_autocast(objective):
+                raw, A = quadratic(objective, self.curvature)  # linearized once
+                g = slope(objective, raw, o.gtol)  # in the units of the learning rates
                 if g is None:
                     return objective.returned
                 if self.metric == "fisher":
@@ -219,7 +227,7 @@ class NewtonTrustRegion(TrustRegionOptimizer):
         """Keep a step that reduces the loss as the model predicts, and let the region follow."""
         limit, changes = o.max_rejections, {}
         if self.solver == "cg":
-            with objective.derivatives():
+            with without_autocast(objective):
                 step = minimize(o.damping)
             rho = shorten(objective, step, limit)
             if o.warm_start:

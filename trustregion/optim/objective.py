@@ -3,28 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 
-from ..autodiff import differentiate
-from ..distributions import Joint, Prediction, joint_of
-from ..operators.base import LinearOperator
-from ..operators.fisher import FisherOperator
+from ..distributions import Joint
 from ..status import Status
-from ..vector import ParameterVector, norm
+from ..vector import ParameterVector
+from .calls import Buffers, Calls, comparable_kernels
 from .closure import Evaluation
 from .info import StepInfo
 from .processes import Processes
-from .replay import Buffers, Replay, comparable_kernels
 from .units import Units
 
 SETTLING = 100  # The most repetitions of a call whose values move with its buffers.
-CurvatureClosure = Callable[[], Prediction]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +46,9 @@ class Values:
     def violation(self) -> float:
         """The sum of the positive constraint values."""
         return sum(max(c, 0.0) for c in self.constraints)
+
+
+T = TypeVar("T")
 
 
 class Objective:
@@ -88,7 +87,7 @@ class Objective:
         self._closure, self._read = closure, read
         self.vector, self.processes, self.units, self.sign = vector, processes, units, sign
         self.repeats = repeats
-        self._replay = Replay(vector.device, modules)
+        self._calls = Calls(modules)
         self._here: Evaluation | None = None
         self._old: Joint | None = None
         self._moved = self._kept = False
@@ -120,7 +119,7 @@ class Objective:
 
         def look() -> tuple[tuple[Tensor, Evaluation], Tensor]:
             theta = finite_values(self.vector)
-            here = self._replay.first(lambda: self._read(self._closure()))
+            here = self._calls.first(lambda: self._read(self._closure()))
             total, m = here.total, len(here.constraints)
             sums = [total, m, m * m, total * here.loss.item()]
             return (theta, here), here.loss.new_tensor(sums, dtype=torch.float64)
@@ -162,117 +161,20 @@ class Objective:
     @property
     def modules(self) -> WeakSet[nn.Module] | None:
         """The modules that the closure calls, once they have been found."""
-        return self._replay.modules
+        return self._calls.modules
 
     @property
     def evaluations(self) -> int:
         """The number of closure evaluations so far."""
-        return self._replay.count
+        return self._calls.count
 
     def note(self, **changes: Any) -> None:
         """Add to the report of the step."""
         self.info = replace(self.info, **changes)
 
-    def mean(self, compute: Callable[[], Tensor]) -> Tensor:
-        """Return the mean over all processes of a vector in the space of the parameters."""
-        return self.processes.mean(compute, self.theta, self.share)
-
-    def operator(self, A: LinearOperator) -> LinearOperator:
-        """Return the mean over all processes of an operator."""
-        return self.processes.operator(A, self.share)
-
-    def derivatives(self) -> torch.autocast:
-        """Return the context in which derivatives are taken: outside of the closure's autocast."""
-        return torch.autocast(self.vector.device.type, enabled=False)
-
-    def gradient(self) -> Tensor | None:
-        """Return the gradient of the minimized loss in the units of the learning rates.
-
-        None stands for a step that cannot be taken, and the status then says why.
-        """
-        if not self.finite():
-            return None
-        return self.slope(self.mean(lambda: self.sign * self._gradient()))
-
-    def finite(self) -> bool:
-        """Whether the loss and the constraints are finite; the status is set if they are not."""
-        if math.isfinite(self.loss) and bool(self.constraints.isfinite().all()):
-            return True
-        self.note(status=Status.NONFINITE_LOSS)
-        return False
-
-    def slope(self, g: Tensor, gtol: float = 0.0) -> Tensor | None:
-        """Return a gradient in the units of the learning rates.
-
-        None stands for a step that cannot or need not be taken, and the status then says why.
-
-        Args:
-            g: The gradient of the minimized loss, shape ``(n,)``.
-            gtol: The largest absolute entry that counts as zero.
-
-        """
-        nonfinite = self.vector.name_nonfinite(g)
-        if nonfinite is not None:
-            self.note(status=Status.NONFINITE_GRADIENT, detail=f"parameter {nonfinite}")
-            return None
-        largest = g.abs().max().item() if g.numel() else 0.0
-        self.note(gradient_norm=norm(g), largest_gradient=largest)
-        scaled = self.units.gradient(g)
-        violated = any(c > 0 for c in self.info.constraints)
-        if self.units.lr == 0:
-            self.note(status=Status.ZERO_LENGTH)
-        elif not violated and not bool(scaled.any()):
-            self.note(status=Status.STATIONARY)
-        elif 0 < largest <= gtol:
-            detail = f"the largest entry of the gradient is {largest:.3g}, and gtol is {gtol:.3g}"
-            self.note(status=Status.CONVERGED, detail=detail)
-        else:
-            return scaled
-        return None
-
-    def _gradient(self) -> Tensor:
-        return gradient(self.here.loss, self.vector, required=self.processes.size == 1)
-
-    def constraint_gradients(self) -> Tensor:
-        """Return the gradients of the constraints in the same units, shape ``(m, n)``."""
-        with torch.enable_grad():  # Taking an element is an operation of the graph.
-            values = self.here.constraints.unbind()
-        rows = [
-            self.mean(lambda c=c, i=i: gradient(c, self.vector, f"constraint {i}"))
-            for i, c in enumerate(values)
-        ]
-        n = self.vector.numel
-        return self.units.gradient(torch.stack(rows)) if rows else self.theta.new_zeros(0, n)
-
-    def fisher(self, curvature: CurvatureClosure | None, g: Tensor, rows: Tensor) -> LinearOperator:
-        """Return the Fisher matrix of the prediction, linearized at the present parameters.
-
-        Args:
-            curvature: Returns another prediction, whose Fisher matrix is used instead.
-            g: The gradient, shape ``(n,)``. It must vanish in every parameter that the Fisher
-                matrix of no process sees, since no KL would bound such a parameter.
-            rows: The gradients of the constraints, shape ``(m, n)``, of which the same holds.
-
-        """
-
-        def build() -> tuple[FisherOperator, Tensor]:
-            joint = self.here.prediction if curvature is None else self._beside(curvature)
-            F = FisherOperator(joint, self.vector)
-            sums = like.clone()
-            sums[0] = joint.total
-            sums[1:][list(F.used)] = 1.0
-            return F, sums
-
-        like = self.theta.new_zeros(1 + len(self.vector.params), dtype=torch.float64)
-        F, sums = self.processes.total(build, like)
-        total, *counts = sums.tolist()
-        seen = {i for i, count in enumerate(counts) if count > 0}
-        require_seen(seen, self.vector, [g, *rows])
-        self.note(backend=F.backend)
-        return self.processes.operator(F, F.total / total)
-
-    def _beside(self, curvature: CurvatureClosure) -> Joint:
-        return self._replay.beside(lambda: joint_of(curvature()))
+    def beside(self, call: Callable[[], T]) -> T:
+        """Run something else, with a graph, under the random numbers of the closure's calls."""
+        return self._calls.beside(call)
 
     def release(self) -> None:
         """Free the graph of the first evaluation; its prediction is kept in float64."""
@@ -288,7 +190,7 @@ class Objective:
 
         """
         try:
-            return self._replay.again(lambda: self._read(self._closure()), buffers)
+            return self._calls.again(lambda: self._read(self._closure()), buffers)
         except RuntimeError as error:
             if "does not require grad" not in str(error):
                 raise
@@ -353,7 +255,7 @@ class Objective:
             kl=kl,
             largest_kl=largest,
             constraints=tuple(constraints),
-            buffers=self._replay.left,
+            buffers=self._calls.left,
         )
 
     def keep(self, theta: Tensor, values: Values, promised: float) -> bool:
@@ -375,7 +277,7 @@ class Objective:
                 return False
             self.repeats = True
         self.vector.assign(theta)
-        self._replay.leave(values.buffers)
+        self._calls.leave(values.buffers)
         self._kept = True
         return True
 
@@ -402,9 +304,9 @@ class Objective:
             abs(one.loss), abs(other.loss)
         )
         if not abs(other.loss - one.loss) <= max(rounding, 0.01 * abs(promised)):
-            return f"the loss was {one.loss} in one call and {other.loss} in another"
+            return f"the loss was {one.loss} in the first call and {other.loss} in another"
         if not abs(other.kl - one.kl) <= 0.01 * min(self.info.delta or math.inf, 1.0):
-            return f"the KL was {one.kl} in one call and {other.kl} in another"
+            return f"the KL was {one.kl} in the first call and {other.kl} in another"
         return ""
 
 
@@ -436,46 +338,3 @@ def finite_values(vector: ParameterVector) -> Tensor:
             " writes the parameters"
         )
     return theta
-
-
-def gradient(
-    loss: Tensor, vector: ParameterVector, what: str = "loss", *, required: bool = False
-) -> Tensor:
-    """Return the gradient of the loss, shape ``(n,)``; ``.grad`` is untouched.
-
-    The graph is kept, since the distribution shares it.
-
-    Args:
-        loss: One number with its graph.
-        vector: The parameters.
-        what: The name of the number in errors.
-        required: Refuse a graph that leads to none of the parameters.
-
-    """
-    if not loss.requires_grad:
-        raise ValueError(
-            f"the {what} carries no graph, so it has no gradient: compute it from the model's"
-            " outputs with grad enabled, without detach() or torch.no_grad()"
-        )
-    grads = differentiate([loss], vector.params)
-    if required and all(grad is None for grad in grads):
-        raise ValueError(
-            f"the graph of the {what} leads to none of the {len(grads)} parameters given: pass the"
-            " parameters of the model that the closure calls, and look for detach(), .item() or"
-            " numpy on the way from them"
-        )
-    return vector.ravel(grads)
-
-
-def require_seen(seen: set[int], vector: ParameterVector, slopes: Sequence[Tensor]) -> None:
-    """Refuse parameters that move the loss but not the distribution: no KL bounds them."""
-    parts = [vector.unravel(g) for g in slopes]
-    unused = set(range(len(vector.params))).difference(seen)
-    unseen = [i for i in sorted(unused) if any(bool(part[i].any()) for part in parts)]
-    if unseen:
-        names = ", ".join(vector.names[i] for i in unseen)
-        raise ValueError(
-            f"the loss depends on parameter(s) {names}, the distribution does not, so the KL radius"
-            " says nothing about them. Give them to another optimizer, or return a joint"
-            " distribution that covers them, for example {'action': ..., 'value': Normal(v, 1)}"
-        )

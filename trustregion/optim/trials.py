@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from ..solvers.line_search import backtracking
 from ..solvers.radius import reduction_ratio
 from ..status import Status
+from .derivatives import without_autocast
 from .objective import Objective, Values
 from .quadratic import Minimizer, TrialStep
 
@@ -79,7 +80,7 @@ def shrink(
     """
     rho, done = -math.inf, False
     for rejections in range(limit + 1):
-        with objective.derivatives():
+        with without_autocast(objective):
             step = minimize(size)
         _report_solve(objective, step)
         objective.note(backtracks=rejections, **{name: size})

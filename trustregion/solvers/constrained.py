@@ -13,7 +13,7 @@ from ..operators.base import Identity, OperatorLike, as_operator
 from ..status import Status
 from ..vector import dot, exponent, ldexp, norm, scalar_ldexp
 from .cg import cg
-from .nnls import TOUCHING, BallPoint, lowest_in_ball
+from .lowest import TOUCHING, BallPoint, lowest_in_ball
 
 EPS, TINY = torch.finfo(torch.float64).eps, 2.0**-500
 

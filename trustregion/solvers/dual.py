@@ -334,7 +334,9 @@ def _solve_reduced(
     """
     B = unit.weight * (R.T @ (R if unit.H is None else unit.H @ R))  # its lower triangle is read
     c, damping = R.T @ unit.u, unit.damping
-    L, failed = torch.linalg.cholesky_ex(B + damping * torch.eye(len(B)).to(B))
+    L, failed = torch.linalg.cholesky_ex(
+        B + damping * torch.eye(len(B), dtype=B.dtype, device=B.device)
+    )
     if damping > 0 and not failed:
         return torch.cholesky_solve(c[:, None], L)[:, 0], None, 0.0
     values, Q = torch.linalg.eigh(B)

@@ -256,7 +256,7 @@ class KrylovSpace:
         if self.exhausted and self.size < self._zero.numel():
             seed = self.size if self.restarted else 0  # another vector each time
             self.restarted = True
-            self._process.restart(torch.Generator().manual_seed(seed))
+            self._process.restart(torch.Generator("cpu").manual_seed(seed))
 
     @property
     def coupling(self) -> float:

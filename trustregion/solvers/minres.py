@@ -24,6 +24,8 @@ NEGLIGIBLE = 8.0
 # Where there is no solution, rounding ends the fall of |Ar| / |A||r| at about a tenth of sqrt(eps)
 # (on all systems that were tried, n to 200). An iterate below this may be the last good one.
 CANDIDATE = 10.0
+# The estimate of what the products add to a residual holds within a factor of 3.
+GAP = 4.0
 
 
 @torch.no_grad()
@@ -212,6 +214,7 @@ class _Watch:
         self.candidate, self.least, self.stretch = run, math.inf, math.inf
         self.size_b = math.sqrt(run.rr)
         self.reach, self.growth = 0.0, 1.0  # as of `Run`, in the unit of A
+        self.passed = 0  # limits of rounding that the residual has come below
 
     def goes_on(self) -> bool:
         """Say whether another iteration is due, and set the status if not."""
@@ -254,11 +257,12 @@ class _Watch:
         """Say whether a move by ``phi w`` stays in the range of the dtype."""
         lanczos, self.growth = self.lanczos, step.growth
         self.reach += abs(phi) * step.length
-        # from here on the rounding of x may exceed the residual, whatever the recurrence says
-        if self.run.trusted is None:
-            gap = self.eps * lanczos.norm_A * self.reach
-            if math.sqrt(self.run.rr) <= gap:
-                self.run.trusted = Trusted(self.run.copy(), gap)
+        # From here on the rounding of x may exceed the residual, whatever the recurrence says: at
+        # worst, by that of w, which seldom shows, and then by that of the products.
+        size, gap = math.sqrt(self.run.rr), GAP * self.eps * lanczos.norm_A * self.reach
+        passed = 2 if size <= gap else 1 if size <= gap * self._factor() else 0
+        if passed > self.passed:
+            self.run.trusted, self.passed = Trusted(self.run.copy(), max(size, gap)), passed
         unit = -(lanczos.A_unit or 0)
         return max(abs(scalar_ldexp(phi, unit)), scalar_ldexp(self.reach, unit)) <= self.largest
 
@@ -266,8 +270,11 @@ class _Watch:
         """Enter the rounding so far into the run."""
         unit = self.lanczos.A_unit or 0
         self.run.norm_A = scalar_ldexp(self.lanczos.norm_A, unit)
-        growth = 1 + ROUNDING / self.eps * self.growth
-        self.run.reach = scalar_ldexp(self.reach, -unit) * growth
+        self.run.reach = scalar_ldexp(self.reach, -unit) * self._factor()
+
+    def _factor(self) -> float:
+        """Return by what the rounding of ``w`` may exceed that of the products."""
+        return 1 + ROUNDING / self.eps * self.growth
 
     def shortest(self) -> Run:
         """Return the candidate, and it less its part along ``M r``, which ``A`` maps to zero."""

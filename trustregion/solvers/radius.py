@@ -66,7 +66,7 @@ def reduction_ratio(
 def _mean_reduction(old: float | Tensor, new: float | Tensor) -> tuple[float, float]:
     """Return the mean of ``old - new``, and how much of it rounding can explain."""
     before, after = (
-        x.double() if isinstance(x, Tensor) else torch.tensor(x, dtype=torch.float64)
+        x.double() if isinstance(x, Tensor) else torch.tensor(x, dtype=torch.float64, device="cpu")
         for x in (old, new)
     )
     words = f"of one shape and not empty, got {tuple(before.shape)} and {tuple(after.shape)}"

@@ -204,10 +204,10 @@ class _System:
             if self.products >= self.asked.max_products:
                 status = Status.MAX_ITER if in_doubt else status
                 return self.end(point, status, run.direction)
-            r = yield from self._residual(point.x)
-            if not finite(r):
+            measured = yield from self._measure(point, best, run, status)
+            if measured is None:
                 return self.end(point, Status.NONFINITE_OPERATOR, run.direction)
-            point = yield from self._improve(replace(point, r=r, measured=True), best, run, status)
+            point = measured
             if status in MAY_BE_BELOW and self._surely_below(point):
                 return self.end(point, Status.CONVERGED)
             if status is not Status.CONVERGED:
@@ -249,18 +249,29 @@ class _System:
             # behind a preconditioner minres may not get to see the largest |Ap|/|p|
             sure = run.metric_norm is None and size + margin <= self.tolerance
             return point, status, not sure
-        return point, status, run.trusted is not None
+        # After a product that is not finite there is no other.
+        return point, status, run.trusted is not None and status is not Status.NONFINITE_OPERATOR
 
-    def _improve(self, point: _Iterate, best: _Iterate, run: Run, status: Status) -> Asks[_Iterate]:
-        """Return the end of a run as measured, or what rounding has made it worse than."""
-        size = norm(point.r)
+    def _measure(
+        self, point: _Iterate, best: _Iterate, run: Run, status: Status
+    ) -> Asks[_Iterate | None]:
+        """Return the end of a run as measured, or an iterate before it that is better.
+
+        None stands for a product that is not finite.
+        """
+        r = yield from self._residual(point.x)
+        point, size = replace(point, r=r, measured=True), norm(r)
+        if not math.isfinite(size):
+            return None
         if status is Status.LEAST_SQUARES and size > (1 + NEARLY_NULL) * math.sqrt(run.rr):
             return self._at(best, run, run.x, run.y)[0]
         if run.trusted is not None and status in MAY_BE_BELOW:
             former, gap = run.trusted
-            if size > SAFETY * (gap + self.eps * run.norm_A * norm(best.x)):
+            if size > 2 * gap + SAFETY * self.eps * run.norm_A * norm(best.x):
                 other, _ = self._at(best, former, former.x, former.y)
                 r = yield from self._residual(other.x)
+                if not finite(r):
+                    return None
                 if norm(r) < size:
                     point = replace(other, r=r, measured=True)
         lost = status in MAY_BE_BELOW and (status is not Status.MAX_ITER or run.trusted is not None)

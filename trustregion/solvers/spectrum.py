@@ -161,8 +161,8 @@ def largest_eigenvalues(
     limit = min(n, 10 * k + 30 if max_iter is None else max_iter)
     if limit < k:
         raise ValueError(f"max_iter must be at least k = {k}, got {max_iter}")
-    generator = torch.Generator().manual_seed(seed)
-    start = torch.randn(n, generator=generator, dtype=torch.float64).to(A.device)
+    generator = torch.Generator("cpu").manual_seed(seed)
+    start = torch.randn(n, generator=generator, dtype=torch.float64, device="cpu").to(A.device)
     unit = _UnitScale(A)
     space = Tridiagonalization(unit, start, None, A.dtype)
     while space.size < limit and _too_small(space, k, rtol):
@@ -238,7 +238,7 @@ def _check_probes(probes: object) -> None:
 
 def _signs(A: LinearOperator, probes: int, seed: int) -> Iterator[Tensor]:
     """Yield vectors of random signs."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
     for _ in range(probes):
-        coins = torch.randint(2, (A.shape[0],), generator=generator)
+        coins = torch.randint(2, (A.shape[0],), generator=generator, device="cpu")
         yield (2 * coins - 1).to(A.device, A.dtype)

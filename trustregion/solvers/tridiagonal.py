@@ -48,9 +48,9 @@ class Tridiagonalization:
 
     def matrix(self, k: int) -> Tensor:
         """Return ``T`` of the first ``k`` vectors."""
-        T = torch.diag(torch.tensor(self.alphas[:k], dtype=torch.float64))
+        T = torch.diag(torch.tensor(self.alphas[:k], dtype=torch.float64, device="cpu"))
         if k > 1:
-            off = torch.tensor(self.betas[: k - 1], dtype=torch.float64)
+            off = torch.tensor(self.betas[: k - 1], dtype=torch.float64, device="cpu")
             T += torch.diag(off, 1) + torch.diag(off, -1)
         return T.to(self.Q.rows.device)
 
@@ -119,7 +119,8 @@ class Tridiagonalization:
         rows = self.W.rows
         if len(rows) == rows.shape[1]:
             return
-        r = torch.randn(rows.shape[1], generator=generator, dtype=torch.float64).to(rows.device)
+        n, wide = rows.shape[1], torch.float64
+        r = torch.randn(n, generator=generator, dtype=wide, device="cpu").to(rows.device)
         self.exhausted = False
         self._append(orthogonalize(r, rows, self.Q.rows), norm(r))  # its coupling stays 0
 

@@ -8,8 +8,9 @@ import torch.utils.checkpoint
 from torch import distributions as td
 from torch import nn
 
+from optimizers import natural
 from problems import bits, problem, unchanged
-from trustregion import NaturalTrustRegion, mean_kl
+from trustregion import mean_kl
 
 
 def test_trials_run_without_a_graph():
@@ -20,7 +21,7 @@ def test_trials_run_without_a_graph():
         modes.append(torch.is_grad_enabled())
         return closure()
 
-    NaturalTrustRegion(model.parameters(), 0.01).step(watched)
+    natural(model.parameters(), 0.01).step(watched)
     assert modes[0] is True
     assert set(modes[1:]) == {False}
 
@@ -34,7 +35,7 @@ def test_attention_models_work():
         distribution = td.Categorical(logits=head(layer(x).mean(1)))
         return -distribution.log_prob(y).mean(), distribution
 
-    optimizer = NaturalTrustRegion([*layer.parameters(), *head.parameters()], 0.01)
+    optimizer = natural([*layer.parameters(), *head.parameters()], 0.01)
     optimizer.step(closure)
     assert optimizer.info.accepted
 
@@ -55,7 +56,7 @@ def test_closures_of_all_kinds_work(wrap):
         distribution = td.Categorical(logits=logits, validate_args=False)
         return -distribution.log_prob(y).mean(), distribution
 
-    optimizer = NaturalTrustRegion(model.parameters(), 0.01)
+    optimizer = natural(model.parameters(), 0.01)
     for _ in range(3):
         optimizer.step(closure)
         assert optimizer.info.accepted
@@ -76,7 +77,7 @@ def test_compiled_models_run_as_they_were_written():
         return closure
 
     for network, of in ((compiled, model), (other, other)):
-        optimizer = NaturalTrustRegion(of.parameters())
+        optimizer = natural(of.parameters())
         for _ in range(3):
             optimizer.step(closure_of(network))
             assert optimizer.info.accepted
@@ -94,14 +95,14 @@ def test_distributions_made_of_the_parameters_themselves():
         q = td.Independent(td.Normal(mean, log_std.exp()), 1)
         return (mean - target).square().sum() - log_std.sum(), q
 
-    optimizer = NaturalTrustRegion([mean, log_std], 0.1, damping=0.0)
+    optimizer = natural([mean, log_std], 0.1, damping=0.0)
     optimizer.step(closure)
     assert 0.05 < optimizer.info.kl <= 0.1
 
 
 def test_the_returned_loss_is_the_first_one_also_if_it_is_a_parameter():
     p = torch.full((), 0.3, requires_grad=True)
-    optimizer = NaturalTrustRegion([p], 0.01, maximize=True)
+    optimizer = natural([p], 0.01, maximize=True)
     loss = optimizer.step(lambda: (p, td.Normal(p, 1.0)))
     assert optimizer.info.accepted
     assert loss.item() == optimizer.info.loss == torch.tensor(0.3).item() != p.item()
@@ -117,7 +118,7 @@ def test_measurements_hold_under_autocast_around_the_step():
         distribution = td.Normal(layer(x).float(), log_std.exp())
         return -distribution.log_prob(y).mean(), distribution
 
-    optimizer = NaturalTrustRegion([*layer.parameters(), log_std], 0.3)
+    optimizer = natural([*layer.parameters(), log_std], 0.3)
     with torch.autocast("cpu", torch.bfloat16):
         for _ in range(4):
             with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
@@ -141,7 +142,7 @@ def test_autocast_around_the_step_does_not_reach_the_curvature():
                 return closure()
 
         with torch.autocast("cpu", torch.bfloat16, enabled=outer):
-            NaturalTrustRegion(model.parameters(), 0.01).step(exact)
+            natural(model.parameters(), 0.01).step(exact)
         results.append(bits(model))
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
@@ -159,7 +160,7 @@ def test_checkpointed_attention_works():
         distribution = td.Categorical(logits=head(hidden.mean(1)))
         return -distribution.log_prob(y).mean(), distribution
 
-    optimizer = NaturalTrustRegion([*layer.parameters(), *head.parameters()], 0.01)
+    optimizer = natural([*layer.parameters(), *head.parameters()], 0.01)
     for training in (True, False):
         layer.train(training)
         optimizer.step(closure)
@@ -181,7 +182,7 @@ def validation():
 def test_a_trial_with_an_impossible_scale_is_backed_away_from(validate):
     """The loss falls with the scale, and the ball is wide enough to reach negative ones."""
     scale = torch.full((4,), 0.05, requires_grad=True)
-    optimizer = NaturalTrustRegion([scale], 5.0, damping=0.0)
+    optimizer = natural([scale], 5.0, damping=0.0)
     optimizer.step(lambda: (scale.sum(), td.Normal(torch.zeros(4), scale, validate_args=validate)))
     assert optimizer.info.accepted
     assert optimizer.info.backtracks > 0
@@ -192,7 +193,7 @@ def test_a_trial_with_an_impossible_scale_is_backed_away_from(validate):
 def test_arguments_are_validated_in_the_first_call():
     scale = torch.full((4,), -0.05, requires_grad=True)
     with pytest.raises(ValueError, match="scale"):
-        NaturalTrustRegion([scale]).step(
+        natural([scale]).step(
             lambda: (scale.sum(), td.Normal(torch.zeros(4), scale, validate_args=True))
         )
 
@@ -205,7 +206,7 @@ def test_sparse_gradients_are_refused_by_name():
         return embedding(index).sum(), td.Normal(embedding(index), 1.0)
 
     with pytest.raises(TypeError, match="gradient of parameter weight is sparse"):
-        NaturalTrustRegion(embedding.named_parameters()).step(closure)
+        natural(embedding.named_parameters()).step(closure)
 
 
 # -- what is refused
@@ -234,7 +235,7 @@ p = torch.zeros(2, requires_grad=True)
 )
 def test_wrong_options_are_refused_at_construction(options, words):
     with pytest.raises(ValueError, match=words):
-        NaturalTrustRegion([p], **options)
+        natural([p], **options)
 
 
 def normal():
@@ -264,7 +265,7 @@ def normal():
     ],
 )
 def test_wrong_closures_are_refused_in_words(returned, error, words):
-    optimizer = NaturalTrustRegion([p], 0.01)
+    optimizer = natural([p], 0.01)
     with pytest.raises(error, match=words):
         optimizer.step(returned)
     assert torch.equal(p, torch.zeros(2))
@@ -279,7 +280,7 @@ def test_a_closure_that_calls_backward_is_told_not_to():
         return loss, distribution
 
     with pytest.raises(RuntimeError, match=r"must not call backward\(\)"):
-        NaturalTrustRegion(model.parameters()).step(old_habit)
+        natural(model.parameters()).step(old_habit)
 
 
 def test_derivatives_in_trials_are_named_and_restored():
@@ -292,7 +293,7 @@ def test_derivatives_in_trials_are_named_and_restored():
 
     kept = bits(model)
     with pytest.raises(RuntimeError, match=r"derivative in a trial.*torch\.enable_grad\(\)"):
-        NaturalTrustRegion(model.parameters()).step(old_habit)
+        natural(model.parameters()).step(old_habit)
     assert unchanged(model, kept)
 
 
@@ -309,7 +310,7 @@ def test_a_closure_may_differentiate_under_enable_grad():
         distribution = td.Normal(outputs, 1.0)
         return (slope.sum(1) - 1).square().mean() + outputs.square().mean(), distribution
 
-    optimizer = NaturalTrustRegion(model.parameters(), 0.1)
+    optimizer = natural(model.parameters(), 0.1)
     for _ in range(3):
         optimizer.step(closure)
         assert optimizer.info.accepted
@@ -317,7 +318,7 @@ def test_a_closure_may_differentiate_under_enable_grad():
 
 def test_inference_mode_is_refused():
     model, closure = problem()
-    optimizer = NaturalTrustRegion(model.parameters())
+    optimizer = natural(model.parameters())
     with torch.inference_mode(), pytest.raises(RuntimeError, match="inference_mode"):
         optimizer.step(closure)
 
@@ -326,7 +327,7 @@ def test_nan_parameters_at_entry_are_named():
     model, closure = problem()
     with torch.no_grad():
         model[2].bias[1] = math.nan
-    optimizer = NaturalTrustRegion(model.named_parameters())
+    optimizer = natural(model.named_parameters())
     with pytest.raises(ValueError, match=r"parameter 2.bias holds a NaN"):
         optimizer.step(closure)
 
@@ -334,7 +335,7 @@ def test_nan_parameters_at_entry_are_named():
 def test_frozen_models_are_refused():
     frozen = torch.zeros(2)
     with pytest.raises(ValueError, match="all of them are frozen"):
-        NaturalTrustRegion([frozen]).step(lambda: (p.sum(), normal()))
+        natural([frozen]).step(lambda: (p.sum(), normal()))
 
 
 def test_parameters_outside_the_distribution_are_named():
@@ -344,10 +345,10 @@ def test_parameters_outside_the_distribution_are_named():
     def closure():
         return p.sum() + value.square().sum(), normal()
 
-    optimizer = NaturalTrustRegion([("policy", p), ("value", value)], 0.01)
+    optimizer = natural([("policy", p), ("value", value)], 0.01)
     with pytest.raises(ValueError, match=r"depends on parameter\(s\) value, the distribution"):
         optimizer.step(closure)
-    joint = NaturalTrustRegion([p, value], 0.01)
+    joint = natural([p, value], 0.01)
     joint.step(lambda: (closure()[0], {"policy": normal(), "value": td.Normal(value, 1.0)}))
     assert joint.info.accepted
 
@@ -360,5 +361,5 @@ def test_a_batch_that_changes_between_calls_is_refused_and_restored():
         return q.sum(), td.Normal(q.sum().expand(next(sizes)), 1.0)
 
     with pytest.raises(ValueError, match="keep the batch fixed"):
-        NaturalTrustRegion([q], 0.01).step(closure)
+        natural([q], 0.01).step(closure)
     assert torch.equal(q, torch.zeros(2))

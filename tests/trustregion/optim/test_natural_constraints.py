@@ -5,9 +5,9 @@ import torch
 from torch import distributions as td
 
 from natural_cases import rising
+from optimizers import natural
 from problems import learnable_problem
 from trustregion import (
-    NaturalTrustRegion,
     Status,
     mean_kl,
 )
@@ -29,7 +29,7 @@ def constrained(limit):
 def test_a_constraint_is_kept_and_the_loss_falls_as_far_as_it_allows():
     model, closure = constrained(limit=0.45)
     assert closure()[2].item() < 0
-    optimizer = NaturalTrustRegion(model.parameters(), 0.02, damping=1e-4, cg_max_iter=50)
+    optimizer = natural(model.parameters(), 0.02, damping=1e-4, cg_max_iter=50)
     losses = [closure()[0].item()]
     for _ in range(60):
         optimizer.step(closure)
@@ -48,7 +48,7 @@ def test_a_constraint_is_kept_and_the_loss_falls_as_far_as_it_allows():
 def test_a_violated_constraint_is_repaired_first():
     model, closure = constrained(limit=0.1)
     assert closure()[2].item() > 0.1
-    optimizer = NaturalTrustRegion(model.parameters(), 0.02, damping=1e-4, cg_max_iter=50)
+    optimizer = natural(model.parameters(), 0.02, damping=1e-4, cg_max_iter=50)
     violations = [closure()[2].item()]
     while violations[-1] > 0:
         _, old, _ = closure()
@@ -73,7 +73,7 @@ def test_a_violated_constraint_is_repaired_first():
 )
 def test_wrong_constraints_are_refused_in_words(given, error, words):
     p = torch.zeros(2, dtype=torch.float64, requires_grad=True)
-    optimizer = NaturalTrustRegion([p])
+    optimizer = natural([p])
     with pytest.raises(error, match=words):
         optimizer.step(lambda: ((p - 1).square().sum(), td.Normal(p, 1.0), given(p)))
     assert torch.equal(p, torch.zeros(2, dtype=torch.float64))
@@ -87,7 +87,7 @@ def test_a_number_of_constraints_that_changes_is_refused_and_restored():
         calls.append(0)
         return (p - 1).square().sum(), td.Normal(p, 1.0), p[: len(calls)] - 10
 
-    optimizer = NaturalTrustRegion([p])
+    optimizer = natural([p])
     with pytest.raises(ValueError, match="returned 2 constraints in a trial, and 1"):
         optimizer.step(closure)
     assert torch.equal(p, torch.zeros(2, dtype=torch.float64))
@@ -95,7 +95,7 @@ def test_a_number_of_constraints_that_changes_is_refused_and_restored():
 
 def test_constraints_that_no_trial_keeps_are_named():
     p, closure = rising(constraint=True)
-    optimizer = NaturalTrustRegion([p])
+    optimizer = natural([p])
     optimizer.step(closure)
     assert optimizer.info.status is Status.REJECTED_CONSTRAINT
     assert "the constraints 1" in optimizer.info.detail
@@ -117,7 +117,7 @@ def linear(power, rates=(1.0, 1.0), start=(0.0, 0.0)):
 @pytest.mark.parametrize("rates", [(1.0, 1.0), (1.0, 0.5)])
 def test_the_constrained_step_satisfies_its_conditions(power, rates):
     a, b, closure, groups = linear(power, rates)
-    optimizer = NaturalTrustRegion(groups, 0.02, damping=0.0)
+    optimizer = natural(groups, 0.02, damping=0.0)
     optimizer.step(closure)
     info = optimizer.info
     # the batch holds two samples, so that F = I / 2, and the ball is |s| <= sqrt(0.08)
@@ -132,7 +132,7 @@ def test_the_constrained_step_satisfies_its_conditions(power, rates):
 
 def test_a_violation_is_repaired_without_a_gradient_and_moves_no_adaptive_option():
     p = torch.zeros(2, dtype=torch.float64, requires_grad=True)
-    optimizer = NaturalTrustRegion([p], 0.01, max_delta=1.0, adapt_damping=True)
+    optimizer = natural([p], 0.01, max_delta=1.0, damping_factor=1.5)
     group = dict(optimizer.param_groups[0])
     optimizer.step(lambda: (p.square().sum(), td.Normal(p, 1.0), 1 - p[:1]))
     assert optimizer.info.status is Status.RECOVERING

@@ -8,7 +8,8 @@ import torch
 from torch.nn.functional import mse_loss
 
 import oracles
-from trustregion import NewtonTrustRegion, Status
+from optimizers import newton
+from trustregion import Status
 
 
 def least_squares(dtype=torch.float64):
@@ -27,12 +28,12 @@ def least_squares(dtype=torch.float64):
     return a, predict, target, closure
 
 
-LM = {"radius": math.inf, "curvature": "ggn", "damping": 1e-2, "adapt_damping": True}
+LM = {"radius": math.inf, "curvature": "ggn", "damping": 1e-2, "damping_factor": 1.5}
 
 
 def test_levenberg_marquardt_finds_scipys_minimum():
     a, predict, target, closure = least_squares()
-    optimizer = NewtonTrustRegion([a], damping_factor=4.0, rtol=1e-10, **LM)
+    optimizer = newton([a], rtol=1e-10, **(LM | {"damping_factor": 4.0}))
     for _ in range(80):
         optimizer.step(closure)
 
@@ -52,7 +53,7 @@ def test_levenberg_marquardt_finds_scipys_minimum():
 def test_the_steps_and_dampings_are_those_of_marquardt_by_hand(factor, hessian_free):
     a, predict, target, closure = least_squares()
     options = LM | ({"solver": "cg"} if hessian_free else {})
-    optimizer = NewtonTrustRegion([a], damping_factor=factor, rtol=1e-14, **options)
+    optimizer = newton([a], rtol=1e-14, **(options | {"damping_factor": factor}))
     x, damping, rejected = a.detach().clone(), LM["damping"], 0
     for _ in range(60):
         J = torch.autograd.functional.jacobian(predict, x)
@@ -97,7 +98,7 @@ def test_a_warm_start_continues_from_a_part_of_the_last_solution():
     B = torch.randn(8, 8, generator=draw, dtype=torch.float64)
     A, g = B @ B.T / 8, torch.randn(8, generator=draw, dtype=torch.float64)
     x = torch.zeros(8, dtype=torch.float64, requires_grad=True)
-    optimizer = NewtonTrustRegion(
+    optimizer = newton(
         [x], math.inf, damping=0.1, solver="cg", warm_start=0.7, max_iter=3, rtol=0.0
     )
     D, last = A + 0.1 * torch.eye(8).double(), torch.zeros(8).double()
@@ -118,7 +119,7 @@ def test_hessian_free_solves_end_by_the_rule_of_relative_progress():
     A = (Q * torch.logspace(0, -2, n, dtype=torch.float64)) @ Q.T
     g = torch.randn(n, generator=draw, dtype=torch.float64)
     x = torch.zeros(n, dtype=torch.float64, requires_grad=True)
-    optimizer = NewtonTrustRegion([x], math.inf, damping=1e-2, solver="cg", rtol=0.0)
+    optimizer = newton([x], math.inf, damping=1e-2, solver="cg", rtol=0.0)
     optimizer.step(lambda: g @ x + 0.5 * x @ A @ x)
     D = A + 1e-2 * torch.eye(n).double()
     path = [torch.zeros(n).double(), *oracles.textbook_cg(D, -g, n)]
@@ -134,7 +135,7 @@ def test_hessian_free_solves_end_by_the_rule_of_relative_progress():
 
 def test_within_a_radius_too_the_damping_follows_rho():
     x = torch.tensor([-1.2, 1.0], dtype=torch.float64, requires_grad=True)
-    optimizer = NewtonTrustRegion([x], 0.5, damping=1.0, adapt_damping=True)
+    optimizer = newton([x], 0.5, damping=1.0, damping_factor=1.5)
     moves = set()
     for _ in range(12):
         damping = optimizer.param_groups[0]["damping"]
@@ -148,8 +149,8 @@ def test_within_a_radius_too_the_damping_follows_rho():
 
 def test_a_warm_start_that_leads_uphill_is_not_followed():
     x = torch.zeros(2, dtype=torch.float64, requires_grad=True)
-    optimizer = NewtonTrustRegion(
-        [x], math.inf, damping=0.1, adapt_damping=True, solver="cg", warm_start=1.0, max_iter=1
+    optimizer = newton(
+        [x], math.inf, damping=0.1, damping_factor=1.5, solver="cg", warm_start=1.0, max_iter=1
     )
     optimizer.state[x]["direction"] = torch.full((2,), 100.0, dtype=torch.float64)
     optimizer.step(lambda: x[0] + (x * x) @ torch.tensor([0.5, 500.0], dtype=torch.float64))
@@ -162,8 +163,8 @@ def test_a_warm_start_that_leads_uphill_is_not_followed():
 
 def test_hessian_free_steps_that_change_nothing_visible_are_not_taken():
     x = torch.ones(2, dtype=torch.float64, requires_grad=True)
-    optimizer = NewtonTrustRegion([x], math.inf, damping=0.1, solver="cg", max_rejections=3)
+    optimizer = newton([x], math.inf, damping=0.1, solver="cg", max_rejections=3)
     optimizer.step(lambda: 1e12 + 1e-9 * x.square().sum())
-    assert optimizer.info.status is Status.REJECTED_LOSS
-    assert optimizer.info.evaluations == 2 + 3 + 1
+    assert optimizer.info.status is Status.CONVERGED
+    assert optimizer.info.evaluations == 2 + 3
     assert torch.equal(x, torch.ones(2, dtype=torch.float64))

@@ -7,11 +7,10 @@ import torch
 from torch import nn
 from torch.distributions import Categorical
 
+from optimizers import natural, newton
 from problems import closure_of, data
 from trustregion import (
     Jacobi,
-    NaturalTrustRegion,
-    NewtonTrustRegion,
     Nystrom,
     Status,
 )
@@ -44,7 +43,7 @@ def test_they_recover_after_convergence(options):
     model, x = nn.Linear(4, 3), torch.randn(64, 4)
     targets = torch.randint(3, (64,))
     closure = closure_of(model, x, targets)
-    optimizer = NaturalTrustRegion(model.parameters(), **options)
+    optimizer = natural(model.parameters(), **options)
     for _ in range(60):  # it converges in ten
         optimizer.step(closure)
     assert optimizer.info.status is Status.REJECTED_LOSS
@@ -70,8 +69,8 @@ def test_trials_that_cannot_be_compared_move_nothing(solver):
         return (loss * math.nan if bad[0] and not torch.is_grad_enabled() else loss), distribution
 
     radius = math.inf if solver == "cg" else 1.0
-    optimizer = NewtonTrustRegion(
-        model.parameters(), radius, curvature="ggn", damping=0.1, adapt_damping=True, solver=solver
+    optimizer = newton(
+        model.parameters(), radius, curvature="ggn", damping=0.1, damping_factor=1.5, solver=solver
     )
     optimizer.step(sometimes)
     before = dict(optimizer.param_groups[0])
@@ -84,7 +83,7 @@ def test_trials_that_cannot_be_compared_move_nothing(solver):
 
 def test_a_late_group_takes_what_the_steps_have_moved():
     model, x, y = data(torch.float32, n=64)
-    optimizer = NewtonTrustRegion(model[2].parameters(), radius=0.1)
+    optimizer = newton(model[2].parameters(), radius=0.1)
     for _ in range(3):
         optimizer.step(lambda: closure_of(model, x, y)()[0])
     moved = optimizer.param_groups[0]["radius"]
@@ -101,7 +100,7 @@ def test_a_single_length_is_kept():
     """The search goes no further towards the edge than the fraction that was asked for."""
     for scale in (0.25, 0.5):
         model, x, y = data(torch.float32, n=64)
-        optimizer = NaturalTrustRegion(model.parameters(), 0.01, scales=(scale,))
+        optimizer = natural(model.parameters(), 0.01, scales=(scale,))
         optimizer.step(closure_of(model, x, y))
         assert optimizer.info.accepted
         assert optimizer.info.scale <= scale * 1.05  # 0.9 of the KL at least, and no more than it
@@ -116,7 +115,7 @@ def test_a_frozen_group_does_not_set_the_length():
             {"params": list(model[0].parameters()), "lr": rate},
             {"params": list(model[2].parameters()), "lr": 0.1},
         ]
-        optimizer = NaturalTrustRegion(groups, 0.01)
+        optimizer = natural(groups, 0.01)
         optimizer.step(closure_of(model, x, y))
         kls.append(optimizer.info.kl)
     assert kls[0] == kls[1] == pytest.approx(1e-4, rel=0.1)
@@ -126,7 +125,7 @@ def test_a_group_that_stays_needs_no_kl():
     model, x, y = data(torch.float32, n=64)
     other = nn.Parameter(torch.ones(1))
     groups = [{"params": list(model.parameters())}, {"params": [other], "lr": 0.0}]
-    optimizer = NaturalTrustRegion(groups, 0.01)
+    optimizer = natural(groups, 0.01)
 
     def closure():
         loss, distribution = closure_of(model, x, y)()
@@ -151,26 +150,26 @@ def test_products_count_those_of_a_build():
             made.append(self.products)
             return M
 
-    newton = NewtonTrustRegion(model.parameters(), curvature="ggn", preconditioner=Spy(8))
-    newton.step(closure_of(model, x, y))
+    second = newton(model.parameters(), curvature="ggn", preconditioner=Spy(8))
+    second.step(closure_of(model, x, y))
     assert made[-1] > 0
-    assert newton.info.products == made[-1] + newton.info.cg_iterations
-    natural = NaturalTrustRegion(model.parameters(), preconditioner=Spy(8))
+    assert second.info.products == made[-1] + second.info.cg_iterations
+    first = natural(model.parameters(), preconditioner=Spy(8))
     made.clear()
 
     def constrained():
         loss, distribution = closure_of(model, x, y)()
         return loss, distribution, model[2].bias.sum().reshape(1) - 10.0
 
-    natural.step(constrained)
-    assert natural.info.products > made[-1] > 0
-    assert natural.info.preconditioner == "Spy"
+    first.step(constrained)
+    assert first.info.products > made[-1] > 0
+    assert first.info.preconditioner == "Spy"
 
 
 def test_a_state_without_a_preconditioner_starts_it_over():
     model, x, y = data(torch.float32, n=64)
-    optimizer = NaturalTrustRegion(model.parameters(), preconditioner=Jacobi())
-    plain = NaturalTrustRegion(model.parameters())
+    optimizer = natural(model.parameters(), preconditioner=Jacobi())
+    plain = natural(model.parameters())
     for _ in range(3):
         optimizer.step(closure_of(model, x, y))
     assert optimizer.preconditioner.enabled is not None
@@ -180,11 +179,9 @@ def test_a_state_without_a_preconditioner_starts_it_over():
 
 
 def test_a_rejected_step_has_no_kl():
-    """Also where the change is lost in the rounding of the loss: such a trial fits, and stays."""
+    """Also where the change is lost in the rounding of the loss."""
     model, x, y = data(torch.float32, n=64)
-    optimizer = NewtonTrustRegion(
-        model.parameters(), math.inf, curvature="ggn", solver="cg", damping=0.1
-    )
+    optimizer = newton(model.parameters(), math.inf, curvature="ggn", solver="cg", damping=0.1)
     inner = closure_of(model, x, y)
 
     def closure():
@@ -192,13 +189,13 @@ def test_a_rejected_step_has_no_kl():
         return loss + 1e8, distribution  # whose float32 neighbours are eight apart
 
     optimizer.step(closure)
-    assert optimizer.info.status is Status.REJECTED_LOSS
+    assert optimizer.info.status is Status.CONVERGED
     assert optimizer.info.kl == optimizer.info.actual_reduction == 0
 
 
 def test_an_empty_batch_is_refused_in_words():
     model = nn.Linear(4, 3)
-    optimizer = NewtonTrustRegion(model.parameters(), curvature="ggn")
+    optimizer = newton(model.parameters(), curvature="ggn")
 
     def closure():
         outputs = model(torch.zeros(0, 4))
@@ -216,6 +213,6 @@ def test_evaluations_count_the_closure_alone():
         calls.append(1)
         return closure_of(model, x, y)()
 
-    optimizer = NaturalTrustRegion(model.parameters(), 0.01)
+    optimizer = natural(model.parameters(), 0.01)
     optimizer.step(closure, curvature=lambda: Categorical(logits=model(x[:32])))
     assert optimizer.info.evaluations == len(calls)

@@ -31,7 +31,7 @@ from replica_tasks import (
 
 EXAMPLE = Path(__file__).parents[3] / "docs" / "examples" / "data_parallel.py"
 GGN = {"curvature": "ggn"}
-FREE = {"radius": math.inf, "damping": 1.0, "adapt_damping": True}
+FREE = {"radius": math.inf, "damping": 1.0, "damping_factor": 1.5}
 
 CASES = {
     # predictions, and how the samples are divided
@@ -50,7 +50,7 @@ CASES = {
     "penalty": Case(options={"penalty": 10.0, "kl_target": 1e-3, "delta": math.inf}),
     "max_kl": Case(options={"max_kl": 0.02, "delta": 0.01}),
     "dampings and scales": Case(options={"damping": (1e-3, 1e-1), "scales": (0.5, 1.0)}),
-    "adapted": Case(options={"adapt_damping": True, "max_delta": 0.1}),
+    "adapted": Case(options={"damping_factor": 1.5, "max_delta": 0.1}),
     "warm start": Case(options={"warm_start": 0.5, "cg_max_iter": 3}),
     "curvature of fewer samples": Case(curvature=True),
     "jacobi": Case(options={"preconditioner": "jacobi, exact"}),
@@ -66,7 +66,7 @@ CASES = {
     "ggn, cg": Case("squares", {**GGN, **FREE, "solver": "cg", "warm_start": 0.9}, newton=True),
     "ggn, weights": Case("weighted", GGN, newton=True),
     "the Fisher metric": Case("classes", {"metric": "fisher", "radius": 0.3}, newton=True),
-    "radius_rule": Case("classes", {"radius_rule": "classic", "radius": 10.0}, newton=True),
+    "rule": Case("classes", {"rule": "classic", "radius": 10.0}, newton=True),
 }
 SEARCHED = Case(options={"scales": (0.25, 0.5, 0.75, 1.0)})  # four trials at least
 NEWTON = Case("loss_alone", newton=True, parts=EVEN)

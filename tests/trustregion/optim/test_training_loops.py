@@ -126,15 +126,13 @@ def test_dropout_draws_one_mask_a_step_so_that_the_losses_of_a_step_compare(kind
 def test_a_batch_normalised_by_its_own_statistics_repeats_its_loss(kind):
     model = network(nn.BatchNorm1d(WIDTH))
     optimizer, closure = kind(model.parameters()), closure_of(kind, model)
-    calls = 0
-    for _ in range(3):
+    for step in range(3):
         optimizer.step(closure)
         info = optimizer.info
-        calls += info.evaluations
         assert info.accepted
-        assert model[1].num_batches_tracked == calls  # each call moves the running statistics
+        # the statistics move once in a step, however often it calls the closure
+        assert model[1].num_batches_tracked == 2 * step + 1
         assert loss_of(closure()) == info.new_loss < info.loss
-        calls += 1
     assert model.training
 
 

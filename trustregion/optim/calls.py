@@ -15,6 +15,8 @@ from torch.distributions import Distribution
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.module import register_module_forward_pre_hook
 
+from ..replay import generator_states, restore_generators
+
 T = TypeVar("T")
 Buffers: TypeAlias = "list[tuple[nn.Module, str, Tensor, int, Tensor]]"
 """For each buffer its module, name and tensor, with the tensor's version and values."""
@@ -24,25 +26,22 @@ Buffers: TypeAlias = "list[tuple[nn.Module, str, Tensor, int, Tensor]]"
 _turn = threading.RLock()
 
 
-class Replay:
+class Calls:
     """Calls of one closure that all see the same random numbers and the same buffers.
 
     Dropout draws the same mask in each call, and batch normalization or a spectral norm starts from
     the same statistics, so that a line search compares like with like. After the step, torch's
     generators stand where one call left them, and the buffers where the call at the accepted
-    parameters left them. Only torch's own generators are replayed, on the CPU and on the device of
-    the parameters; numpy's and the closure's own generators are not.
+    parameters left them. Only torch's own generators are replayed, not numpy's or the closure's.
 
     Args:
-        device: The device of the parameters.
         modules: The modules whose buffers may move; None to find them in the first call.
 
     """
 
-    def __init__(self, device: torch.device, modules: WeakSet[nn.Module] | None = None) -> None:
+    def __init__(self, modules: WeakSet[nn.Module] | None = None) -> None:
         self.count, self.modules = 0, modules
         self.left: Buffers = []
-        self._device = device if device.type == "cuda" else None
         self._start: list[Tensor] = []
         self._end: list[Tensor] | None = None
         self._before: Buffers = []
@@ -55,11 +54,11 @@ class Replay:
             before = _snapshot(self.modules or ())
             if self.modules is None:
                 stack.enter_context(_discovered(before))
-            self._start = self._states()
+            self._start = generator_states()
             try:
                 return call()
             finally:
-                end = self._states()
+                end = generator_states()
                 self._end = None if all(map(torch.equal, end, self._start)) else end
                 if self.modules is None:
                     self.modules = WeakSet(module for module, *_ in before)
@@ -95,24 +94,15 @@ class Replay:
 
     def _replayed(self, call: Callable[[], T], buffers: Buffers | None = None) -> T:
         if self._end is not None:
-            self._restore(self._start)
+            restore_generators(self._start)
         _write(self._before if buffers is None else buffers)
         try:
             return call()
         finally:
             if self._end is not None:
-                self._restore(self._end)
+                restore_generators(self._end)
             self.left = _read(self._before)
             _write(self._after)
-
-    def _states(self) -> list[Tensor]:
-        cuda = [torch.cuda.get_rng_state(self._device)] if self._device else []
-        return [torch.get_rng_state(), *cuda]
-
-    def _restore(self, states: list[Tensor]) -> None:
-        torch.set_rng_state(states[0])
-        if self._device:
-            torch.cuda.set_rng_state(states[1], self._device)
 
 
 @contextmanager
