@@ -36,6 +36,7 @@ from torch import Tensor, nn
 from torch.distributions import Bernoulli
 
 from trustregion import KFAC, NaturalTrustRegion, NewtonTrustRegion
+from trustregion.optim import Region
 
 SIZES = (64, 50, 25, 12, 6, 12, 25, 50, 64)
 BATCH = 128
@@ -52,13 +53,11 @@ def hessian_free(task: Task, _: float, *, plain: bool = False) -> Updates:
         task.model.parameters(),
         math.inf,
         curvature="ggn",
-        solver="cg",
         damping=0.1,
-        adapt_damping=True,
-        warm_start=0.95,
         rtol=0.0,  # so that solves end by Martens' rule alone
         max_iter=250,
         preconditioner=None if plain else KFAC(task.model),
+        region=Region(solver="cg", damping_factor=1.5, warm_start=0.95),
     )
     while True:
         optimizer.step(task.loss)

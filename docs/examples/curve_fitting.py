@@ -31,6 +31,7 @@ from torch.nn.functional import mse_loss
 from tqdm import tqdm
 
 from trustregion import Jacobi, NewtonTrustRegion, StepInfo
+from trustregion.optim import Region
 
 LIMIT = 1000  # steps of ours, evaluations of scipy
 MOST = 11.0  # digits that are certified
@@ -246,8 +247,7 @@ def levenberg_marquardt(
         math.inf,
         curvature="ggn",
         damping=1.0,
-        adapt_damping=True,
-        damping_factor=4.0,
+        region=Region(damping_factor=4.0),
         rtol=1e-12,  # an exact solve takes no more products than there are parameters
         **options,
     )

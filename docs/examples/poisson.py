@@ -37,6 +37,7 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from tqdm import tqdm
 
 from trustregion import FisherOperator, NewtonTrustRegion
+from trustregion.optim import Region
 
 HIDDEN, POINTS = 32, 30
 WARM_UP = 8  # damped steps
@@ -193,8 +194,7 @@ def marquardt(energy: Energy) -> Updates:
         math.inf,
         curvature="ggn",
         damping=1e-2,
-        adapt_damping=True,
-        damping_factor=4.0,
+        region=Region(damping_factor=4.0),
         max_iter=200,
         rtol=1e-6,
     )
