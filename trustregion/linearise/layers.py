@@ -174,7 +174,9 @@ class Attention(Rule):
         if site.number("is_causal"):
             shape = (self.q.shape[-2], self.k.shape[-2])
             above = torch.ones(shape, dtype=torch.bool, device=self.q.device).triu(1)
-            self.mask = torch.zeros(shape).to(self.q).masked_fill_(above, -torch.inf)
+            self.mask = (
+                torch.zeros(shape, device=self.q.device).to(self.q).masked_fill_(above, -torch.inf)
+            )
         self.without_key = None
         if self.mask is not None and self.mask.numel():
             top = self.mask.amax(-1, keepdim=True)
