@@ -66,6 +66,7 @@ LEVELS = {
     "solvers.nnls": 1,
     "solvers.lowest": 1,
     "solvers.dual": 2,
+    "solvers.dual_cost": 0,
     "solvers.radius": 0,
     "solvers.cg": 2,
     "operators.ggn": 2,
