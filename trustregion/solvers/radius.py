@@ -318,7 +318,7 @@ def _compare(
     value: float, descent: float, curvature: float, t: float, trial: float
 ) -> tuple[float, float]:
     """Return the distance of the ratio of reductions from 1, and the factor for the next ``t``."""
-    actual = (value - trial) / descent / t
+    actual = (value - trial) / descent / t  # both in units of t |g'd|
     predicted = 1 - 0.5 * t * (curvature / descent)
     if not (math.isfinite(actual) and math.isfinite(predicted)):
         return math.inf, 1 / 16
