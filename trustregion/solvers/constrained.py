@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..arguments import REAL, check_radius, check_vector, finite
+from ..arguments import REAL, as_not_negative, check_radius, check_vector, finite
 from ..operators.base import Identity, OperatorLike, as_operator
 from ..status import Status
 from ..vector import dot, exponent, ldexp, norm, scalar_ldexp
@@ -30,7 +30,7 @@ class ConstrainedStep:
         status: that of the first linear solve that did not converge; else ``ZERO_CURVATURE`` where
             the KL does not see a solution, ``INFEASIBLE`` where no step in the ball satisfies the
             constraints and ``s`` recovers from that, ``STAGNATED`` where rounding violates one or
-            hides the minimiser, and ``CONVERGED`` where ``s`` is the minimiser.
+            hides the minimizer, and ``CONVERGED`` where ``s`` is the minimizer.
         predicted_reduction: how much the linear model falls along ``s``: ``-g's``.
         multipliers: :math:`\mu \ge 0`, shape ``(m,)``; zero where ``INFEASIBLE``.
         ball_multiplier: :math:`\nu \ge 0`; zero inside the ball. Infinite, as are those of the
@@ -67,7 +67,7 @@ def constrained_kl_ball_step(
     rtol: float = 1e-5,
     max_iter: int | None = None,
 ) -> ConstrainedStep:
-    r"""Minimise :math:`g's` subject to :math:`\frac12 s'Hs \le \delta` and :math:`b + as \le 0`.
+    r"""Minimize :math:`g's` subject to :math:`\frac12 s'Hs \le \delta` and :math:`b + as \le 0`.
 
     :math:`H = F + \lambda I` is also the metric of the ball, which lies within the ball of ``F``:
     scaling up to that, as :func:`kl_ball_step` does, could break a constraint.
@@ -79,10 +79,10 @@ def constrained_kl_ball_step(
     below the accuracy of the solves are left out.
 
     In the coordinates ``y`` where the ball is the unit ball, :math:`y(t)`, the point of the
-    polyhedron nearest to :math:`-tc`, minimises :math:`c'y` at the ball multiplier
+    polyhedron nearest to :math:`-tc`, minimizes :math:`c'y` at the ball multiplier
     :math:`1/t`. It is piecewise linear, and its norm grows with ``t``: a Newton iteration in a
     bracket finds the piece that meets the sphere, and the crossing follows in closed form. For one
-    constraint this is the dual of constrained policy optimisation. Where no point of the ball is
+    constraint this is the dual of constrained policy optimization. Where no point of the ball is
     feasible, the step goes along the shortest feasible one to the edge; if the constraints
     contradict each other, along the shortest of those with the least sum of squared violations,
     each measured as a distance in the metric. Cost: ``m + 1`` solves, ``m + 1`` products more.
@@ -99,8 +99,8 @@ def constrained_kl_ball_step(
         max_iter: limit on their iterations.
 
     Raises:
-        TypeError: ``g`` or ``a`` is not a real floating tensor, or ``A`` or ``M`` not an operator.
-        ValueError: shapes or dtypes do not fit, ``m = 0``, or a number is out of its range.
+        TypeError: ``g`` or ``a`` is not a real floating-point tensor, or ``A`` or ``M`` not an operator.
+        ValueError: shapes or dtypes do not match, ``m = 0``, or a number is out of its range.
 
     Example:
         >>> F, g, a = torch.eye(2), torch.tensor([1.0, 0.0]), torch.tensor([-1.0, 0.0])
@@ -113,8 +113,7 @@ def constrained_kl_ball_step(
     """
     rows, values = _check_constraints(g, a, b)
     check_radius("delta", delta)
-    if not 0 <= damping < math.inf:
-        raise ValueError(f"damping must be finite and not negative, got {damping}")
+    as_not_negative("damping", damping)
     H = as_operator(A, g)
     H = H + damping * Identity(g.numel(), g.dtype, g.device) if damping else H
     problem = _Problem.of(torch.cat([g.unsqueeze(0), rows]), values, delta, damping)
@@ -222,7 +221,7 @@ class _Problem:
         return cls(torch.stack(units), powers, b, delta, damping)
 
     def solve(self, basis: _Basis) -> tuple[Tensor, BallPoint, Tensor]:
-        """Return the minimiser in the span of the basis in float64, its multipliers, and slack.
+        """Return the minimizer in the span of the basis in float64, its multipliers, and slack.
 
         The slack of a constraint is its value at zero where the ball's radius is not known so well.
         """

@@ -28,7 +28,7 @@ def trust_region_dense(
     rtol: float | Callable[[float], float] = 1e-5,
     atol: float = 0.0,
 ) -> SubproblemSolution:
-    r"""Minimise :math:`g's + \frac12 s'As` over :math:`\|s\| \le \Delta`, globally, for small n.
+    r"""Minimize :math:`g's + \frac12 s'As` over :math:`\|s\| \le \Delta`, globally, for small n.
 
     The norm is :math:`\|s\|^2 = s'M^{-1}s`. With :math:`M = LL'` and :math:`s = Lz` the problem is
     one in :math:`L'AL` and the Euclidean norm; its eigenvalues reduce it to one equation in one
@@ -43,16 +43,16 @@ def trust_region_dense(
         g: the gradient, shape ``(n,)``, float32 or float64.
         radius: :math:`\Delta`, positive.
         M: preconditioner, positive definite; the metric is its inverse.
-        rtol: tolerance on the residual relative to the norm of ``g``, or a rule that makes it from
-            that norm; for the status.
+        rtol: tolerance on the residual relative to the norm of ``g``, or a function
+            of that norm that returns it; for the status.
         atol: absolute tolerance, for the status.
 
     Returns:
         The step, ``CONVERGED``, or ``STAGNATED`` where its rounding is above the tolerance.
 
     Raises:
-        TypeError: ``g`` is not a real floating vector, or ``A`` or ``M`` is not an operator.
-        ValueError: shapes or dtypes do not fit, the radius is not positive, or a tolerance is
+        TypeError: ``g`` is not a real floating-point vector, or ``A`` or ``M`` is not an operator.
+        ValueError: shapes or dtypes do not match, the radius is not positive, or a tolerance is
             negative.
 
     Example:

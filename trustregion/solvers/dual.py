@@ -10,7 +10,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..arguments import check_count, check_radius, check_tolerances, check_vector, finite
+from ..arguments import (
+    check_count,
+    check_damping,
+    check_radius,
+    check_tolerances,
+    check_vector,
+    finite,
+)
 from ..operators.base import LinearOperator, OperatorLike, as_operator, to_dense
 from ..operators.map import DenseMap, LinearMap, as_map, wide_mv, wide_rmv
 from ..status import Status
@@ -131,7 +138,7 @@ def dual_solve(
         J: a :class:`LinearMap` or a matrix ``(m, n)``.
         u: shape ``(m,)``, float32 or float64.
         damping: lambda, not negative.
-        metric: ``H``, symmetric positive semi-definite; the identity when None.
+        metric: ``H``, symmetric positive semi-definite; the identity if None.
         scale: ``s``, positive: one over the number of samples for a mean.
         method: ``"dual"``, ``"primal"``, or ``"auto"``.
         rtol: tolerance relative to the norm of ``J'u``, or a rule, as in :func:`cg`.
@@ -142,8 +149,8 @@ def dual_solve(
         ``ZERO_CURVATURE`` with a direction where ``H`` is not positive semi-definite.
 
     Raises:
-        TypeError: ``u`` is not a real floating tensor, ``J`` no map, or ``metric`` no operator.
-        ValueError: shapes or dtypes do not fit, or a number is out of its range.
+        TypeError: ``u`` is not a real floating-point tensor, ``J`` no map, or ``metric`` no operator.
+        ValueError: shapes or dtypes do not match, or a number is out of its range.
 
     Example:
         >>> from torch.distributions import Categorical
@@ -169,7 +176,7 @@ def dual_solve(
     check_tolerances(rtol, 0.0)
     check_count("max_iter", max_iter)
     H = None if metric is None else as_operator(metric, u)
-    system, (m, n) = _System(J, u, H, float(scale), float(damping)), J.shape
+    system, (m, n) = _DampedSystem(J, u, H, float(scale), float(damping)), J.shape
     limit = EXPECTED_ITERATIONS if max_iter is None else max_iter
     gram = None if isinstance(J, DenseMap) else 3.0 * m * m * n  # products of 2mn and K
     primal, dual = _flops(m, n, min(limit, m + 1, n), None, gram)
@@ -191,15 +198,14 @@ def _check(J: LinearMap, u: Tensor, damping: float, scale: float, method: str) -
             f"u must have the shape ({J.shape[0]},) and dtype {J.dtype} of the outputs of J,"
             f" got shape {tuple(u.shape)} and dtype {u.dtype}"
         )
-    if not (isinstance(damping, (int, float)) and 0 <= damping < math.inf):
-        raise ValueError(f"damping must be a finite number and not negative, got {damping}")
+    check_damping(damping)
     check_radius("scale", scale)
     if method not in ("auto", "dual", "primal"):
         raise ValueError(f"method must be 'auto', 'dual' or 'primal', got {method!r}")
 
 
 @dataclass(frozen=True)
-class _System:
+class _DampedSystem:
     J: LinearMap
     u: Tensor
     H: LinearOperator | None
@@ -214,14 +220,18 @@ class _System:
 
 
 def _ended(
-    system: _System, status: Status, products: int, size: float = math.inf, p: Tensor | None = None
+    system: _DampedSystem,
+    status: Status,
+    products: int,
+    size: float = math.inf,
+    p: Tensor | None = None,
 ) -> LinearSolution:
     """Return the zero solution, whose residual has the norm ``size``, and a direction ``p``."""
     x = system.u.new_zeros(system.J.shape[1])
     return LinearSolution.none(x, status, products=products, residual_norm=size, direction=p)
 
 
-def _primal(system: _System, rtol: Rtol, max_iter: int | None) -> LinearSolution:
+def _primal(system: _DampedSystem, rtol: Rtol, max_iter: int | None) -> LinearSolution:
     k = exponent(system.u) or 0
     g = system.J.rmv(ldexp(system.u, -k))  # at unit scale, where nothing overflows early
     b = ldexp(g, k)
@@ -235,7 +245,7 @@ def _primal(system: _System, rtol: Rtol, max_iter: int | None) -> LinearSolution
 
 
 @dataclass(frozen=True)
-class _Unit:
+class _ScaledSystem:
     """The system at unit scale, in float64: no power of two in the input changes a bit of it."""
 
     rows: Tensor
@@ -258,7 +268,7 @@ class _Unit:
         return self.adjoint(d if self.H is None else self.H @ d) + self.damping * x
 
 
-def _unit(system: _System, rows: Tensor, e: int, k: int, H: Tensor | None) -> _Unit:
+def _unit(system: _DampedSystem, rows: Tensor, e: int, k: int, H: Tensor | None) -> _ScaledSystem:
     h = 0 if H is None else exponent(H)
     s, i = math.frexp(system.scale)
     d, j = math.frexp(system.damping)
@@ -266,10 +276,12 @@ def _unit(system: _System, rows: Tensor, e: int, k: int, H: Tensor | None) -> _U
     q = max(sizes + ([j] if d else []), default=0)
     weight = 0.0 if h is None else scalar_ldexp(s, sizes[0] - q)
     H = H if H is None or h is None else ldexp(H, -h)
-    return _Unit(rows, e, ldexp(system.u.double(), -k), H, weight, scalar_ldexp(d, j - q), q)
+    return _ScaledSystem(
+        rows, e, ldexp(system.u.double(), -k), H, weight, scalar_ldexp(d, j - q), q
+    )
 
 
-def _dual(system: _System, asked: Tolerance) -> LinearSolution:
+def _dual(system: _DampedSystem, stop: Tolerance) -> LinearSolution:
     J, k = system.J, exponent(system.u)
     if k is None:  # u = 0, whose solution is 0
         return _ended(system, Status.CONVERGED, 0, 0.0)
@@ -298,7 +310,7 @@ def _dual(system: _System, asked: Tolerance) -> LinearSolution:
         return _ended(system, Status.NONFINITE_OPERATOR, products, start)
     x = ldexp(out.double(), q - f)  # as it is returned
     r = g - unit.mv(x)
-    size, tolerance = norm(r), asked.of(g, f)
+    size, tolerance = norm(r), stop.of(g, f)
     if not size <= norm(g):
         return _ended(system, Status.STAGNATED, products, start)
     short = size <= math.hypot(scalar_ldexp(lost, -t), tolerance)
@@ -325,7 +337,7 @@ def _square_root(K: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _solve_reduced(
-    R: Tensor, unit: _Unit, dtype: torch.dtype
+    R: Tensor, unit: _ScaledSystem, dtype: torch.dtype
 ) -> tuple[Tensor, Status | None, float]:
     """Solve ``(weight R'HR + damping I) y = R'u``.
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..arguments import check_count, check_start, check_vector
+from ..arguments import check_count, check_start, check_tolerances, check_vector
 from ..operators.base import LinearOperator, OperatorLike, as_operator
 
 
@@ -54,7 +54,7 @@ def fixed_cg(
     flow through it if ``A`` or ``b`` has any; put it under ``torch.no_grad()`` otherwise.
 
     What it leaves out: measuring the true residual (``converged`` speaks of the recurred one),
-    reorthogonalisation, and statuses in words.
+    reorthogonalization, and statuses in words.
 
     Cost: ``iterations`` products with ``A`` and ``M``, one more with ``A`` for ``x0``.
 
@@ -62,13 +62,13 @@ def fixed_cg(
         A: a :class:`LinearOperator`, a square tensor, or a callable ``v -> A v``.
         b: right-hand side, shape ``(n,)``, float32 or float64.
         iterations: how many.
-        x0: starting point, shape ``(n,)``; zero when None.
-        M: preconditioner, an approximation of the inverse of ``A``, positive definite.
+        x0: starting point, shape ``(n,)``; zero if None.
+        M: positive definite preconditioner, an approximation of the inverse of ``A``.
         rtol: tolerance relative to the norm of ``b``; at 0 nothing stops early.
 
     Raises:
-        TypeError: ``b`` is not a real floating vector, or ``A`` or ``M`` is not an operator.
-        ValueError: shapes or dtypes do not fit, or a number is negative.
+        TypeError: ``b`` is not a real floating-point vector, or ``A`` or ``M`` is not an operator.
+        ValueError: shapes or dtypes do not match, or a number is negative.
 
     Example:
         >>> A = torch.stack([torch.diag(torch.tensor([1.0, 2.0])), torch.eye(2)])
@@ -87,8 +87,7 @@ def fixed_cg(
     check_vector("b", b)
     check_start(x0, b)
     check_count("iterations", iterations)
-    if not rtol >= 0:
-        raise ValueError(f"rtol must not be negative, got {rtol}")
+    check_tolerances(rtol, 0.0)
     A = as_operator(A, b)
     M = None if M is None else as_operator(M, b)
     dtype = b.dtype

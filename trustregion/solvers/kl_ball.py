@@ -13,7 +13,7 @@ from ..status import Status
 from ..vector import dot, norm
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)  # a tensor has no truth value to compare by
+@dataclass(frozen=True, kw_only=True, eq=False)  # == on tensors is elementwise
 class Step:
     """A step ``s`` for the parameters.
 
@@ -36,7 +36,7 @@ def kl_ball_step(
     r"""Scale a direction to the edge of the ball :math:`\frac12 s'Fs \le \delta`.
 
     With :math:`x = -(F + \lambda I)^{-1} g` the result :math:`s = \sqrt{2\delta / x'Fx}\; x`
-    minimises :math:`g's` over the ball when :math:`\lambda = 0`. The ball is the Fisher's own:
+    minimizes :math:`g's` over the ball when :math:`\lambda = 0`. The ball is the Fisher's own:
     damping shapes the direction and does not shrink the step. :math:`x'Fx` comes from the solve,
     as :math:`x'(F + \lambda I)x - \lambda x'x`, so no product is spent.
 
@@ -87,7 +87,7 @@ def kl_penalty_step(
     damped_curvature: float,
     damping: float,
 ) -> Step:
-    r"""Scale a direction to the minimiser of :math:`g's + \frac{C}{2} s'(F + \lambda I)s`.
+    r"""Scale a direction to the minimizer of :math:`g's + \frac{C}{2} s'(F + \lambda I)s`.
 
     With :math:`x = -(F + \lambda I)^{-1} g` that is :math:`s = x / C`, cut back to the edge of the
     ball :math:`\frac12 s'Fs \le \delta` where it is outside.

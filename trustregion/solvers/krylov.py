@@ -120,7 +120,7 @@ class KrylovSpace:
 
         Args:
             damping: :math:`\lambda`, of either sign.
-            size: use the first vectors only, as if the space ended there; all when None.
+            size: use the first vectors only, as if the space ended there; all if None.
             rtol: tolerance relative to the norm of ``b``, for the status.
             atol: absolute tolerance, for the status.
             verify: measure the true residual, at one product, where ``STAGNATED`` is the answer.
@@ -141,10 +141,10 @@ class KrylovSpace:
         theta, U = self._process.spectrum(definite)
         first = U[0] if definite else U.new_zeros(0)
         point = self._point(U @ (self._process.start * first / (theta + damping)), damping)
-        asked = Tolerance(rtol, atol)
-        status, true = lowest or self._judge(point, self._given, asked), None
+        tolerance = Tolerance(rtol, atol)
+        status, true = lowest or self._judge(point, self._given, tolerance), None
         if verify and status is Status.STAGNATED:
-            status, true = self._measure(point, self._given, asked)
+            status, true = self._measure(point, self._given, tolerance)
         e = self._given.e
         x = self._given.returned(point.x)
         if not finite(x):
@@ -173,9 +173,9 @@ class KrylovSpace:
         atol: float = 0.0,
         verify: bool = False,
     ) -> SubproblemSolution:
-        r"""Minimise :math:`\frac12 s'(A + \lambda M^{-1}) s - b's` over the space and the ball.
+        r"""Minimize :math:`\frac12 s'(A + \lambda M^{-1}) s - b's` over the space and the ball.
 
-        The global minimiser there, for free, for an ``A`` of any definiteness, hard case included.
+        The global minimizer there, for free, for an ``A`` of any definiteness, hard case included.
         The ball is :math:`\|s\| \le \Delta` with :math:`\|s\|^2 = s'M^{-1}s`. For a gradient
         ``g`` the space is one of ``b = -g``. Arguments as for :meth:`solve`, and the radius
         :math:`\Delta`.
@@ -192,13 +192,13 @@ class KrylovSpace:
         problem = self._given.with_radius(radius)
         theta, U = self._process.spectrum(k)
         found = minimize_in_eigenbasis(theta + damping, self._process.start * U[0], problem.radius)
-        shift, asked = damping + found.multiplier, Tolerance(rtol, atol)
+        shift, tolerance = damping + found.multiplier, Tolerance(rtol, atol)
         point = self._point(U @ found.h, damping, shift)
         if found.on_boundary:  # h is exactly there, Q'h to the rounding of the basis
             point = point.stretched(problem.radius)
-        status, true = self._judge(point, problem, asked), None
+        status, true = self._judge(point, problem, tolerance), None
         if verify and status is Status.STAGNATED:
-            status, true = self._measure(point, problem, asked)
+            status, true = self._measure(point, problem, tolerance)
         return problem.account(
             point.x,
             status,
@@ -224,7 +224,7 @@ class KrylovSpace:
         """Say whether a larger space is needed: :meth:`solve`, or with a radius :meth:`minimize`,
         would end with ``MAX_ITER``. Cheaper than either: no pass over the basis.
         """
-        process, k, asked = self._process, self.size, Tolerance(rtol, atol)
+        process, k, tolerance = self._process, self.size, Tolerance(rtol, atol)
         if not isinstance(self._given, Region) or (self.status is not None):
             return False
         if not process.start:  # b = 0, whose tolerance is relative to the step
@@ -244,7 +244,7 @@ class KrylovSpace:
             last = dot(
                 U[-1], minimize_in_eigenbasis(theta + damping, process.start * U[0], inner).h
             )
-        return process.onward(k, last) > asked.of(self._given.b, self._given.e)
+        return process.onward(k, last) > tolerance.of(self._given.b, self._given.e)
 
     @torch.no_grad()
     def restart(self) -> None:
@@ -330,22 +330,22 @@ class KrylovSpace:
         linear = process.start * h[0].item() if k else 0.0
         return Point(x, y, shift, size, curvature, linear, onward, rounding)
 
-    def _judge(self, point: Point, problem: Region, asked: Tolerance) -> Status:
+    def _judge(self, point: Point, problem: Region, tolerance: Tolerance) -> Status:
         """Say whether the residual is below the tolerance, as far as the coefficients know."""
-        tolerance = self._tolerance(point, problem, asked)
-        if point.onward > tolerance:
+        bound = self._bound(point, problem, tolerance)
+        if point.onward > bound:
             return self.status or Status.MAX_ITER
         lost = self._process.norm_A * norm(problem.rounding(point.x))
-        sure = point.onward + SAFETY * (point.rounding + lost) <= tolerance
+        sure = point.onward + SAFETY * (point.rounding + lost) <= bound
         return Status.CONVERGED if sure else Status.STAGNATED
 
-    def _tolerance(self, point: Point, problem: Region, asked: Tolerance) -> float:
+    def _bound(self, point: Point, problem: Region, tolerance: Tolerance) -> float:
         """Return the tolerance at unit scale; for ``b = 0`` it is relative to ``shift M^-1 x``."""
-        if self._process.start or callable(asked.rtol):
-            return asked.of(problem.b, problem.e)
-        return max(asked.rtol * abs(point.shift) * norm(point.y), asked.atol)
+        if self._process.start or callable(tolerance.rtol):
+            return tolerance.of(problem.b, problem.e)
+        return max(tolerance.rtol * abs(point.shift) * norm(point.y), tolerance.atol)
 
-    def _measure(self, point: Point, problem: Region, asked: Tolerance) -> tuple[Status, float]:
+    def _measure(self, point: Point, problem: Region, tolerance: Tolerance) -> tuple[Status, float]:
         """Return the status by the true residual, and its norm. Cost: one product."""
         process = self._process
         x = point.x - problem.rounding(point.x)  # as it is returned
@@ -355,5 +355,5 @@ class KrylovSpace:
         if not math.isfinite(size):
             return Status.NONFINITE_OPERATOR, point.residual
         rounding = process.eps * process.norm_A * norm(x)
-        below = surely_below(size, rounding, self._tolerance(point, problem, asked))
+        below = surely_below(size, rounding, self._bound(point, problem, tolerance))
         return Status.CONVERGED if below else Status.STAGNATED, size

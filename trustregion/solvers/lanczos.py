@@ -23,12 +23,12 @@ def lanczos(
     Args:
         A: a :class:`LinearOperator`, a square tensor or a callable; symmetric, may be indefinite.
         b: the first vector, shape ``(n,)``, float32 or float64.
-        M: preconditioner, an approximation of the inverse of ``A``, positive definite.
+        M: positive definite preconditioner, an approximation of the inverse of ``A``.
         max_iter: how many vectors; the space can be extended later.
 
     Raises:
-        TypeError: ``b`` is not a real floating vector, or ``A`` or ``M`` is not an operator.
-        ValueError: shapes or dtypes do not fit, or ``max_iter`` is negative.
+        TypeError: ``b`` is not a real floating-point vector, or ``A`` or ``M`` is not an operator.
+        ValueError: shapes or dtypes do not match, or ``max_iter`` is negative.
 
     References:
         Lanczos, An Iteration Method for the Solution of the Eigenvalue Problem, 1950; Parlett, The

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..arguments import check_count, check_tolerances, check_vector, finite
+from ..arguments import check_count, check_damping, check_tolerances, check_vector, finite
 from ..operators.map import LinearMap, as_map
 from ..status import Status
 from ..vector import dot, exponent, ldexp, norm, scalar_ldexp
@@ -134,7 +134,7 @@ class _Lsqr:
 
 
 @dataclass(frozen=True)
-class _Point:
+class _Iterate:
     x: Tensor
     """As it is returned, in the units of ``b``, in float64."""
     s: Tensor
@@ -149,22 +149,22 @@ class _Solve:
         self,
         run: _Lsqr,
         e: int,
-        asked: Tolerance,
+        tolerance: Tolerance,
         max_iter: int,
         callback: Callable[[Tensor], object] | None,
     ) -> None:
         self.lsqr, self.e, self.max_iter, self.callback = run, e, max_iter, callback
-        self.tolerance = asked.of(run.g, e + run.unit)
+        self.tolerance = tolerance.of(run.g, e + run.unit)
 
-    def solve(self) -> tuple[_Point, Status]:
+    def solve(self) -> tuple[_Iterate, Status]:
         """Run, and measure where it matters."""
         lsqr = self.lsqr
         if norm(lsqr.g) <= self.tolerance:
-            return _Point(lsqr.x, lsqr.g, measured=True), Status.CONVERGED
+            return _Iterate(lsqr.x, lsqr.g, measured=True), Status.CONVERGED
         status = lsqr.run(self.tolerance, self.max_iter, self._observe)
-        point = _Point(self._returned(), lsqr.v * lsqr.slope, measured=False)
+        point = _Iterate(self._returned(), lsqr.v * lsqr.slope, measured=False)
         if not finite(point.x):
-            point = _Point(torch.zeros_like(lsqr.x), lsqr.g, measured=True)
+            point = _Iterate(torch.zeros_like(lsqr.x), lsqr.g, measured=True)
             return point, Status.NONFINITE_OPERATOR
         if status is not Status.CONVERGED or self._sure(point):
             return point, status
@@ -174,14 +174,14 @@ class _Solve:
             return point, Status.NONFINITE_OPERATOR
         # on 764 systems where it was above the tolerance, going on never brought it below
         status = Status.CONVERGED if size <= self.tolerance else Status.STAGNATED
-        return _Point(point.x, s, measured=True), status
+        return _Iterate(point.x, s, measured=True), status
 
     def _returned(self) -> Tensor:
         """Return ``x`` as the caller will get it, in the units of ``b``."""
         e, unit = self.e, self.lsqr.unit
         return ldexp(ldexp(self.lsqr.x, e - unit).to(self.lsqr.J.dtype).double(), -e)
 
-    def _sure(self, point: _Point) -> bool:
+    def _sure(self, point: _Iterate) -> bool:
         lsqr = self.lsqr
         rounding = norm(ldexp(point.x, lsqr.unit) - lsqr.x)
         curvature = math.hypot(lsqr.norm_J, lsqr.damp)
@@ -192,7 +192,7 @@ class _Solve:
         if self.callback is not None:
             self.callback(ldexp(self._returned(), self.e).to(self.lsqr.J.dtype))
 
-    def account(self, point: _Point, status: Status) -> LinearSolution:
+    def account(self, point: _Iterate, status: Status) -> LinearSolution:
         """Return the solution in the units of the caller."""
         lsqr, e = self.lsqr, self.e
         x, size = point.x, scalar_ldexp(norm(point.s), e + lsqr.unit)
@@ -220,7 +220,7 @@ def lsqr(
     max_iter: int | None = None,
     callback: Callable[[Tensor], object] | None = None,
 ) -> LinearSolution:
-    r"""Minimise :math:`\|J x - b\|^2 + \lambda \|x\|^2` by products with ``J`` and its transpose.
+    r"""Minimize :math:`\|J x - b\|^2 + \lambda \|x\|^2` by products with ``J`` and its transpose.
 
     The solution is :math:`x = (J'J + \lambda I)^{-1} J'b`, the one that :func:`cg` finds on the
     normal equations in as many iterations. But those square the condition of ``J``, and a product
@@ -253,9 +253,9 @@ def lsqr(
         J: a :class:`LinearMap` or a tensor of shape ``(m, n)``.
         b: right-hand side, shape ``(m,)``, float32 or float64.
         damping: lambda.
-        rtol: tolerance relative to the norm of ``J'b``, or a rule that makes it from that norm.
+        rtol: tolerance relative to the norm of ``J'b``, or a function of that norm that returns it.
         atol: absolute tolerance on the norm of ``s``.
-        max_iter: limit on iterations; ``10 min(m, n)`` when None.
+        max_iter: limit on iterations; ``10 min(m, n)`` if None.
         callback: called with the current iterate after each iteration.
 
     Returns:
@@ -264,8 +264,8 @@ def lsqr(
         those with ``J`` and those with ``J'``, summed.
 
     Raises:
-        TypeError: ``b`` is not a real floating tensor, or ``J`` is neither a map nor a tensor.
-        ValueError: shapes or dtypes do not fit, or the damping, a tolerance or limit is negative.
+        TypeError: ``b`` is not a real floating-point tensor, or ``J`` is neither a map nor a tensor.
+        ValueError: shapes or dtypes do not match, or the damping, a tolerance or limit is negative.
 
     Example:
         >>> J = torch.tensor([[1.0, 0.0], [1.0, 1.0], [1.0, 2.0]])
@@ -291,8 +291,7 @@ def lsqr(
             f"J has shape {J.shape} and dtype {J.dtype}, which does not fit a vector b of shape"
             f" {tuple(b.shape)} and dtype {b.dtype}: b must be of shape ({J.shape[0]},)"
         )
-    if not (isinstance(damping, (int, float)) and 0 <= damping < math.inf):
-        raise ValueError(f"damping must be a finite number and not negative, got {damping}")
+    check_damping(damping)
     x = b.new_zeros(J.shape[1])
     if not finite(b):
         return LinearSolution.none(x, Status.NONFINITE_INPUT)

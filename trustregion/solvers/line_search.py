@@ -65,7 +65,7 @@ class BallTrial:
     """One evaluation of a search within a ball.
 
     Attributes:
-        value: what is minimised.
+        value: what is minimized.
         size: the measured KL over its bound: at most 1 within the ball.
 
     """
@@ -123,7 +123,7 @@ def ball_search(
     where ``q`` is the measured size and ``t`` the goal; so is a good one that uses less than 0.9 of
     the goal, within three evaluations and unless the parabola through the values says that the
     value would not be lower there. From two trials on, ``p`` fits both. A trial inside that does
-    not lower the value is followed by the minimiser of the parabola, within 0.1 and ``factor``
+    not lower the value is followed by the minimizer of the parabola, within 0.1 and ``factor``
     times its scale, one that is not finite by ``factor`` times its scale.
 
     Args:
@@ -151,7 +151,7 @@ def ball_search(
     count = backtracks = 0
     while True:
         count += 1
-        here = _Point(scale, evaluate(scale))
+        here = _Evaluated(scale, evaluate(scale))
         trial, left = here.trial, here.outside
         lower = trial.value < (best.trial.value if best else start)
         if trial.finite and trial.size <= 1 and lower:
@@ -183,7 +183,7 @@ def ball_search(
 
 
 @dataclass(frozen=True)
-class _Point(Generic[BallTrialT]):
+class _Evaluated(Generic[BallTrialT]):
     scale: float
     trial: BallTrialT
 
@@ -191,7 +191,7 @@ class _Point(Generic[BallTrialT]):
     def outside(self) -> bool:
         return self.trial.finite and 1 < self.trial.size < math.inf
 
-    def towards(self, aim: float, other: _Point[BallTrialT] | None) -> float:
+    def towards(self, aim: float, other: _Evaluated[BallTrialT] | None) -> float:
         """Return the scale where the size is ``aim``, by the power law through the points."""
         ratio, power = self.trial.size / aim, 2.0
         if other is not None and other.scale != self.scale and min(ratio, other.trial.size) > 0:

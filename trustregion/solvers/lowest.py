@@ -18,14 +18,14 @@ MOVES = 200  # enough to halve a bracket down to rounding, and for any number of
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class BallPoint:
-    r"""The minimiser of a linear function over the part of the unit ball in a polyhedron.
+    r"""The minimizer of a linear function over the part of the unit ball in a polyhedron.
 
     Attributes:
         y: the point, shape ``(n,)``, with :math:`\|y\| \le 1`.
         multipliers: :math:`\mu \ge 0`, shape ``(m,)``, with :math:`c + \nu y = G'\mu`.
         ball_multiplier: :math:`\nu \ge 0`.
         status: ``CONVERGED``; ``INFEASIBLE`` where the ball misses the polyhedron, ``STAGNATED``
-            where rounding hides the minimiser or whether there is one; multipliers are then zero.
+            where rounding hides the minimizer or whether there is one; multipliers are then zero.
 
     """
 
@@ -36,7 +36,7 @@ class BallPoint:
 
 
 def lowest_in_ball(c: Tensor, G: Tensor, h: Tensor, rounding: float) -> BallPoint:
-    r"""Minimise :math:`c'y` subject to :math:`\|y\| \le 1` and :math:`Gy \ge h`, in float64.
+    r"""Minimize :math:`c'y` subject to :math:`\|y\| \le 1` and :math:`Gy \ge h`, in float64.
 
     Args:
         c: the gradient, of unit norm or zero, shape ``(n,)``.
@@ -45,7 +45,7 @@ def lowest_in_ball(c: Tensor, G: Tensor, h: Tensor, rounding: float) -> BallPoin
         rounding: what is left of ``c`` along the active constraints is zero if not above this.
 
     Returns:
-        The minimiser. Where there is none the shortest point of the polyhedron, cut to the ball; of
+        The minimizer. Where there is none the shortest point of the polyhedron, cut to the ball; of
         that with the least sum of squared violations, if the polyhedron is empty.
 
     """
@@ -79,9 +79,9 @@ def lowest_in_ball(c: Tensor, G: Tensor, h: Tensor, rounding: float) -> BallPoin
 def _crossing(
     c: Tensor, G: Tensor, h: Tensor, rounding: float
 ) -> tuple[Tensor, Tensor, Tensor, float] | None:
-    """Return the active set, the minimiser, the active multipliers and that of the ball.
+    """Return the active set, the minimizer, the active multipliers and that of the ball.
 
-    The minimiser at the ball multiplier ``1 / t`` is the point ``y(t)`` of the polyhedron nearest
+    The minimizer at the ball multiplier ``1 / t`` is the point ``y(t)`` of the polyhedron nearest
     to ``-t c``. On one active set it is ``foot - t flat``: the shortest point where the active
     constraints are equations, and ``c`` without its part in the span of their normals. The two are
     orthogonal, so that the ``t`` of norm 1 follows in closed form. The norm of ``y(t)`` grows with

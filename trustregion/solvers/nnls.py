@@ -57,7 +57,7 @@ class ShortestPoint:
 
 @torch.no_grad()
 def nnls(A: Tensor, b: Tensor, *, max_iter: int | None = None) -> NonnegativeSolution:
-    r"""Minimise :math:`\|Ax - b\|` over :math:`x \ge 0` for a dense ``A`` of few columns.
+    r"""Minimize :math:`\|Ax - b\|` over :math:`x \ge 0` for a dense ``A`` of few columns.
 
     A variable is freed while its gradient :math:`A_j'(b - Ax)` is above ``10 max(m, n) eps
     |A_j| |b|``, the rounding of that product. All work is in float64, at unit scale.
@@ -68,11 +68,11 @@ def nnls(A: Tensor, b: Tensor, *, max_iter: int | None = None) -> NonnegativeSol
     Args:
         A: the matrix, shape ``(m, n)``, float32 or float64.
         b: the right-hand side, shape ``(m,)``, of the dtype of ``A``.
-        max_iter: limit on least squares problems; ``10 n`` when None.
+        max_iter: limit on least squares problems; ``10 n`` if None.
 
     Raises:
-        TypeError: ``b`` is not a real floating tensor.
-        ValueError: shapes or dtypes do not fit, or ``max_iter`` is negative.
+        TypeError: ``b`` is not a real floating-point tensor.
+        ValueError: shapes or dtypes do not match, or ``max_iter`` is negative.
 
     Example:
         >>> nnls(torch.eye(2), torch.tensor([1.0, -1.0])).x
@@ -93,7 +93,7 @@ def nnls(A: Tensor, b: Tensor, *, max_iter: int | None = None) -> NonnegativeSol
     unit, powers = _at_unit_scale(A.T)
     target = ldexp(b.double(), -e)
     limit = 10 * A.shape[1] if max_iter is None else max_iter
-    unit, target = unit.cpu(), target.cpu()  # small, and no device has this factorisation
+    unit, target = unit.cpu(), target.cpu()  # small, and no device has this factorization
     y, iterations, done = _active_set(unit.T, target, limit)
     x = zero.new_tensor([scalar_ldexp(v, e - p) for v, p in zip(y.tolist(), powers, strict=True)])
     status = Status.CONVERGED if done else Status.MAX_ITER
@@ -107,22 +107,22 @@ def nnls(A: Tensor, b: Tensor, *, max_iter: int | None = None) -> NonnegativeSol
 
 @torch.no_grad()
 def least_distance(G: Tensor, h: Tensor) -> ShortestPoint:
-    r"""Minimise :math:`\|x\|` subject to :math:`Gx \ge h`, by one call of :func:`nnls`.
+    r"""Minimize :math:`\|x\|` subject to :math:`Gx \ge h`, by one call of :func:`nnls`.
 
     The residual of :math:`[G, h]' u \approx (0, \ldots, 0, 1)` over :math:`u \ge 0` has the length
     :math:`(1 + \|x\|^2)^{-1/2}`, zero where there is no point. Here rows have unit norm, and the
     unit of length is the distance of the farthest half-space: a point farther than ``eps^-1/2``
     such units counts as none, since the constraints then contradict each other but for rounding.
 
-    Cost: a :func:`nnls` of ``m`` columns, one of the active rows, and their factorisation.
+    Cost: a :func:`nnls` of ``m`` columns, one of the active rows, and their factorization.
 
     Args:
         G: the normals, shape ``(m, n)``, float32 or float64.
         h: the bounds, shape ``(m,)``, of the dtype of ``G``; minus infinity for no bound.
 
     Raises:
-        TypeError: ``h`` is not a real floating tensor.
-        ValueError: shapes or dtypes do not fit.
+        TypeError: ``h`` is not a real floating-point tensor.
+        ValueError: shapes or dtypes do not match.
 
     Example:
         >>> least_distance(torch.eye(2), torch.tensor([2.0, -1.0])).x

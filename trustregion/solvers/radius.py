@@ -11,6 +11,8 @@ from typing import overload
 import torch
 from torch import Tensor
 
+from ..arguments import as_count, as_not_negative, as_positive, check_radius, require
+
 LARGEST = sys.float_info.max
 SMALLEST = math.ulp(0.0)  # the smallest positive float
 GOOD, FAIR, TARGET = 0.35, 0.5, 0.25  # how far a ratio may be from 1, and where to interpolate
@@ -69,8 +71,9 @@ def _mean_reduction(old: float | Tensor, new: float | Tensor) -> tuple[float, fl
         x.double() if isinstance(x, Tensor) else torch.tensor(x, dtype=torch.float64, device="cpu")
         for x in (old, new)
     )
-    words = f"of one shape and not empty, got {tuple(before.shape)} and {tuple(after.shape)}"
-    _check(before.shape == after.shape and before.numel() > 0, f"old and new must be {words}")
+    if before.shape != after.shape or not before.numel():
+        words = f"of one shape and not empty, got {tuple(before.shape)} and {tuple(after.shape)}"
+        raise ValueError(f"old and new must be {words}")
     precisions = [torch.finfo(x.dtype).eps for x in (old, new) if isinstance(x, Tensor)]
     eps = max(precisions, default=sys.float_info.epsilon)
     return (before - after).mean().item(), 10 * eps * before.abs().mean().item()
@@ -105,7 +108,7 @@ def classic_radius(
         largest: upper limit of the radius.
 
     Raises:
-        ValueError: an argument out of its range.
+        ValueError: an argument is out of range.
 
     Example:
         >>> classic_radius(1.0, 0.9, on_boundary=True), classic_radius(1.0, 0.1, on_boundary=True)
@@ -152,7 +155,7 @@ def gould_radius(
         largest: upper limit of the radius.
 
     Raises:
-        ValueError: an argument out of its range.
+        ValueError: an argument is out of range.
 
     Example:
         >>> gould_radius(1.0, 1.0, length=1.0), gould_radius(1.0, -2.0, length=0.5)
@@ -164,7 +167,7 @@ def gould_radius(
 
     """
     _check_rule(radius, shrink_below, grow_above, shrink, grow, largest)
-    _check(0 <= length < math.inf, f"length must be finite and not negative, got {length}")
+    as_not_negative("length", length)
     if not rho >= shrink_below:
         return _within(shrink * (min(length, radius) or radius), largest)
     return _within(max(grow * length, radius) if rho > grow_above else radius, largest)
@@ -198,7 +201,7 @@ def levenberg_marquardt_damping(
         largest: upper limit.
 
     Raises:
-        ValueError: an argument out of its range.
+        ValueError: an argument is out of range.
 
     Example:
         >>> levenberg_marquardt_damping(3.0, 0.1), levenberg_marquardt_damping(3.0, 0.9)
@@ -208,12 +211,13 @@ def levenberg_marquardt_damping(
         Martens, Deep Learning via Hessian-free Optimization, 2010, section 4.1.
 
     """
-    ratios, limits = f"{raise_below} and {lower_above}", f"{smallest} and {largest}"
-    _check(0 <= damping < math.inf, f"damping must be finite and not negative, got {damping}")
-    _check(raise_below < lower_above, f"raise_below must be less than lower_above, got {ratios}")
-    _check(1 < factor < math.inf, f"factor must be finite and above 1, got {factor}")
-    fits = 0 <= smallest <= largest and smallest < math.inf
-    _check(fits, f"limits must satisfy 0 <= smallest <= largest, got {limits}")
+    as_not_negative("damping", damping)
+    if not raise_below < lower_above:
+        limits = f"{raise_below} and {lower_above}"
+        raise ValueError(f"raise_below must be less than lower_above, got {limits}")
+    require(1 < factor < math.inf, "factor", "be finite and above 1", factor)
+    if not (0 <= smallest <= largest and smallest < math.inf):
+        raise ValueError(f"0 <= smallest <= largest must hold, got {smallest} and {largest}")
     if not rho >= raise_below:
         damping = damping and _within(factor * damping, largest)
     elif rho > lower_above:
@@ -266,7 +270,7 @@ def initial_radius(
         slope: :math:`g'd`, negative; ``-|g|`` for steepest descent.
         curvature: :math:`d'Hd`, of either sign.
         evaluate: ``t`` -> :math:`f(\theta + t d)`.
-        start: the first ``t``; when None ``|slope / curvature|``, which minimises a convex model,
+        start: the first ``t``; if None ``|slope / curvature|``, which minimizes a convex model,
             or 1 where that is not positive and finite.
         trials: how many ``t`` to try, at least 1.
         largest: upper limit of the radius.
@@ -284,17 +288,16 @@ def initial_radius(
         1997, algorithm ITRR. The factors are the defaults of the solver NTR of TAO.
 
     """
-    given = f"value={value} and curvature={curvature}"
-    finite = math.isfinite(value) and math.isfinite(curvature)
-    _check(finite, f"value and curvature must be finite, got {given}")
-    _check(-math.inf < slope < 0, f"slope must be finite and negative (d descends), got {slope}")
-    whole = isinstance(trials, int) and trials >= 1
-    _check(whole, f"trials must be an integer of at least 1, got {trials}")
-    _check(largest > 0, f"largest must be positive, got {largest}")
+    if not (math.isfinite(value) and math.isfinite(curvature)):
+        given = f"value={value}, curvature={curvature}"
+        raise ValueError(f"value and curvature must be finite, got {given}")
+    require(-math.inf < slope < 0, "slope", "be finite and negative (d descends)", slope)
+    as_count("trials", trials, 1)
+    as_positive("largest", largest, infinite=True)
     if start is None:
         natural = abs(slope / curvature) if curvature else 0.0
         start = natural if 0 < natural < math.inf else 1.0
-    _check(0 < start < math.inf, f"start must be a positive finite number, got {start}")
+    check_radius("start", start)
     t, good, best, best_value, count = _within(start, largest), 0.0, 0.0, value, 0
     while count < trials and good < largest:
         trial = float(evaluate(t))
@@ -346,16 +349,13 @@ def _within(radius: float, largest: float) -> float:
     return min(max(radius, SMALLEST), LARGEST, largest)
 
 
-def _check(fits: bool, expected: str) -> None:
-    if not fits:
-        raise ValueError(expected)
-
-
 def _check_rule(
     radius: float, low: float, high: float, shrink: float, grow: float, largest: float
 ) -> None:
-    _check(0 < radius < math.inf, f"radius must be a positive finite number, got {radius}")
-    _check(low < high, f"shrink_below must be less than grow_above, got {low} and {high}")
-    words = f"factors must satisfy 0 < shrink < 1 < grow, got shrink={shrink} and grow={grow}"
-    _check(0 < shrink < 1 < grow < math.inf, words)
-    _check(largest > 0, f"largest must be positive, got {largest}")
+    check_radius("radius", radius)
+    if not low < high:
+        raise ValueError(f"shrink_below must be less than grow_above, got {low} and {high}")
+    if not 0 < shrink < 1 < grow < math.inf:
+        given = f"shrink={shrink} and grow={grow}"
+        raise ValueError(f"factors must satisfy 0 < shrink < 1 < grow, got {given}")
+    as_positive("largest", largest, infinite=True)

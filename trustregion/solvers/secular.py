@@ -22,7 +22,7 @@ class Minimizer:
 
 
 def minimize_in_eigenbasis(theta: Tensor, c: Tensor, radius: float) -> Minimizer:
-    r"""Minimise :math:`\frac12 \sum \theta_i h_i^2 - c'h` over :math:`|h| \le \Delta`, globally.
+    r"""Minimize :math:`\frac12 \sum \theta_i h_i^2 - c'h` over :math:`|h| \le \Delta`, globally.
 
     The solution is :math:`h_i = c_i / (\theta_i + \lambda)` with the smallest
     :math:`\lambda \ge \max(0, -\theta_1)` that brings it into the ball, or in the hard case, where
@@ -94,7 +94,7 @@ def _root(gaps: Tensor, c: Tensor, radius: float, low: float) -> float:
         mu += (size / radius - 1) / mean
         if not low < mu < high:
             mu = low * math.sqrt(min(high / low, 1e300))  # exact under powers of two
-        if not low < mu < high:  # neighbours in float64
+        if not low < mu < high:  # neighbors in float64
             mu = high
             break
     return mu

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..arguments import check_count, check_tolerances
+from ..arguments import as_count, check_count, check_tolerances
 from ..operators.base import LinearOperator, product
 from ..status import Status
 from ..vector import exponent, ldexp, norm
@@ -31,7 +31,7 @@ def diagonal(A: LinearOperator, *, probes: int | None = None, seed: int = 0) -> 
 
     Args:
         A: a symmetric operator.
-        probes: how many products to spend; n products and no noise when None.
+        probes: how many products to spend; n products and no noise if None.
         seed: of the signs, from an own generator.
 
     Raises:
@@ -49,7 +49,7 @@ def diagonal(A: LinearOperator, *, probes: int | None = None, seed: int = 0) -> 
     """
     n = A.shape[0]
     if probes is not None:
-        _check_probes(probes)
+        as_count("probes", probes, 1)
         total = torch.zeros(n, dtype=torch.float64, device=A.device)
         for z in _signs(A, probes, seed):
             total += z.double() * product(A, z).double()
@@ -74,7 +74,7 @@ def trace(A: LinearOperator, *, probes: int | None = None, seed: int = 0) -> flo
 
     Args:
         A: a symmetric operator.
-        probes: how many products to spend; n products and no noise when None.
+        probes: how many products to spend; n products and no noise if None.
         seed: of the signs, from an own generator.
 
     Raises:
@@ -92,7 +92,7 @@ def trace(A: LinearOperator, *, probes: int | None = None, seed: int = 0) -> flo
     return float(diagonal(A, probes=probes, seed=seed).double().sum())
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)  # a tensor has no truth value to compare by
+@dataclass(frozen=True, kw_only=True, eq=False)  # == on tensors is elementwise
 class Eigenvalues:
     r"""The largest eigenvalues of an operator, as far as a Krylov space knows them.
 
@@ -133,7 +133,7 @@ def largest_eigenvalues(
         A: a symmetric operator of any definiteness.
         k: how many.
         rtol: tolerance of the residuals, relative to the largest of the values in size.
-        max_iter: limit on the dimension of the space; ``10 k + 30`` when None.
+        max_iter: limit on the dimension of the space; ``10 k + 30`` if None.
         seed: of the first vector, from an own generator.
 
     Returns:
@@ -228,12 +228,6 @@ def _too_small(space: Tridiagonalization, k: int, rtol: float) -> bool:
     theta, U = space.spectrum(space.size)
     bounds = space.betas[-1] * U[-1].abs()[-k:]
     return bool((bounds > rtol * theta[-k:].abs().max()).any())
-
-
-def _check_probes(probes: object) -> None:
-    check_count("probes", probes)
-    if not probes:
-        raise ValueError("probes must be a positive integer, got 0; None is exact")
 
 
 def _signs(A: LinearOperator, probes: int, seed: int) -> Iterator[Tensor]:
