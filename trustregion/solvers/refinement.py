@@ -263,26 +263,28 @@ class _System:
         point, size = replace(point, r=r, measured=True), norm(r)
         if not math.isfinite(size):
             return None
+        other = None
         if status is Status.LEAST_SQUARES and size > (1 + NEARLY_NULL) * math.sqrt(run.rr):
-            return self._at(best, run, run.x, run.y)[0]
-        if run.trusted is not None and status in MAY_BE_BELOW:
+            other = run
+        elif status in MAY_BE_BELOW and run.trusted is not None:
             former, gap = run.trusted
-            if size > 2 * gap + SAFETY * self.eps * run.norm_A * norm(best.x):
-                other, _ = self._at(best, former, former.x, former.y)
-                r = yield from self._residual(other.x)
-                if not finite(r):
-                    return None
-                if norm(r) < size:
-                    point = replace(other, r=r, measured=True)
-        lost = status in MAY_BE_BELOW and (status is not Status.MAX_ITER or run.trusted is not None)
-        return best if lost and norm(best.r) < norm(point.r) else point
+            drifted = size > 2 * gap + SAFETY * self.eps * run.norm_A * norm(best.x)
+            other = former if drifted else None
+        if other is not None:
+            earlier, _ = self._at(best, other, other.x, other.y)
+            r = yield from self._residual(earlier.x)
+            if not finite(r):
+                return None
+            point = replace(earlier, r=r, measured=True) if norm(r) < size else point
+        if status in (Status.CONVERGED, Status.STAGNATED) or run.trusted is not None:
+            return best if status in MAY_BE_BELOW and norm(best.r) < norm(point.r) else point
+        return point
 
     def _at(self, best: _Iterate, run: Run, x: Tensor, y: Tensor) -> tuple[_Iterate, float]:
         """Return ``best + x``, and a bound on the error of its recurred residual."""
         exact = best.x + x
-        x = ldexp(
-            ldexp(exact, self.e).to(self.dtype).double(), -self.e
-        )  # rounded as it is returned
+        # Rounded as it is returned.
+        x = ldexp(ldexp(exact, self.e).to(self.dtype).double(), -self.e)
         margin = run.margin(exact - x, self.eps) + SAFETY * self.eps * run.norm_A * norm(best.x)
         at = _Iterate(
             x if finite(x) else exact,
@@ -294,6 +296,7 @@ class _System:
         return at, margin
 
     def end(self, at: _Iterate, status: Status, direction: Tensor | None = None) -> LinearSolution:
+        """Return the solution at an iterate, in the units of this system."""
         x, r = at.x, at.r
         size = norm(r)
         return LinearSolution(
