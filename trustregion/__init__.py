@@ -28,7 +28,14 @@ from .operators import (
     to_dense,
     to_scipy,
 )
-from .optim import NaturalTrustRegion, NewtonTrustRegion, StepInfo
+from .optim import (
+    NaturalTrustRegion,
+    NewtonTrustRegion,
+    OptimizeResult,
+    StepInfo,
+    least_squares,
+    minimize,
+)
 from .preconditioners import KFAC, Jacobi, Nystrom
 from .solvers import (
     LinearSolution,
@@ -52,6 +59,10 @@ __all__ = [
     "StepInfo",
     "Status",
     "check_closure",
+    # functions to minimize and residuals to fit
+    "minimize",
+    "least_squares",
+    "OptimizeResult",
     # curvature operators
     "LinearOperator",
     "FisherOperator",
