@@ -12,7 +12,7 @@ from ..status import Status
 from ..vector import dot, norm
 from .nnls import EPS, least_distance, lowest_point, nnls
 
-TOUCHING = 64 * EPS  # a distance this near to the radius is the radius
+TOUCHING = 64 * EPS  # a distance this near to the radius equals it
 MOVES = 200  # enough to halve a bracket down to rounding, and for any number of active sets seen
 
 
@@ -24,8 +24,8 @@ class BallPoint:
         y: the point, shape ``(n,)``, with :math:`\|y\| \le 1`.
         multipliers: :math:`\mu \ge 0`, shape ``(m,)``, with :math:`c + \nu y = G'\mu`.
         ball_multiplier: :math:`\nu \ge 0`.
-        status: ``CONVERGED``; ``INFEASIBLE`` where the ball misses the polyhedron, ``STAGNATED``
-            where rounding hides the minimizer or whether there is one; multipliers are then zero.
+        status: ``CONVERGED``; ``INFEASIBLE`` if the ball misses the polyhedron, or ``STAGNATED`` if
+            rounding hides the minimizer or its existence, both with zero multipliers.
 
     """
 
@@ -42,11 +42,11 @@ def lowest_in_ball(c: Tensor, G: Tensor, h: Tensor, rounding: float) -> BallPoin
         c: the gradient, of unit norm or zero, shape ``(n,)``.
         G: the normals, of unit norm or zero, shape ``(m, n)``.
         h: the bounds, shape ``(m,)``.
-        rounding: what is left of ``c`` along the active constraints is zero if not above this.
+        rounding: a remainder of ``c`` on the active constraints counts as zero up to this.
 
     Returns:
-        The minimizer. Where there is none the shortest point of the polyhedron, cut to the ball; of
-        that with the least sum of squared violations, if the polyhedron is empty.
+        The minimizer. If there is none, the shortest point of the polyhedron, scaled into the ball.
+        If the polyhedron is empty, the one with the least sum of squared violations is used.
 
     """
     start, none = least_distance(G, h), torch.zeros_like(h)
@@ -79,13 +79,13 @@ def lowest_in_ball(c: Tensor, G: Tensor, h: Tensor, rounding: float) -> BallPoin
 def _crossing(
     c: Tensor, G: Tensor, h: Tensor, rounding: float
 ) -> tuple[Tensor, Tensor, Tensor, float] | None:
-    """Return the active set, the minimizer, the active multipliers and that of the ball.
+    """Return the active set, the minimizer, the active multipliers and the ball multiplier.
 
     The minimizer at the ball multiplier ``1 / t`` is the point ``y(t)`` of the polyhedron nearest
     to ``-t c``. On one active set it is ``foot - t flat``: the shortest point where the active
     constraints are equations, and ``c`` without its part in the span of their normals. The two are
     orthogonal, so that the ``t`` of norm 1 follows in closed form. The norm of ``y(t)`` grows with
-    ``t``, which brackets the crossing; ``t`` moves to that of the active set it is on.
+    ``t``, which brackets the crossing; the next ``t`` is the crossing of the current active set.
     """
     low, high, t, aim = 0.0, math.inf, 1.0, 0.0
     before = torch.zeros_like(h, dtype=torch.bool)
@@ -121,7 +121,7 @@ def _least_violation(G: Tensor, h: Tensor) -> Tensor:
     r"""Return the shortest ``y`` with the least :math:`\|(h - Gy)_+\|`.
 
     The violations are ``N (h + w)`` with the projector ``N`` to the complement of the range of
-    ``G`` and the ``w >= 0`` that makes them shortest: what is over where a bound is met.
+    ``G`` and the ``w >= 0`` that makes them shortest, the surplus of the bounds that are met.
     """
     bounds = h.clamp(-1 / EPS, 1 / EPS)
     N = torch.eye(len(h), dtype=h.dtype, device=h.device) - G @ torch.linalg.pinv(G)

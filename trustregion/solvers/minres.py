@@ -134,8 +134,8 @@ def minimal_residuals(
     r"""Run the method of Paige and Saunders from ``x = 0``.
 
     Reflections ``(cs, sn)`` make the tridiagonal matrix ``T`` of the Lanczos process triangular as
-    it grows. The recurrence of the residual is ``r_k = sn^2 r_{k-1} - (phi / gamma) z``, where ``z``
-    is the next ``u`` before it is normalized, so that nothing is divided by a ``beta`` of zero.
+    it grows. The residual follows ``r_k = sn^2 r_{k-1} - (phi / gamma) z``, where ``z`` is the next
+    ``u`` before it is normalized, so that nothing is divided by a ``beta`` of zero.
 
     Memory: eight float64 vectors, five more with a preconditioner, and two or three for each of two
     earlier iterates that may be returned in place of the last one.

@@ -22,10 +22,10 @@ class NonnegativeSolution:
 
     Attributes:
         x: the solution, shape ``(n,)``, finite and not negative.
-        status: ``CONVERGED``; ``MAX_ITER`` with the best ``x`` so far; ``NONFINITE_INPUT``, or
-            ``NONFINITE_OPERATOR`` where ``x`` overflows, with zero.
+        status: ``CONVERGED``; ``MAX_ITER`` with the best ``x`` found; ``NONFINITE_INPUT``, or
+            ``NONFINITE_OPERATOR`` if ``x`` overflows, both with a zero ``x``.
         residual_norm: the norm of ``A x - b``.
-        iterations: least squares problems solved.
+        iterations: the number of least squares problems solved.
 
     """
 
@@ -40,12 +40,12 @@ class ShortestPoint:
     r"""The point of a polyhedron :math:`Gx \ge h` nearest to the origin.
 
     Attributes:
-        x: the point, shape ``(n,)``; zero where there is none.
-        multipliers: :math:`\lambda \ge 0` with :math:`x = G'\lambda`, shape ``(m,)``; zero where
-            there is no point.
-        active: the constraints that hold ``x`` back, shape ``(m,)``; their rows are independent.
-        status: ``CONVERGED``, ``INFEASIBLE``, or ``STAGNATED`` where rounding hides which of the
-            two it is; ``NONFINITE_INPUT``, ``NONFINITE_OPERATOR`` and ``MAX_ITER`` as in nnls.
+        x: the point, shape ``(n,)``; zero if there is none.
+        multipliers: :math:`\lambda \ge 0` with :math:`x = G'\lambda`, shape ``(m,)``; zero if there
+            is no point.
+        active: a mask of the active constraints, shape ``(m,)``; their rows are independent.
+        status: ``CONVERGED``, ``INFEASIBLE``, or ``STAGNATED`` if rounding hides which of the two
+            it is; ``NONFINITE_INPUT``, ``NONFINITE_OPERATOR`` and ``MAX_ITER`` as in nnls.
 
     """
 
@@ -59,16 +59,16 @@ class ShortestPoint:
 def nnls(A: Tensor, b: Tensor, *, max_iter: int | None = None) -> NonnegativeSolution:
     r"""Minimize :math:`\|Ax - b\|` over :math:`x \ge 0` for a dense ``A`` of few columns.
 
-    A variable is freed while its gradient :math:`A_j'(b - Ax)` is above ``10 max(m, n) eps
+    A variable is freed as long as its gradient :math:`A_j'(b - Ax)` exceeds ``10 max(m, n) eps
     |A_j| |b|``, the rounding of that product. All work is in float64, at unit scale.
 
-    Cost: one singular value decomposition of the free columns for each change of the free set, of
-    which about ``n`` are usual.
+    Cost: one singular value decomposition of the free columns for each change of the free set;
+    about ``n`` changes are usual.
 
     Args:
         A: the matrix, shape ``(m, n)``, float32 or float64.
         b: the right-hand side, shape ``(m,)``, of the dtype of ``A``.
-        max_iter: limit on least squares problems; ``10 n`` if None.
+        max_iter: maximum number of least squares problems; ``10 n`` if None.
 
     Raises:
         TypeError: ``b`` is not a real floating-point tensor.
@@ -110,9 +110,9 @@ def least_distance(G: Tensor, h: Tensor) -> ShortestPoint:
     r"""Minimize :math:`\|x\|` subject to :math:`Gx \ge h`, by one call of :func:`nnls`.
 
     The residual of :math:`[G, h]' u \approx (0, \ldots, 0, 1)` over :math:`u \ge 0` has the length
-    :math:`(1 + \|x\|^2)^{-1/2}`, zero where there is no point. Here rows have unit norm, and the
-    unit of length is the distance of the farthest half-space: a point farther than ``eps^-1/2``
-    such units counts as none, since the constraints then contradict each other but for rounding.
+    :math:`(1 + \|x\|^2)^{-1/2}`, zero if there is no point. Rows are scaled to unit norm, and the
+    unit of length is the distance of the farthest half-space. A point farther than ``eps^-1/2``
+    such units counts as none, since without rounding the constraints would contradict each other.
 
     Cost: a :func:`nnls` of ``m`` columns, one of the active rows, and their factorization.
 
@@ -176,10 +176,10 @@ def lowest_point(B: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _active_rows(rows: Tensor, heights: Tensor) -> tuple[Tensor, Status]:
-    """Return which rows hold back the shortest ``x`` with ``rows x >= heights``, or why none.
+    """Return which rows are active at the shortest ``x`` with ``rows x >= heights``, and a status.
 
-    Two rows that are parallel but for rounding can both be in the solution, of which ``x`` needs
-    one: those with a share in a non-negative combination that makes ``x`` are independent.
+    The solution can contain two rows that are parallel up to rounding, of which ``x`` needs one.
+    The rows of a non-negative combination that yields ``x`` are independent.
     """
     tower = torch.cat([rows.T, heights.unsqueeze(0)])
     up = torch.zeros_like(tower[:, 0])

@@ -1,4 +1,4 @@
-"""How far to trust a model: the ratio of reductions, and what a radius or a damping does next."""
+"""Ratios of reductions, and the policies for radius and damping that follow them."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from torch import Tensor
 from ..arguments import as_count, as_not_negative, as_positive, check_radius, require
 
 LARGEST = sys.float_info.max
-SMALLEST = math.ulp(0.0)  # the smallest positive float
-GOOD, FAIR, TARGET = 0.35, 0.5, 0.25  # how far a ratio may be from 1, and where to interpolate
+SMALLEST = math.ulp(0.0)
+GOOD, FAIR, TARGET = 0.35, 0.5, 0.25  # distances of a ratio from 1; TARGET is interpolated to
 
 
 @overload
@@ -27,15 +27,15 @@ def reduction_ratio(
 ) -> float:
     r"""Return :math:`\rho`, the actual reduction of the loss over the predicted one.
 
-    Called as ``reduction_ratio(actual, predicted)`` or, better, as ``reduction_ratio(old, new,
-    predicted)`` with the losses themselves: floats, or tensors of per-sample losses of one shape.
-    The actual reduction is then the mean of the differences in float64, sample by sample, so that
-    the difference of two nearly equal means does not cancel. Where both reductions are within 10
-    eps of the mean absolute loss, in the precision of the losses, they are rounding and the ratio
-    is 1. A loss in float32 should therefore come as a tensor, not by ``.item()``.
+    Call ``reduction_ratio(actual, predicted)`` or, better, ``reduction_ratio(old, new, predicted)``
+    with the losses themselves: floats, or tensors of per-sample losses of one shape. The actual
+    reduction is then the mean of the per-sample differences in float64, so that the difference of
+    two nearly equal means does not cancel. If both reductions are within 10 eps of the mean
+    absolute loss, in the precision of the losses, they are rounding and the ratio is 1. A float32
+    loss should therefore be passed as a tensor, not by ``.item()``.
 
-    The ratio is never NaN. It is ``-inf``, on which every policy here shrinks, for a prediction
-    that is not positive, and for a loss or a reduction that is not finite.
+    The ratio is never NaN. It is ``-inf``, for which every policy below shrinks, if the prediction
+    is not positive, or a loss or a reduction is not finite.
 
     Raises:
         ValueError: ``old`` and ``new`` differ in shape or are empty.
@@ -66,7 +66,7 @@ def reduction_ratio(
 
 @torch.no_grad()
 def _mean_reduction(old: float | Tensor, new: float | Tensor) -> tuple[float, float]:
-    """Return the mean of ``old - new``, and how much of it rounding can explain."""
+    """Return the mean of ``old - new``, and a bound on its rounding."""
     before, after = (
         x.double() if isinstance(x, Tensor) else torch.tensor(x, dtype=torch.float64, device="cpu")
         for x in (old, new)
@@ -95,16 +95,16 @@ def classic_radius(
     .. math:: \Delta_+ = \begin{cases} \Delta / 4 & \rho < 1/4 \\
         2 \Delta & \rho > 3/4 \text{ and } \|s\| = \Delta \\ \Delta & \text{otherwise} \end{cases}
 
-    at most ``largest``. A NaN ratio shrinks. The result is always positive and finite.
+    at most ``largest``. A NaN ratio shrinks it. The result is always positive and finite.
 
     Args:
         radius: the radius of the step, positive.
         rho: the ratio of reductions.
-        on_boundary: whether the step ended at the edge; inside it the radius did not matter.
-        shrink_below: ratio below which to shrink.
-        grow_above: ratio above which to grow.
-        shrink: in (0, 1).
-        grow: above 1.
+        on_boundary: whether the step ended at the edge. Inside, the radius had no effect.
+        shrink_below: ratio below which the radius shrinks.
+        grow_above: ratio above which the radius grows.
+        shrink: factor for shrinking, in (0, 1).
+        grow: factor for growing, above 1.
         largest: upper limit of the radius.
 
     Raises:
@@ -140,18 +140,18 @@ def gould_radius(
     .. math:: \Delta_+ = \begin{cases} \|s\| / 4 & \rho < 0.01 \\
         \max(3.5 \|s\|, \Delta) & \rho > 0.99 \\ \Delta & \text{otherwise} \end{cases}
 
-    at most ``largest``: it grows only on nearly perfect agreement, but then by much. A NaN ratio
-    shrinks. The result is always positive and finite.
+    at most ``largest``. The radius grows only for nearly perfect agreement, but then by much. A NaN
+    ratio shrinks it. The result is always positive and finite.
 
     Args:
         radius: the radius of the step, positive.
         rho: the ratio of reductions.
-        length: that of the step, in the norm of the radius. The radius takes its place in
-            shrinking where it is zero, which says nothing, or above the radius by rounding.
-        shrink_below: ratio below which to shrink.
-        grow_above: ratio above which to grow.
-        shrink: in (0, 1).
-        grow: above 1.
+        length: the length of the step in the norm of the radius. If it is zero, or rounding makes
+            it exceed the radius, the radius is used for shrinking instead.
+        shrink_below: ratio below which the radius shrinks.
+        grow_above: ratio above which the radius grows.
+        shrink: factor for shrinking, in (0, 1).
+        grow: factor for growing, above 1.
         largest: upper limit of the radius.
 
     Raises:
@@ -192,11 +192,11 @@ def levenberg_marquardt_damping(
     ``smallest`` is above zero; any other stays positive and finite.
 
     Args:
-        damping: lambda, not negative.
+        damping: :math:`\lambda`, not negative.
         rho: the ratio of reductions.
-        raise_below: ratio below which to raise lambda.
-        lower_above: ratio above which to lower it.
-        factor: by which to raise it; it is lowered by the reciprocal.
+        raise_below: ratio below which the damping is raised.
+        lower_above: ratio above which the damping is lowered.
+        factor: factor for raising; the reciprocal lowers.
         smallest: lower limit.
         largest: upper limit.
 
@@ -231,10 +231,11 @@ class InitialRadius:
 
     Attributes:
         radius: the radius, positive and finite.
-        agreed: the model was good there; else at no trial, and the last one asked for ``radius``.
-        best: the trial ``t`` of least value; zero where none was below ``f(theta)``.
-        best_value: the value there.
-        evaluations: how many trials were evaluated.
+        agreed: whether the model was good there. If not, it was good at no trial, and ``radius`` is
+            the next ``t`` after the last trial.
+        best: the trial ``t`` of least value; zero if none was below ``f(theta)``.
+        best_value: the value at ``best``.
+        evaluations: the number of trials.
 
     """
 
@@ -272,7 +273,7 @@ def initial_radius(
         evaluate: ``t`` -> :math:`f(\theta + t d)`.
         start: the first ``t``; if None ``|slope / curvature|``, which minimizes a convex model,
             or 1 where that is not positive and finite.
-        trials: how many ``t`` to try, at least 1.
+        trials: number of ``t`` to try, at least 1.
         largest: upper limit of the radius.
 
     Raises:
@@ -316,14 +317,12 @@ def initial_radius(
 def _compare(
     value: float, descent: float, curvature: float, t: float, trial: float
 ) -> tuple[float, float]:
-    """Return how far the ratio of reductions is from 1, and by what to multiply ``t``."""
-    # in units of the reduction t |g'd| of the linear model
-    actual = (value - trial) / descent / t
+    """Return the distance of the ratio of reductions from 1, and the factor for the next ``t``."""
+    actual = (value - trial) / descent / t  # both in units of t |g'd|
     predicted = 1 - 0.5 * t * (curvature / descent)
     if not (math.isfinite(actual) and math.isfinite(predicted)):
         return math.inf, 1 / 16
-    eps = 10 * sys.float_info.epsilon
-    rounding = eps * max(1.0, abs(predicted - 1), abs(value) / descent / t)
+    rounding = 10 * sys.float_info.epsilon * max(1.0, abs(predicted - 1), abs(value) / descent / t)
     gap = abs(actual - predicted)
     error = 0.0 if gap <= rounding else gap / abs(predicted) if predicted else math.inf
     low, high = sorted(_reach(actual, predicted, kappa) for kappa in (1 - TARGET, 1 + TARGET))
@@ -331,7 +330,7 @@ def _compare(
         return error, 2.0 if high < 1 else min(high, 5.0)
     if error <= FAIR:
         return error, min(max(high, 0.5), 2.0)
-    # Only one of the two can be in this range: both are only where the error is below 1/4.
+    # At most one of the two is in this range, as the error is at least 1/4.
     return error, next((tau for tau in (low, high) if 1 / 16 <= tau < 1), 1 / 16)
 
 
