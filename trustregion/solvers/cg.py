@@ -156,11 +156,12 @@ def conjugate_gradients(
     At small ``n`` the cost is the number of torch calls: the common path makes only six.
     """
     eps, largest = torch.finfo(dtype).eps, torch.finfo(dtype).max
+    _, tolerance, max_iter, _, observe = system
     run = Run.start(system.r, M)
     p, r_next = torch.zeros_like(run.r), torch.empty_like(run.r)
     w = p if M is None else torch.zeros_like(p)  # M^-1 p
     rz, pp = math.inf, 0.0
-    while run.goes_on(system.tolerance, system.max_iter, eps):
+    while run.goes_on(tolerance, max_iter, eps):
         r = run.r
         z = r if M is None else product(M, r.to(dtype)).double()
         rz_old, rz = rz, run.rr if M is None else dot(r, z)
@@ -182,7 +183,8 @@ def conjugate_gradients(
         alpha, rr = rz / pAp if pAp > 0 else math.inf, math.inf
         if alpha < math.inf:
             torch.add(r, Ap, alpha=-alpha, out=r_next)  # r_next = r - alpha Ap
-            run.removed += 0.0 if kept is None else kept.take_off(r_next, r, z, rz)
+            if kept is not None:
+                run.removed += kept.take_off(r_next, r, z, rz)
             rr = torch.dot(r_next, r_next).item()
             if not math.isfinite(rr):
                 return run.ended(Status.NONFINITE_OPERATOR)
@@ -198,8 +200,8 @@ def conjugate_gradients(
         run.move(p, w, alpha)
         run.r, r_next, run.rr = r_next, r, rr
         run.iterations += 1
-        if system.observe is not None:
-            system.observe(run.x)
+        if observe is not None:
+            observe(run.x)
         if progress is not None and progress.stops_after(0.5 * alpha * rz):
             return run.ended(Status.PROGRESS_BELOW_TOLERANCE)
     return run

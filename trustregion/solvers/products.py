@@ -52,13 +52,16 @@ def answer_in_blocks(A: LinearOperator, kernels: Sequence[Asks[T]]) -> list[T]:
                 returned[i] = end.value
         if not asked:
             break
-        P = torch.stack(list(asked.values()), dim=1).to(A.dtype)
+        P = torch.stack(list(asked.values()), dim=1)
+        wide = P.dtype
+        P = P if A.dtype is wide else P.to(A.dtype)
         AP = A.mm(P)
         if AP.shape != P.shape or AP.dtype is not P.dtype:
             raise ValueError(
                 f"the operator must map a block of shape {tuple(P.shape)} and dtype {P.dtype} to"
                 f" one alike, got shape {tuple(AP.shape)} and dtype {AP.dtype}"
             )
-        rows = (Ap.double() for Ap in AP.T.contiguous())
-        answers = dict(zip(asked, rows, strict=True))
+        rows = AP.T.contiguous()
+        wider = rows if A.dtype is wide else [Ap.to(wide) for Ap in rows]
+        answers = dict(zip(asked, wider, strict=True))
     return [returned[i] for i in range(len(kernels))]

@@ -112,7 +112,8 @@ class Run:
         """Return whether another iteration is needed, and set the status if not."""
         if self.status is None:
             # A residual below a tenth of its gap to the true one means nothing.
-            if math.sqrt(self.rr) <= max(tolerance, 0.1 * self.gap(eps)):
+            size = math.sqrt(self.rr)
+            if size <= tolerance or size <= 0.1 * self.gap(eps):
                 self.status = Status.CONVERGED
             elif self.iterations >= max_iter:
                 self.status = Status.MAX_ITER
