@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import torch
@@ -20,12 +20,12 @@ from .info import StepInfo
 from .newton import NewtonTrustRegion
 from .options import Region
 from .point import Point
-from .result import OptimizeResult
+from .result import OptimizeResult, gauss_newton_reduction
 
 Callback: TypeAlias = Callable[[Any, StepInfo], object]
 Met: TypeAlias = Callable[[StepInfo, Tensor], str]
 LARGEST_JACOBIAN = 1_000, 10_000_000  # columns, entries
-TOLERANCE = 1e-12  # of a fit; MGH09 and MGH17 of NIST need it for 5 digits
+TOLERANCE = 1e-12
 
 
 def minimize(
@@ -100,7 +100,8 @@ def least_squares(
 
     where :math:`\rho` is the actual over the predicted reduction, or when the model predicts a
     reduction below the rounding of the cost. ``ftol`` and ``xtol`` are raised to ten times the
-    machine epsilon of ``x`` if they are smaller.
+    machine epsilon of ``x`` if they are smaller. The defaults are so strict because a fit with
+    large residuals converges linearly: at 1e-8, problem MGH09 of NIST has four digits right.
 
     Cost: per step at most ``n`` products, one call of ``fun`` with its derivatives and one per
     trial. One more call each at the first and at the last point gives the first damping and the
@@ -159,7 +160,7 @@ def least_squares(
     loss, r = point.with_graph(point.squares)
     g = 0.5 * point.gradient(loss)
     J, cost = _jacobian(point, loss, r), 0.5 * loss.item()
-    slope = point.structured(g)
+    slope, end = point.structured(g), _judged(end, J, g, cost)
     return _result(point, end, g, gtol, fun=r.detach(), cost=cost, grad=slope, jac=J)
 
 
@@ -197,6 +198,21 @@ def _jacobian(point: Point, loss: Tensor, r: Tensor) -> Tensor | None:
     J = GGNOperator(loss, r, point.vector).jacobian
     unit = torch.eye(n, dtype=J.dtype, device=J.device)
     return torch.stack([J.mv(e) for e in unit], dim=1)
+
+
+def _judged(end: _End, J: Tensor | None, g: Tensor, cost: float) -> _End:
+    """Return the end of a fit as converged if only the rounding of its cost rejected a step.
+
+    That is so if the linearized residuals promise a reduction of at most the part of the cost that
+    counts as rounding where an optimizer compares two calls of a closure.
+    """
+    if end.status is not Status.REJECTED_RATIO or J is None or not bool(J.isfinite().all()):
+        return end
+    part = gauss_newton_reduction(J, g) / cost
+    if part > math.sqrt(torch.finfo(J.dtype).eps):
+        return end
+    detail = f"no step reduces the cost, and the model predicts a reduction by {part:.2g} of it"
+    return replace(end, status=Status.CONVERGED, detail=detail)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -150,3 +150,9 @@ def _spectrum(J: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     _, values, Vh = torch.linalg.svd(J.double() / units, full_matrices=False)
     above = values > max(J.shape) * torch.finfo(J.dtype).eps * values[0]
     return units, values[above], Vh[above].T
+
+
+def gauss_newton_reduction(J: Tensor, g: Tensor) -> float:
+    r"""Return the reduction :math:`\frac12 g'(J'J)^+ g` of the cost by a Gauss-Newton step."""
+    units, values, V = _spectrum(J)
+    return 0.5 * ((g.double() / units) @ V / values).square().sum().item()
