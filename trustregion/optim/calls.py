@@ -41,7 +41,8 @@ class Calls:
     """
 
     def __init__(self, modules: WeakSet[nn.Module] | None = None) -> None:
-        self.count, self.modules = 0, WeakSet() if modules is None else modules
+        self.count, self._new = 0, modules is None
+        self.modules = WeakSet[nn.Module]() if modules is None else modules
         self.left: Buffers = []
         self._start: list[Tensor] = []
         self._end: list[Tensor] | None = None
@@ -52,7 +53,7 @@ class Calls:
         """Make the first call, with a graph, and see what it draws and which buffers it moves."""
         self.count += 1
         found: Buffers = []
-        with _turn, torch.enable_grad(), _discovered(self.modules, found):
+        with _turn, torch.enable_grad(), _discovered(self.modules, found, new=self._new):
             known, self._start = _snapshot(self.modules), generator_states()
             try:
                 return call()
@@ -103,8 +104,16 @@ class Calls:
 
 
 @contextmanager
-def _discovered(modules: WeakSet[nn.Module], buffers: Buffers) -> Iterator[None]:
-    """Add the modules that this thread calls, and their buffers as they were before the call."""
+def _discovered(modules: WeakSet[nn.Module], buffers: Buffers, *, new: bool) -> Iterator[None]:
+    """Add the modules that this thread calls, and their buffers as they were before the call.
+
+    A compiled module warns that it calls the hook twice. The warning is hidden in the first step of
+    an optimizer. In a later one that would show the user's own warnings again, so that nothing is
+    added to modules of which one is compiled.
+    """
+    if not new and any(type(module).__name__ == "OptimizedModule" for module in modules):
+        yield
+        return
     here = threading.get_ident()
 
     def collect(module: nn.Module, _: object) -> None:
@@ -115,13 +124,12 @@ def _discovered(modules: WeakSet[nn.Module], buffers: Buffers) -> Iterator[None]
         modules.update(parts)
         buffers.extend(_snapshot(parts))
 
-    with warnings.catch_warnings():  # Compiled modules warn that they call such a hook twice.
-        warnings.filterwarnings("ignore", "Using `torch.compile.* global hooks")
-        handle = register_module_forward_pre_hook(collect)
-        try:
-            yield
-        finally:
-            handle.remove()
+    with ExitStack() as stack:
+        if new:
+            stack.enter_context(warnings.catch_warnings())
+            warnings.filterwarnings("ignore", "Using `torch.compile.* global hooks")
+        stack.callback(register_module_forward_pre_hook(collect).remove)
+        yield
 
 
 def _snapshot(modules: Iterable[nn.Module]) -> Buffers:

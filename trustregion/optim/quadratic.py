@@ -57,12 +57,11 @@ class TrialStep:
 
     @property
     def largest_reduction(self) -> float:
-        """The largest reduction of the model along the step, infinite where the region bounds it.
+        """The largest reduction of the model along the step at any length, which may be infinite.
 
-        The region bounds a step whose damping, or multiplier, exceeds the curvature along it.
+        Unlike the reduction of the step itself, it does not vanish with the size of the region.
         """
-        free = self.curvature > 0 and self.decrease <= 2 * self.curvature
-        return self.decrease**2 / (2 * self.curvature) if free else math.inf
+        return self.decrease**2 / (2 * self.curvature) if self.curvature > 0 else math.inf
 
 
 @dataclass(frozen=True, kw_only=True)
