@@ -42,6 +42,7 @@ def answer(A: LinearOperator, asks: Asks[T]) -> T:
 def answer_in_blocks(A: LinearOperator, kernels: Sequence[Asks[T]]) -> list[T]:
     """Run several kernels, compute their products in blocks, and return their results."""
     returned: dict[int, T] = {}
+    buffers: dict[int, Tensor] = {}  # the products in float64, as the kernels take them
     answers: dict[int, Tensor | None] = dict.fromkeys(range(len(kernels)))
     while answers:
         asked: dict[int, Tensor] = {}
@@ -61,7 +62,10 @@ def answer_in_blocks(A: LinearOperator, kernels: Sequence[Asks[T]]) -> list[T]:
                 f"the operator must map a block of shape {tuple(P.shape)} and dtype {P.dtype} to"
                 f" one alike, got shape {tuple(AP.shape)} and dtype {AP.dtype}"
             )
-        rows = AP.T.contiguous()
-        wider = rows if A.dtype is wide else [Ap.to(wide) for Ap in rows]
-        answers = dict(zip(asked, wider, strict=True))
+        rows = dict(zip(asked, AP.T.contiguous(), strict=True))
+        if A.dtype is not wide:
+            for i, Ap in rows.items():
+                buffers[i] = buffers[i] if i in buffers else torch.empty_like(Ap, dtype=wide)
+                rows[i] = buffers[i].copy_(Ap)
+        answers = dict(rows)
     return [returned[i] for i in range(len(kernels))]
