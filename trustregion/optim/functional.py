@@ -39,8 +39,8 @@ def minimize(
 ) -> OptimizeResult:
     r"""Minimize a smooth function by Newton's method within a trust region.
 
-    The function takes the steps of :class:`NewtonTrustRegion` with the Hessian, which may be
-    indefinite. It has converged when :math:`\max_i |g_i| \le \mathrm{gtol}`, or when the model
+    It takes the steps of :class:`NewtonTrustRegion` with the Hessian, which may be indefinite. The
+    search has converged when :math:`\max_i |g_i| \le \mathrm{gtol}`, or when the model
     predicts a reduction below the rounding of the value.
 
     Args:
@@ -68,7 +68,7 @@ def minimize(
 
     """
     point = Point(fun, x0)
-    optimizer = NewtonTrustRegion(point.vector.params, radius, gtol=gtol)
+    optimizer = NewtonTrustRegion(point.vector.params, radius, gtol=gtol, process_group=False)
     end = _search(optimizer, point.value, point, max_iter, callback)
     value = point.with_graph(point.value)
     g = point.gradient(value)
@@ -89,8 +89,8 @@ def least_squares(
 ) -> OptimizeResult:
     r"""Minimize :math:`F(x) = \frac12 \|r(x)\|^2` by the method of Levenberg and Marquardt.
 
-    The function takes the steps of :class:`NewtonTrustRegion` with the matrix :math:`J'J` and an
-    infinite radius. Each step solves :math:`(J'J + \lambda D^2) s = -J'r` with
+    It takes the steps of :class:`NewtonTrustRegion` with the matrix :math:`J'J` and an infinite
+    radius. Each step solves :math:`(J'J + \lambda D^2) s = -J'r` with
     ``D = diag(1 / x_scale)``. The first :math:`\lambda` is the curvature along the gradient in
     units of ``x_scale``. The fit has converged when one of these holds,
 
@@ -101,11 +101,12 @@ def least_squares(
     where :math:`\rho` is the actual over the predicted reduction, or when the model predicts a
     reduction below the rounding of the cost. ``ftol`` and ``xtol`` are raised to ten times the
     machine epsilon of ``x`` if they are smaller. The defaults are so strict because a fit with
-    large residuals converges linearly: at 1e-8, problem MGH09 of NIST has four digits right.
+    large residuals converges linearly: with 1e-8, four digits of NIST's problem MGH09 are right.
 
-    Cost: per step at most ``n`` products, one call of ``fun`` with its derivatives and one per
-    trial. One more call each at the first and at the last point gives the first damping and the
-    Jacobian.
+    Cost: per step at most ``n`` products, one call of ``fun`` with its derivatives and one call per
+    trial. Two more calls, at the first and at the last point, give the first damping and the
+    Jacobian. Where the data differ between processes, use :class:`NewtonTrustRegion`: each process
+    fits its own residuals here.
 
     Args:
         fun: ``x`` -> the residuals, a tensor of any shape that torch computes from ``x``.
@@ -153,6 +154,7 @@ def least_squares(
         gtol=2 * gtol,  # The loss is twice the cost.
         preconditioner=FunctionOperator(lambda v: v / D / D, len(D), D.dtype, D.device),
         region=Region(damping_factor=4.0),
+        process_group=False,
     )
     floor = 10 * torch.finfo(D.dtype).eps
     met = _tolerances(point, D, max(ftol, floor), max(xtol, floor))
@@ -201,10 +203,10 @@ def _jacobian(point: Point, loss: Tensor, r: Tensor) -> Tensor | None:
 
 
 def _judged(end: _End, J: Tensor | None, g: Tensor, cost: float) -> _End:
-    """Return the end of a fit as converged if only the rounding of its cost rejected a step.
+    """Return the end of a fit, as converged if only the rounding of the cost rejected its last step.
 
-    That is so if the linearized residuals promise a reduction of at most the part of the cost that
-    counts as rounding where an optimizer compares two calls of a closure.
+    This is assumed if a Gauss-Newton step predicts a relative reduction of at most the square root
+    of the machine epsilon, below which an optimizer takes the losses of two calls for equal.
     """
     if end.status is not Status.REJECTED_RATIO or J is None or not bool(J.isfinite().all()):
         return end

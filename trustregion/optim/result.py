@@ -30,13 +30,13 @@ class OptimizeResult:
             :func:`least_squares` it is the Jacobian of the residuals, shape ``(m, n)``, or None if
             that would have more than 1,000 columns or 10 million entries.
         optimality: The largest absolute entry of ``grad``.
-        success: Whether a tolerance was met.
-        status: The outcome in one word: ``CONVERGED`` or ``STATIONARY`` after a success.
-        message: The outcome in a sentence.
+        success: True if the search has converged.
+        status: How the search ended, ``CONVERGED`` or ``STATIONARY`` after a success.
+        message: The same in a sentence, with the tolerance that was met or the cause of a failure.
         nit: The number of steps that moved ``x``.
         nfev: The number of calls of ``fun``.
-        products: The number of curvature products in the steps. The Jacobian costs another ``n``
-            half products.
+        products: The number of curvature products in the steps. After :func:`least_squares`, the
+            first damping has cost one more and the Jacobian ``n`` halves.
 
     """
 
@@ -67,8 +67,8 @@ class OptimizeResult:
         parameters that the residuals do not determine.
 
         Raises:
-            ValueError: There are no more residuals than parameters, or the Jacobian is not known or
-                not finite.
+            ValueError: There are at most as many residuals as parameters, or the Jacobian was not
+                computed or is not finite.
 
         """
         J = self._jacobian()
@@ -87,7 +87,7 @@ class OptimizeResult:
         """The number of independent combinations of parameters that the residuals determine.
 
         Raises:
-            ValueError: The Jacobian is not known or not finite.
+            ValueError: The Jacobian was not computed or is not finite.
 
         """
         return len(_spectrum(self._jacobian())[1])
@@ -110,7 +110,11 @@ class OptimizeResult:
 
     def __str__(self) -> str:
         """Return the fields that matter, one per line, and standard errors after a fit."""
-        value = {"fun": f"{self.fun.item():.10g}"} if self.cost is None else {"cost": self.cost}
+        value = (
+            {"fun": f"{self.fun.item():.10g}"}
+            if self.cost is None
+            else {"cost": f"{self.cost:.10g}"}
+        )
         fields = {
             "message": self.message,
             "success": self.success,
