@@ -54,6 +54,12 @@ def check_count(name: str, value: object, least: int = 0) -> None:
         as_count(name, value, least)
 
 
+def check_positive_count(name: str, value: object) -> None:
+    """Refuse what is not a positive integer."""
+    check_count(name, value)
+    require(bool(value), name, "be a positive integer", value)
+
+
 def check_number(name: str, value: object) -> None:
     """Refuse what is not a finite number."""
     require(is_number(value) and math.isfinite(value), name, "be a finite number", value)

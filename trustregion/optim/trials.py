@@ -27,7 +27,7 @@ class Trial:
         predicted: The reduction that the model predicts.
         rho: The actual over the predicted reduction.
         lower: The loss is finite and lower than before.
-        minimal: The loss did not fall, and the model predicts only rounding at any length of the step.
+        minimal: The loss did not fall, and at no length of the step should it fall visibly.
 
     """
 
