@@ -42,7 +42,8 @@ def test_a_closure_that_draws_a_batch_is_told_and_moves_nothing(kind, seed):
         assert {k: v for k, v in before.items() if k != "params"} == {
             k: v for k, v in after.items() if k != "params"
         }
-    with pytest.warns(UserWarning):  # until a step has shown that the closure repeats
+    # The warning comes until a step has shown that the closure repeats.
+    with pytest.warns(UserWarning, match="does not repeat"):
         optimizer.step(closure)
     assert unchanged(model, kept)
 
