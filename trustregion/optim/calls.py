@@ -62,7 +62,8 @@ class Calls:
                 self._end = None if all(map(torch.equal, end, self._start)) else end
                 # torch.func.functional_call may have lent a module other tensors.
                 own = [entry for entry in found if getattr(entry[0], entry[1], None) is entry[2]]
-                self._before = [entry for entry in known + own if _has_moved(*entry)]
+                moved = {entry[0] for entry in known + own if _has_moved(*entry)}
+                self._before = [entry for entry in known + own if entry[0] in moved]
                 self._after = self.left = _read(self._before)
 
     def again(self, call: Callable[[], T], buffers: Buffers | None = None) -> T:
@@ -146,22 +147,28 @@ def _version(b: Tensor) -> int:
     return 0 if b.is_inference() else b._version  # An inference tensor does not count its changes.
 
 
-def _has_moved(module: nn.Module, name: str, tensor: Tensor, version: int, _: Tensor) -> bool:
-    """Say whether a buffer was written to or replaced; at a fixed point its values stay."""
-    now = getattr(module, name, tensor)
-    return now is not tensor or _version(now) != version
+def _has_moved(module: nn.Module, name: str, old: Tensor, version: int, values: Tensor) -> bool:
+    """Say whether a buffer was written to or replaced.
+
+    At a fixed point only the version tells, and torch's batch normalization does not count its
+    changes. One buffer that has moved therefore stands for all of its module.
+    """
+    now = getattr(module, name, old)
+    if now is not old or _version(now) != version:
+        return True
+    return now.layout is torch.strided and not now.is_meta and not torch.equal(now, values)
 
 
 def _read(buffers: Buffers) -> Buffers:
     """Return the present state of the same buffers, without those that are None now."""
-    present = ((module, name, getattr(module, name)) for module, name, *_ in buffers)
+    present = ((module, name, getattr(module, name, None)) for module, name, *_ in buffers)
     return [_entry(module, name, b) for module, name, b in present if b is not None]
 
 
 @torch.no_grad()
 def _write(buffers: Buffers) -> None:
     for module, name, tensor, _, values in buffers:
-        if getattr(module, name) is not tensor:
+        if getattr(module, name, None) is not tensor:
             setattr(module, name, tensor)
         tensor.copy_(values)
 
