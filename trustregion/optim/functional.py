@@ -57,6 +57,7 @@ def minimize(
         The last point, its value and gradient, and how the search ended.
 
     Raises:
+        RuntimeError: Inference mode is on, or ``fun`` cannot be differentiated twice.
         TypeError: ``x0`` is not real, or ``fun`` does not return a real tensor.
         ValueError: ``x0`` is not finite, an option is out of range, or ``fun`` does not return one
             number that depends on ``x``.
@@ -115,8 +116,7 @@ def least_squares(
         xtol: The length of a step relative to that of ``x``.
         gtol: The largest absolute entry of the gradient of the cost.
         x_scale: The typical sizes of the parameters: a number, or numbers with the structure of
-            ``x0``. The default is the absolute value of ``x0``, or 1 where ``x0`` is zero. Pass 1.0
-            for randomly initialized weights.
+            ``x0``. The default is the absolute value of ``x0``, or 1 where ``x0`` is zero.
         max_iter: The limit on the number of steps.
         callback: As for :func:`minimize`.
 
@@ -125,6 +125,7 @@ def least_squares(
         of the parameters.
 
     Raises:
+        RuntimeError: Inference mode is on.
         TypeError: ``x0`` is not real, or ``fun`` does not return a real tensor.
         ValueError: ``x0`` is not finite, an option is out of range, or ``fun`` does not return
             residuals that depend on ``x``.
@@ -203,7 +204,7 @@ def _jacobian(point: Point, loss: Tensor, r: Tensor) -> Tensor | None:
 
 
 def _judged(end: _End, J: Tensor | None, g: Tensor, cost: float) -> _End:
-    """Return the end of a fit, converged if only the rounding of the cost rejected its last step.
+    """Return the end of a fit, as converged if only rounding rejected its last step.
 
     This is assumed if a Gauss-Newton step predicts a relative reduction of at most the square root
     of the machine epsilon, below which an optimizer takes the losses of two calls for equal.

@@ -170,6 +170,12 @@ def test_random_numbers_and_grad_mode_stay():
     assert torch.equal(torch.get_rng_state(), state)
 
 
+@pytest.mark.parametrize("find", [minimize, least_squares])
+def test_inference_mode_is_refused(find):
+    with torch.inference_mode(), pytest.raises(RuntimeError, match="outside of it"):
+        find(lambda x: x, [1.0])
+
+
 @pytest.mark.parametrize("limit", [0, 1, 5])
 def test_the_limit_on_steps_is_no_success(limit):
     result = minimize(rosenbrock, [-1.2, 1.0], max_iter=limit)

@@ -33,12 +33,18 @@ class Point:
         calls: The number of calls of ``fun``.
 
     Raises:
+        RuntimeError: Inference mode is on.
         TypeError: ``x0`` holds something else, or tensors of another dtype.
         ValueError: ``x0`` is empty or not finite.
 
     """
 
     def __init__(self, fun: Callable[[Any], Tensor], x0: Any) -> None:
+        if torch.is_inference_mode_enabled():
+            raise RuntimeError(
+                "no derivative is recorded under torch.inference_mode(): call this function outside"
+                " of it"
+            )
         self._fun, self._x, self.calls = fun, copied("x0", x0), 0
         if not any(leaf.numel() for leaf in leaves(self._x)):
             raise ValueError(f"x0 must hold at least one number, got {x0}")
