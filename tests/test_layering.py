@@ -18,13 +18,13 @@ LEVELS = [
     ["solvers"],
     ["preconditioners"],
     ["optim"],
-    ["check"],
+    ["check", "fit"],
 ]
 LEVEL = {room: i for i, rooms in enumerate(LEVELS) for room in rooms}
 PUBLIC = {
     "trustregion",
     *(f"trustregion.{room}" for room in ("operators", "solvers", "preconditioners")),
-    *(f"trustregion.{room}" for room in ("distributions", "check", "optim")),
+    *(f"trustregion.{room}" for room in ("distributions", "check", "optim", "fit")),
 }
 OPTIONAL = {"operators.scipy": ["scipy"]}  # imported where it is asked for
 

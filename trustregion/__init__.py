@@ -13,10 +13,11 @@ True
 
 """
 
-from . import check, distributions, operators, optim, preconditioners, solvers
+from . import check, distributions, fit, operators, optim, preconditioners, solvers
 from ._clash import warn_of_clashes as _warn_of_clashes
 from .check import check_closure
 from .distributions import Family, Weighted, mean_kl, register_distribution
+from .fit import OptimizeResult, least_squares, minimize
 from .operators import (
     FisherOperator,
     GGNOperator,
@@ -28,14 +29,7 @@ from .operators import (
     to_dense,
     to_scipy,
 )
-from .optim import (
-    NaturalTrustRegion,
-    NewtonTrustRegion,
-    OptimizeResult,
-    StepInfo,
-    least_squares,
-    minimize,
-)
+from .optim import NaturalTrustRegion, NewtonTrustRegion, StepInfo
 from .preconditioners import KFAC, Jacobi, Nystrom
 from .solvers import (
     LinearSolution,
@@ -94,7 +88,7 @@ __all__ = [
     "mean_kl",
 ]
 
-_ROOMS = (operators, solvers, preconditioners, distributions, check, optim)
+_ROOMS = (operators, solvers, preconditioners, distributions, check, optim, fit)
 
 
 def __getattr__(name: str) -> object:

@@ -11,8 +11,8 @@ from torch.nn.functional import mse_loss
 
 from ..arguments import REAL, is_number
 from ..autodiff import differentiate
+from ..optim.calls import comparable_kernels
 from ..vector import ParameterVector
-from .calls import comparable_kernels
 
 T = TypeVar("T")
 DETACHED = (

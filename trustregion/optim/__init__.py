@@ -1,11 +1,9 @@
 """Optimizers with the contract of ``torch.optim``."""
 
-from .functional import least_squares, minimize
 from .info import StepInfo
 from .natural import NaturalTrustRegion
 from .newton import NewtonTrustRegion
 from .options import Adapt, Region, Search
-from .result import OptimizeResult
 
 __all__ = [
     "NaturalTrustRegion",
@@ -14,7 +12,4 @@ __all__ = [
     "Search",
     "Adapt",
     "Region",
-    "minimize",
-    "least_squares",
-    "OptimizeResult",
 ]
