@@ -116,8 +116,8 @@ class Status(enum.Enum):
     )
     NOT_REPRODUCIBLE = (
         "not_reproducible",
-        "Two calls of the closure at the same parameters returned different values, so that no trial"
-        " can be compared: the parameters were restored. check_closure tests a closure for this.",
+        "Two calls of the closure at the same parameters returned different values, so no trial can"
+        " be compared: the parameters were restored. check_closure tests a closure for this.",
     )
     NONFINITE_LOSS = (
         "nonfinite_loss",
