@@ -1,4 +1,4 @@
-"""A self-test of a closure: whether it is what the promises of a step rest on."""
+"""A self-test of a closure: does it meet the assumptions that a step makes?"""
 
 from __future__ import annotations
 
@@ -27,41 +27,43 @@ def check_closure(
 ) -> ClosureReport:
     r"""Test the closure of :class:`NaturalTrustRegion` at the current parameters.
 
-    A step rests on values that repeat, and on two models of them along a direction ``d``,
+    A step assumes that the closure repeats its values, and that along any direction ``d``
 
     .. math:: f(\theta + td) = f(\theta) + t\, g'd + O(t^2), \qquad
         \mathrm{KL}(\theta \,\|\, \theta + td) = \tfrac12 t^2 d'Fd + O(t^3).
 
-    Measured are:
+    The report says:
 
-    - whether the loss and the distribution repeat bit for bit, with torch's random numbers rewound
-      as a step does, and whether the closure draws numbers that a step does not rewind;
-    - whether the loss is finite and KL(old || old) zero;
-    - whether both depend on the parameters, the distribution on each that moves the loss, and
-      whether a parameter is idle;
-    - whether products with ``F`` are symmetric, ``u'Fv = v'Fu``, and positive semidefinite;
-    - the orders of the two errors: slopes 2 and 3 of their logarithms in that of ``t``, for a ``d``
-      with a random part and one along ``g``, and for up to seven more where it fails, since a kink
-      of a ReLU near by can look like a wrong derivative in float32. A slope is read at the smallest
-      steps whose error is clear of rounding, which is measured too. Where that leaves too few, as
-      it can in float32 and mostly does under autocast, the check is ``unknown``. On a GPU, switch
-      TF32 off for it.
+    - whether the loss and the distribution repeat bit for bit, with torch's random numbers and the
+      modules' buffers put back between calls as in a step, and whether the closure draws random
+      numbers that a step does not put back;
+    - whether the loss is finite and KL(old || old) is zero;
+    - whether both depend on the parameters, whether the distribution depends on every parameter
+      that moves the loss, and whether any parameter is unused;
+    - whether ``F`` is symmetric, ``u'Fv = v'Fu``, and positive semidefinite;
+    - whether the two remainders have orders 2 and 3 in ``t``, the slopes of their logarithms
+      against that of ``t``. The direction ``d`` is a random one plus the gradient. Where the check
+      fails, up to seven further directions are tried, because a nearby kink of a ReLU can look like
+      a wrong derivative in float32. The slope is fitted to the smallest steps whose error is well
+      above rounding, which is measured too. Where too few such steps remain, as in float32 at times
+      and under autocast mostly, the outcome is ``unknown``. Switch TF32 off on a GPU.
 
-    Constraints are tested as the loss is. Cost: 37 forward passes, 34 more a further direction, two
-    backward passes for each value and nine Fisher products. Parameters, their ``.grad`` and the
-    random number generators of torch, Python and numpy are restored bit for bit, also after an
-    exception. As in a step the closure is called under grad once and under ``no_grad`` then;
-    buffers that it writes are its own matter.
+    Constraints are tested as the loss is. Cost: 37 forward passes, 34 more for each further
+    direction, two backward passes for each value, and nine Fisher products; modules whose buffers
+    move take at least one more forward pass. Parameters, their ``.grad`` and the random number
+    generators of torch, Python and numpy are restored bit for bit, also after an exception, and
+    buffers are left as a single call leaves them. As in a step, the closure is called once with
+    grad enabled and then under ``no_grad``.
 
     Args:
-        closure: as for :meth:`NaturalTrustRegion.step`.
-        params: as for :class:`NaturalTrustRegion`; of ``model.named_parameters()`` the report knows
-            the names.
-        seed: of the directions, which come from a generator of their own.
+        closure: The closure, as for :meth:`NaturalTrustRegion.step`.
+        params: The parameters, as for :class:`NaturalTrustRegion`. Pass
+            ``model.named_parameters()`` to see their names in the report.
+        seed: The seed of the random directions, which come from a separate generator.
 
     Raises:
-        RuntimeError, TypeError, ValueError: what a step raises for this closure, unless it is a
-            matter of the report.
+        RuntimeError, TypeError, ValueError: A step would raise the same error for this closure, and
+            no check of the report covers it.
 
     Example:
         >>> from torch.distributions import Categorical
@@ -88,7 +90,7 @@ def check_closure(
 
 
 def _checks(subject: Subject, seed: int) -> Iterator[ClosureCheck]:
-    """Yield the checks in order; what rests on one that failed is not measured."""
+    """Yield the checks in order, and stop where later checks would depend on a failed one."""
     values = [*_repeat(subject), *_finite(subject)]
     yield from values
     yield _random_numbers(subject)
@@ -112,13 +114,14 @@ _NOT_MEASURED = ClosureCheck(
     None,
     math.nan,
     "not measured",
-    "They are compared with the values, which needs what failed above: mend that first.",
+    "Derivatives are compared with values, which need the checks that failed above: correct those"
+    " first.",
 )
 
 
 def _repeat(subject: Subject) -> Iterator[ClosureCheck]:
     first, *pair = (values_of(e) for e in (subject.first, *subject.pair))
-    tolerance = math.sqrt(subject.unit)  # without a graph, kernels may round in another way
+    tolerance = math.sqrt(subject.unit)  # Without a graph, kernels may round differently.
     same = _identical(pair[:1], pair[1:]) and _near([first], pair[:1], tolerance)
     gap = max((v - first).abs().nan_to_num().max().item() for v in pair)
     yield ClosureCheck(
@@ -128,7 +131,7 @@ def _repeat(subject: Subject) -> Iterator[ClosureCheck]:
     try:
         kl = max(abs(subject.kl(e)) for e in subject.pair)
     except ValueError as error:
-        name, words = "the distribution repeats", "another structure"
+        name, words = "the distribution repeats", "a different structure"
         yield ClosureCheck(name, False, math.nan, words, f"{error}. {_why_not(subject)}")
         return
     start, *tensors = (e.prediction.flat_parameters() for e in (subject.first, *subject.pair))
@@ -143,13 +146,13 @@ def _why_not(subject: Subject) -> str:
     others = [name for name in subject.drawn if name not in REWOUND]
     if others:
         return (
-            f"they draw from {' and '.join(others)}, which a step does not rewind. Draw the"
+            f"they draw from {' and '.join(others)}, which a step does not put back. Draw the"
             " batch and the noise before the step, outside the closure."
         )
     return (
-        "likely a fresh batch or noise from a generator of its own in each, or state that a"
-        " call changes (a loader, a counter, running statistics). Take the batch before the"
-        " step, outside the closure; for kernels on a GPU see"
+        "each probably draws a fresh batch, or noise from a generator of its own, or changes some"
+        " state (a loader, a counter, a tensor that is no buffer of a module). Draw the batch"
+        " before the step, outside the closure; for kernels on a GPU see"
         " torch.use_deterministic_algorithms."
     )
 
@@ -164,7 +167,7 @@ def _finite(subject: Subject) -> Iterator[ClosureCheck]:
     )  # fmt: skip
     kl = subject.old.mean_kl(subject.old).item()
     yield ClosureCheck(
-        # other families than this package's may subtract numbers of size one
+        # Families that users register may subtract numbers near one.
         "KL(old || old) is zero", abs(kl) <= 1e-12, kl, f"{kl:.2g}",
         "The KL of the distribution from itself should be zero: look for NaN or impossible"
         " parameters of the distribution, such as a scale of 0, and for a mistake in the kl of"
@@ -178,15 +181,15 @@ def _random_numbers(subject: Subject) -> ClosureCheck:
     return ClosureCheck(
         "random numbers repeat", not others, len(others),
         drawn if others or not subject.drawn else f"{drawn}, the same in every call",
-        f"The closure draws random numbers of {' and '.join(others)}, which a step does not rewind"
-        " as it does those of torch. Draw them before the step, outside the closure.",
+        f"The closure draws random numbers from {' and '.join(others)}. A step puts back only"
+        " torch's generators: draw the numbers before the step, outside the closure.",
     )  # fmt: skip
 
 
 def _fisher(subject: Subject) -> FisherOperator | None:
     try:
         return FisherOperator(subject.first.prediction, subject.vector)
-    except ValueError:  # the distribution uses none of the parameters
+    except ValueError:  # The distribution uses none of the parameters.
         return None
 
 
@@ -210,16 +213,16 @@ def _reach(F: FisherOperator, grads: Sequence[Sequence[Tensor | None]]) -> Itera
     yield ClosureCheck(
         "the KL bounds what moves the loss", not unseen, len(unseen),
         f"all but {len(unseen)}" if unseen else "all",
-        f"The loss depends on {_listed(names, unseen)}, the distribution does not: a step"
-        " refuses that. Give them to another optimizer, or return a joint distribution that"
-        " covers them, for example {'action': ..., 'value': Normal(v, 1)}.",
+        f"The loss depends on {_listed(names, unseen)}, the distribution does not, and a step"
+        " raises an error for that. Give them to another optimizer, or return a joint distribution"
+        " that covers them, for example {'action': ..., 'value': Normal(v, 1)}.",
     )  # fmt: skip
     used = {i for g in grads for i in _used(g)}.union(F.used)
     idle = [i for i in range(len(names)) if i not in used]
     yield ClosureCheck(
         "no parameter is idle", not idle, len(idle), f"{len(idle)} idle",
         f"Neither the loss nor the distribution uses {_listed(names, idle)}, which will never"
-        " move: look for a forgotten layer or a detach(), or leave them out.",
+        " move: look for an unused layer or a detach(), or remove them from the optimizer.",
     )  # fmt: skip
 
 
@@ -234,7 +237,7 @@ def _listed(names: Sequence[str], positions: Sequence[int]) -> str:
 
 
 def _identical(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> bool:
-    """Return whether the tensors are equal; NaN, which another check is for, is itself."""
+    """Say whether the tensors are equal; NaN equals NaN, since another check reports it."""
     return _near(ours, theirs, 0.0)
 
 

@@ -1,4 +1,4 @@
-"""What a self-test found, as a table."""
+"""The report of a self-test, as a table."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class ClosureCheck:
-    """One thing that should hold.
+    """The outcome of one check.
 
     Attributes:
-        name: what it is.
-        passed: whether it does; None where the measurement cannot tell.
-        value: what was measured; NaN where nothing was.
-        measured: the same in words.
-        advice: what to do unless it passed.
+        name: The property that should hold.
+        passed: Whether it holds; None if the measurement is inconclusive.
+        value: The measured number; NaN if there is none.
+        measured: The measurement in words.
+        advice: What to do if the check did not pass.
 
     """
 
@@ -28,10 +28,10 @@ class ClosureCheck:
 
 @dataclass(frozen=True)
 class ClosureReport:
-    """What :func:`check_closure` found; ``print(report)`` is a table.
+    """The report of :func:`check_closure`; ``print(report)`` shows it as a table.
 
     Attributes:
-        checks: what was measured, in order.
+        checks: The checks, in the order in which they were made.
 
     """
 
@@ -39,7 +39,7 @@ class ClosureReport:
 
     @property
     def ok(self) -> bool:
-        """Whether no check failed. One that cannot tell is no failure: see the table."""
+        """Whether no check failed; an inconclusive check does not count as failed."""
         return all(check.passed is not False for check in self.checks)
 
     def raise_for_failure(self) -> None:
@@ -48,7 +48,7 @@ class ClosureReport:
             raise ValueError(f"the closure fails its self-test\n{self}")
 
     def __str__(self) -> str:
-        """Return a table for the terminal, with advice below what did not pass."""
+        """Return a table for the terminal, with advice below each check that did not pass."""
         words = {True: "ok", False: "FAILED", None: "unknown"}
         width = max(len(check.name) for check in self.checks)
         lines: list[str] = []

@@ -1,4 +1,4 @@
-"""Leaving gradients and random number generators as they were."""
+"""Gradients and random number generators, left as they were."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from ..vector import ParameterVector
 
 Generators: TypeAlias = dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]]
 
-REWOUND = ("torch", "torch on cuda")  # of them, those that a step rewinds for each call
+REWOUND = ("torch", "torch on cuda")  # The generators that a step puts back before each call.
 
 
 def _generators(device: torch.device) -> Generators:
-    """Return how to read and to write the state of each global generator."""
+    """Return the functions that read and write the state of each global generator."""
     found: Generators = {
         "torch": (torch.get_rng_state, torch.set_rng_state),
         "random": (random.getstate, random.setstate),
@@ -29,25 +29,25 @@ def _generators(device: torch.device) -> Generators:
             lambda: torch.cuda.get_rng_state(device),
             lambda state: torch.cuda.set_rng_state(state, device),
         )
-    if numpy is not None:  # not imported here, where nobody else did
+    if numpy is not None:  # Imported only if the user has imported it.
         found["numpy.random"] = (numpy.random.get_state, numpy.random.set_state)
     return found
 
 
 def random_states(device: torch.device) -> dict[str, object]:
-    """Return the state of each global generator, in numbers that can be compared."""
+    """Return the state of each global generator as numbers, which can be compared."""
     return {name: _numbers(get()) for name, (get, _) in _generators(device).items()}
 
 
 def _numbers(state: Any) -> object:
-    if hasattr(state, "tolist"):  # of torch and of numpy
+    if hasattr(state, "tolist"):  # A tensor or an array.
         return state.tolist()
     return [_numbers(part) for part in state] if isinstance(state, tuple) else state
 
 
 @contextmanager
 def restored(vector: ParameterVector) -> Iterator[None]:
-    """Put back gradients and random numbers, whatever happens."""
+    """Restore gradients and random number generators on exit, also after an exception."""
     states = [(put, get()) for get, put in _generators(vector.device).values()]
     grads = [(p, p.grad, None if p.grad is None else p.grad.clone()) for p in vector.params]
     try:

@@ -1,4 +1,4 @@
-"""The order of an error in the length of a step, read between rounding and higher orders."""
+"""The order of an error in the step length, estimated between rounding and higher orders."""
 
 from __future__ import annotations
 
@@ -6,20 +6,20 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-_WINDOW = 4  # successive lengths that a slope is fitted to
-_CLEAR = 10.0  # an error this far above its rounding has a logarithm that is right to a tenth
+_WINDOW = 4  # The number of successive lengths that a slope is fitted to.
+_CLEAR = 10.0  # The logarithm of an error so far above its rounding is accurate to a tenth.
 
 
 @dataclass(frozen=True)
 class Curve:
-    """The error of a model of a function, by length of the step.
+    """The error of a model of a function, as a function of the step length.
 
     Attributes:
-        lengths: of the steps, from small to large.
-        errors: of the model there, of the larger one of a step forth and back: even and odd orders
-            then cannot cancel.
-        floors: what rounding explains of them.
-        changes: what the model says.
+        lengths: The step lengths, in increasing order.
+        errors: The error of the model at each length: the larger one of a step forward and a step
+            backward, so that even and odd orders cannot cancel.
+        floors: The part of each error that rounding explains.
+        changes: The absolute change that the model predicts at each length.
 
     """
 
@@ -31,12 +31,12 @@ class Curve:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether an error has the order that it should have.
+    """Whether an error has the expected order.
 
     Attributes:
-        passed: None where rounding leaves too few lengths to tell.
-        value: the slope; NaN where none can be fitted.
-        words: the same for a table.
+        passed: The outcome; None if rounding leaves too few lengths to decide.
+        value: The slope; NaN if none can be fitted.
+        words: The result in words, for a table.
 
     """
 
@@ -46,21 +46,23 @@ class Verdict:
 
 
 def judge(curve: Curve, order: int, unit: float) -> Verdict:
-    """Return whether the error falls with the length to the power ``order``, or faster.
+    """Say whether the error falls with the length to the power ``order``, or faster.
 
-    A wrong derivative leaves an error of one order less. That shows at small lengths, since at
-    large ones the next order covers it. So the slope of the logarithms is fitted to the first four
-    successive lengths at which the error is clear of rounding, and passes above ``order - 1/2``.
+    A wrong derivative leaves an error of one order less. It shows at small lengths, because the
+    next order dominates at large ones. Therefore the slope of the logarithms is fitted to the
+    smallest four successive lengths at which the error is well above rounding. A slope above
+    ``order - 1/2`` passes.
 
-    Rounding may leave no four lengths, and the kinks of ReLU networks are single events at small
-    lengths, which make slopes of any size. So an error passes also that is negligible, at some
-    length, beside what the model says: up to 30 times the root of the rounding unit, at most 0.01,
-    where there is no slope, and a tenth of that against one.
+    Rounding may leave fewer than four lengths, and a ReLU network has isolated kinks, which can
+    produce any slope at small lengths. An error therefore also passes if at some length it is
+    negligible relative to the predicted change. Without a slope, negligible means up to 30 times
+    the root of the rounding unit and at most 0.01; against a slope that is too small, a tenth of
+    that.
 
     Args:
-        curve: the error.
-        order: that it should have.
-        unit: relative rounding error of one operation.
+        curve: The error.
+        order: The order that it should have.
+        unit: The relative rounding error of one operation.
 
     """
     rows = list(zip(curve.lengths, curve.errors, curve.floors, curve.changes, strict=True))
@@ -83,7 +85,7 @@ def judge(curve: Curve, order: int, unit: float) -> Verdict:
 
 
 def _bound(rows: Sequence[tuple[float, float, float, float]]) -> tuple[float, float]:
-    """Return the least bound on the relative error that a length gives, and the length."""
+    """Return the smallest bound on the relative error over all lengths, and its length."""
     bounds = [
         (max(error, _CLEAR * floor) / change, t)
         for t, error, floor, change in rows

@@ -1,4 +1,4 @@
-"""A closure under examination: its values at the parameters and near them."""
+"""A closure under test: its values at the parameters and near them."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Subject:
     @property
     def scalars(self) -> dict[str, Tensor]:
         """The loss and the constraints with their graph, by name."""
-        with torch.enable_grad():  # an element is an operation
+        with torch.enable_grad():  # Taking an element is an operation of the graph.
             constraints = enumerate(self.first.constraints.unbind())
         return {"loss": self.first.loss, **{f"constraint {i}": c for i, c in constraints}}
 
@@ -61,7 +61,7 @@ class Subject:
         ]
 
     def kl(self, e: Evaluation) -> float:
-        """Return the KL of a call's prediction from the first one."""
+        """Return the KL from the prediction of the first call to that of another."""
         return self.old.mean_kl(e.prediction).item()
 
     def changes(self, new: Tensor) -> Tensor:
@@ -77,9 +77,9 @@ def values_of(e: Evaluation) -> Tensor:
 
 
 def _coarsest_unit(outputs: Sequence[Tensor], vector: ParameterVector) -> float:
-    """Return the largest rounding unit on the way from the parameters, as under autocast.
+    """Return the largest rounding unit in the graph, which autocast makes larger.
 
-    Cast weights are stairs: steps that are too small to change them would show no rounding.
+    Weights that are cast to a coarser type change in jumps, and smaller steps do not change them.
     """
     todo = [edge_of(t)[0] for t in outputs if t.requires_grad]
     seen, units = set(), [torch.finfo(vector.dtype).eps]

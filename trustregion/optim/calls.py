@@ -62,8 +62,7 @@ class Calls:
                 self._end = None if all(map(torch.equal, end, self._start)) else end
                 # torch.func.functional_call may have lent a module other tensors.
                 own = [entry for entry in found if getattr(entry[0], entry[1], None) is entry[2]]
-                moved = {entry[0] for entry in known + own if _has_moved(*entry)}
-                self._before = [entry for entry in known + own if entry[0] in moved]
+                self._before = [entry for entry in known + own if _has_moved(*entry)]
                 self._after = self.left = _read(self._before)
 
     def again(self, call: Callable[[], T], buffers: Buffers | None = None) -> T:
@@ -150,8 +149,8 @@ def _version(b: Tensor) -> int:
 def _has_moved(module: nn.Module, name: str, old: Tensor, version: int, values: Tensor) -> bool:
     """Say whether a buffer was written to or replaced.
 
-    At a fixed point only the version tells, and torch's batch normalization does not count its
-    changes. One buffer that has moved therefore stands for all of its module.
+    Its values may stay at a fixed point, and torch's batch normalization does not count its changes
+    in the version.
     """
     now = getattr(module, name, old)
     if now is not old or _version(now) != version:
@@ -167,10 +166,13 @@ def _read(buffers: Buffers) -> Buffers:
 
 @torch.no_grad()
 def _write(buffers: Buffers) -> None:
-    for module, name, tensor, _, values in buffers:
+    for module, name, tensor, version, values in buffers:
         if getattr(module, name, None) is not tensor:
             setattr(module, name, tensor)
-        tensor.copy_(values)
+        # A graph that saved a buffer is invalid once its version has changed. Where the closure's
+        # own changes are not counted, as in batch normalization, these are not counted either.
+        counted = _version(tensor) != version
+        (tensor if counted else tensor.data).copy_(values)
 
 
 @contextmanager

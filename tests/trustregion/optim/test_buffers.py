@@ -185,6 +185,22 @@ def test_unusual_buffers_stop_no_step(kind, name):
         assert optimizer.info.accepted
 
 
+@pytest.mark.parametrize(
+    "extra", [(), (parametrized(nn.Linear(8, 8)),), (hooked(nn.Linear(8, 8)),)]
+)
+def test_curvature_from_other_samples_leaves_the_buffers_of_the_loss(extra):
+    model = batch_normalized(*extra)
+    optimizer = natural(model.parameters())
+    for _ in range(3):
+        optimizer.step(
+            closure_of(model, X, Y), curvature=lambda: td.Categorical(logits=model(X[:20]))
+        )
+        assert optimizer.info.accepted
+        assert optimizer.info.products > 0
+    if not extra:
+        assert model[1].num_batches_tracked == 3
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 @kinds
 @pytest.mark.parametrize(

@@ -48,6 +48,14 @@ def test_a_closure_that_draws_a_batch_is_told_and_moves_nothing(kind, seed):
     assert unchanged(model, kept)
 
 
+def repetitions(calls):
+    """The number of calls at parameters that an earlier call has seen."""
+    return sum(
+        any(all(map(torch.equal, call, earlier)) for earlier in calls[:i])
+        for i, call in enumerate(calls)
+    )
+
+
 @kinds
 @pytest.mark.parametrize("extra", [(), (nn.Dropout(0.5),), (nn.BatchNorm1d(8),)])
 def test_a_closure_that_repeats_is_called_once_more_and_only_in_the_first_accepted_step(
@@ -57,7 +65,7 @@ def test_a_closure_that_repeats_is_called_once_more_and_only_in_the_first_accept
     calls, compute = [], closure_of(model, x, y)
 
     def closure():
-        calls.append(1)
+        calls.append(bits(model))
         return compute()
 
     optimizer = kind(model.parameters())
@@ -70,6 +78,10 @@ def test_a_closure_that_repeats_is_called_once_more_and_only_in_the_first_accept
         before = len(calls)
         optimizer.step(closure)
     assert optimizer.info.evaluations == len(calls) - before
+    # A batch normalization repeats one call per step, to see whether its buffers matter.
+    repeated = int(any(isinstance(module, nn.BatchNorm1d) for module in extra))
+    assert repetitions(calls[:before]) > repeated
+    assert repetitions(calls[before:]) == repeated
 
 
 @kinds

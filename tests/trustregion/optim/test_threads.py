@@ -39,6 +39,8 @@ def steps(index, failing, outcomes):
         calls.append(1)
         if failing and len(calls) == 7:
             raise Interrupted
+        # They hold until the last of the overlapping steps has ended.
+        assert settings()[1:5] == (False, False, False, True)
         return compute()
 
     optimizer = (natural if index % 2 else newton)(model.parameters())
