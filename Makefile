@@ -8,11 +8,16 @@ JAX := .venv-jax
 READY_JAX := $(JAX)/.ready
 TRAINERS := .venv-trainers
 READY_TRAINERS := $(TRAINERS)/.ready
+FLOOR := .venv-floor
+READY_FLOOR := $(FLOOR)/.ready
+NEWEST := .venv-newest
+READY_NEWEST := $(NEWEST)/.ready
+OLDEST_TORCH := $(shell sed -n 's/^dependencies = \["torch>=\([0-9.]*\)"\].*/\1/p' pyproject.toml)
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 PYTEST := $(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist worksteal
 INSTALL := $(PIP) install --quiet --constraint constraints.txt --build-constraint constraints.txt
 
-.PHONY: help demo test lint check slow trainers bench contract mgh curvature cartpole training learning clean
+.PHONY: help demo test lint check slow trainers floor newest bench contract mgh curvature cartpole training learning clean
 
 help:
 	@echo "make demo      train TRPO on CartPole-v1 and draw its learning curve"
@@ -21,6 +26,8 @@ help:
 	@echo "make check     make lint and make test"
 	@echo "make slow      the tests that learn to a target, and the laws on many more examples"
 	@echo "make trainers  the examples under Lightning and accelerate, on the real packages"
+	@echo "make floor     the fast tests on the oldest torch that pyproject.toml promises"
+	@echo "make newest    the fast tests on the newest torch that pip finds"
 	@echo "make bench     timings against peers, in one run"
 	@echo "make contract  the table of docs/contract.md, other optimizers beside ours"
 	@echo "make mgh       the table of docs/newton_benchmarks.md"
@@ -54,6 +61,21 @@ $(READY_TRAINERS): pyproject.toml constraints.txt
 	@$(TRAINERS)/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[rl]" --group trainers
 	@touch $@
 
+# The constraints of everything else, with another torch. One process and one thread, as in CI.
+$(READY_FLOOR): pyproject.toml constraints.txt
+	@$(PYTHON) -m venv $(FLOOR)
+	@sed 's/^torch==.*/torch==$(OLDEST_TORCH).*/' constraints.txt > $(FLOOR)/constraints.txt
+	@$(FLOOR)/bin/python -m pip install --quiet --constraint constraints.txt --upgrade pip
+	@$(FLOOR)/bin/python -m pip install --quiet --constraint $(FLOOR)/constraints.txt --editable ".[rl]" --group test
+	@touch $@
+
+$(READY_NEWEST): pyproject.toml constraints.txt
+	@$(PYTHON) -m venv $(NEWEST)
+	@sed '/^torch==/d' constraints.txt > $(NEWEST)/constraints.txt
+	@$(NEWEST)/bin/python -m pip install --quiet --constraint constraints.txt --upgrade pip
+	@$(NEWEST)/bin/python -m pip install --quiet --constraint $(NEWEST)/constraints.txt --editable ".[rl]" --group test
+	@touch $@
+
 demo: $(READY)
 	@$(BIN)/python -m rl train CartPole-v1 --total-timesteps 27000
 
@@ -72,6 +94,15 @@ slow: $(READY)
 
 trainers: $(READY_TRAINERS)
 	@$(TRAINERS)/bin/python -m pytest -q tests/trustregion/optim/test_trainers.py
+
+floor: $(READY_FLOOR)
+	@$(FLOOR)/bin/python -c "import torch; print('torch', torch.__version__)"
+	@OMP_NUM_THREADS=1 $(FLOOR)/bin/python -m pytest -q -m "not slow"
+
+newest: $(READY_NEWEST)
+	@$(NEWEST)/bin/python -m pip install --quiet --constraint $(NEWEST)/constraints.txt --upgrade torch
+	@$(NEWEST)/bin/python -c "import torch; print('torch', torch.__version__)"
+	@OMP_NUM_THREADS=1 $(NEWEST)/bin/python -m pytest -q -m "not slow"
 
 bench: $(READY_BENCH)
 	@$(BIN)/python -m pytest benchmarks -q --benchmark-only --benchmark-sort=name
@@ -114,5 +145,5 @@ learning: $(READY_BENCH)
 	@$(BIN)/python -m benchmarks.rl_learning table
 
 clean:
-	rm -rf $(VENV) $(JAX) $(TRAINERS) .pytest_cache .ruff_cache .hypothesis .benchmarks build dist
+	rm -rf $(VENV) $(JAX) $(TRAINERS) $(FLOOR) $(NEWEST) .pytest_cache .ruff_cache .hypothesis .benchmarks build dist
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

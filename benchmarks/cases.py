@@ -150,9 +150,10 @@ def _our_update(problem: Problem) -> Case:
         damping=DAMPING,
         cg_max_iter=CG_ITERATIONS,
         cg_rtol=0.0,
-        backtrack_factor=BACKTRACK_FACTOR,
-        max_backtracks=MAX_BACKTRACKS,
         maximize=True,
+        search=trustregion.optim.Search(
+            backtrack_factor=BACKTRACK_FACTOR, max_backtracks=MAX_BACKTRACKS
+        ),
     )
 
     def closure() -> tuple[Tensor, Independent]:

@@ -20,7 +20,7 @@ from scipy.optimize._trustregion_exact import IterativeSubproblem
 from scipy.optimize._trustregion_ncg import CGSteihaugSubproblem
 from torch import Tensor
 
-from tests.trustregion.test_region_cases import (
+from tests.trustregion.solvers.test_region_cases import (
     CASES,
     HARD,
     RADII,

@@ -31,7 +31,7 @@ class Case:
 
     Attributes:
         model: a name of ``MODELS``.
-        options: of the optimizer; of NewtonTrustRegion if ``newton``.
+        options: The options of the optimizer, which is NewtonTrustRegion if ``newton``.
         parts: samples of each process.
         rates: learning rates of two groups; none for one group.
         curvature: the Fisher matrix is that of the first 40 samples.

@@ -27,7 +27,7 @@ def test_ours_race_against_lbfgs_and_adam(outcome: Outcome) -> None:
     assert families == {*OURS, "L-BFGS", "Adam"}
 
 
-@pytest.mark.parametrize("name", [*OURS, "L-BFGS, 20 a step"])
+@pytest.mark.parametrize("name", [*OURS, "L-BFGS, 20 per step"])
 def test_the_training_loss_falls(outcome: Outcome, name: str) -> None:
     rows = only(outcome, name).rows
     assert rows[STEPS][2] < rows[0][2] - 0.5

@@ -183,7 +183,7 @@ def test_variational_saves_its_plot_and_prints_its_table(tmp_path: Any) -> None:
     check_output(outcome)
     assert "seconds until within" in outcome.stdout
     assert all(
-        run.rows[0][2:] == outcome.runs["L-BFGS, 20 a step"][0].rows[0][2:]
+        run.rows[0][2:] == outcome.runs["L-BFGS, 20 per step"][0].rows[0][2:]
         for (run,) in outcome.runs.values()
     )
     assert min(run.rows[-1][-1] for (run,) in outcome.runs.values()) == 0

@@ -2,120 +2,25 @@
 
 import ast
 import importlib
+import re
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
-LEVELS = {
-    "vector": 0,
-    "status": 0,
-    "recorded": 0,
-    "_clash": 0,
-    "autodiff": 0,
-    "subsample": 0,
-    "replay": 0,
-    "distributions": 1,
-    "distributions.family": 0,
-    "distributions.gaps": 0,
-    "distributions.gaussian": 1,
-    "distributions.discrete": 1,
-    "distributions.continuous": 1,
-    "distributions.transforms": 1,
-    "distributions.catalogue": 1,
-    "distributions.registry": 1,
-    "distributions.joint": 1,
-    "distributions.prediction": 1,
-    "linearise": 1,
-    "linearise.base": 1,
-    "linearise.graph": 1,
-    "linearise.rules": 1,
-    "linearise.shapes": 1,
-    "linearise.arithmetic": 1,
-    "linearise.layers": 1,
-    "linearise.onednn": 1,
-    "linearise.catalogue": 1,
-    "linearise.buffers": 1,
-    "linearise.tape": 1,
-    "linearise.choose": 1,
-    "operators.base": 1,
-    "operators.map": 1,
-    "operators.scipy": 2,
-    "operators.root": 1,
-    "operators.gauss_newton": 2,
-    "operators.fisher": 2,
-    "operators.hessian": 2,
-    "arguments": 0,
-    "solvers.basis": 1,
-    "solvers.solution": 1,
-    "solvers.stopping": 1,
-    "solvers.products": 2,
-    "solvers.refinement": 2,
-    "solvers.three_term": 2,
-    "solvers.fixed": 2,
-    "solvers.region": 2,
-    "solvers.secular": 1,
-    "solvers.dense": 2,
-    "solvers.tridiagonal": 2,
-    "solvers.point": 1,
-    "solvers.krylov": 2,
-    "solvers.lanczos": 2,
-    "solvers.multishift": 2,
-    "solvers.gltr": 2,
-    "solvers.steihaug": 2,
-    "solvers.minres": 2,
-    "solvers.least_squares": 2,
-    "solvers.nnls": 1,
-    "solvers.dual": 2,
-    "solvers.radius": 0,
-    "solvers.cg": 2,
-    "operators.ggn": 2,
-    "operators.output_hessian": 2,
-    "operators.sampled": 2,
-    "operators.batches": 2,
-    "linearise.functional": 1,
-    "solvers.spectrum": 3,
-    "preconditioners": 4,
-    "preconditioners.base": 4,
-    "preconditioners.gate": 4,
-    "preconditioners.jacobi": 4,
-    "preconditioners.nystrom": 4,
-    "preconditioners.recycled": 4,
-    "preconditioners.kfac": 4,
-    "preconditioners.kfac_layers": 4,
-    "preconditioners.output_noise": 4,
-    "preconditioners.kfac_factors": 4,
-    "preconditioners.kronecker": 4,
-    "solvers.constrained": 3,
-    "solvers.kl_ball": 1,
-    "solvers.line_search": 0,
-    "optim.info": 1,
-    "optim.options": 0,
-    "optim.processes": 2,
-    "optim.closure": 2,
-    "optim.calls": 1,
-    "optim.units": 2,
-    "optim.objective": 3,
-    "optim.derivatives": 5,
-    "optim.candidates": 5,
-    "optim.search": 6,
-    "optim.quadratic": 3,
-    "optim.trials": 6,
-    "optim.optimizer": 5,
-    "optim.natural": 7,
-    "optim.newton": 7,
-    "optim.point": 2,
-    "optim.result": 3,
-    "optim.functional": 8,
-    "check.slopes": 3,
-    "check.report": 0,
-    "check.restore": 1,
-    "check.subject": 8,
-    "check.derivatives": 8,
-    "check.closure": 8,
-}
-
-
+# From the bottom up: a file imports from the levels below and from its own room. CONTRIBUTING.md
+# lists the same levels with their jobs.
+LEVELS = [
+    ["arguments", "autodiff", "recorded", "replay", "status", "subsample", "vector", "_clash"],
+    ["distributions", "linearise"],
+    ["operators"],
+    ["solvers"],
+    ["preconditioners"],
+    ["optim"],
+    ["check"],
+]
+LEVEL = {room: i for i, rooms in enumerate(LEVELS) for room in rooms}
 PUBLIC = {
     "trustregion",
     *(f"trustregion.{room}" for room in ("operators", "solvers", "preconditioners")),
@@ -147,22 +52,55 @@ def name_of(path):
     return ".".join(path.relative_to(ROOT / "trustregion").with_suffix("").parts)
 
 
+FILES = {name_of(path) for path in modules("trustregion")}
+
+
+def within(path):
+    """Yield the files of the package that a file imports, without the package's own name."""
+    for module, names in imports(path):
+        if module.split(".")[0] == "trustregion":
+            inner = module.removeprefix("trustregion").removeprefix(".")
+            files = [f"{inner}.{name}".lstrip(".") for name in names]
+            known = [
+                file
+                for file in files
+                if (ROOT / "trustregion" / f"{file.replace('.', '/')}.py").exists()
+            ]
+            yield from known or [inner]
+
+
 @pytest.mark.parametrize("path", modules("trustregion"), ids=name_of)
 def test_trustregion_imports_downwards_only(path):
     own = name_of(path)
-    assert own in LEVELS, "give the new file a level"
+    room = own.split(".")[0]
+    assert room in LEVEL, "give the new file a level"
     for module, _ in imports(path):
         if not module.startswith("trustregion"):
             known = {"torch", "__future__", *OPTIONAL.get(own, ()), *_standard_library()}
             assert module.split(".")[0] in known
-            continue
-        other = module.removeprefix("trustregion.")
-        assert LEVELS[other] <= LEVELS[own]
-        if LEVELS[other] == LEVELS[own]:
-            assert other.split(".")[0] == own.split(".")[0] or LEVELS[own] <= 1
-        siblings = {own.split(".")[0], other.split(".")[0]}
-        if siblings == {"operators", "solvers"}:
-            assert other in {"operators.base", "operators.map"}
+    for other in within(path):
+        below = other.split(".")[0]
+        assert below == room or LEVEL[below] < LEVEL[room] or LEVEL[room] == 0, other
+        if room == "solvers" and below == "operators":
+            assert other in {"operators.base", "operators.map"}, (
+                "a kernel knows no concrete operator"
+            )
+
+
+def test_no_file_imports_itself_through_others():
+    graph = {name_of(path): {*within(path)} for path in modules("trustregion")}
+    graph |= {
+        room: {*within(ROOT / "trustregion" / room / "__init__.py")} - {room}
+        for room in {name.split(".")[0] for name in graph if "." in name}
+    }
+    TopologicalSorter(graph).prepare()  # raises a CycleError that names the files
+
+
+def test_the_list_of_levels_is_that_of_the_guide_for_contributors():
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    rows = re.findall(r"^\| (\d) \| (.+?) \|", text, re.MULTILINE)
+    listed = [re.findall(r"`(\w+)", rooms) for _, rooms in rows]
+    assert listed == [[room for room in rooms if room != "_clash"] for rooms in LEVELS]
 
 
 def _standard_library():

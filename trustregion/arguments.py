@@ -1,10 +1,14 @@
-"""The checks that the kernels share: an error says what was given, what was expected."""
+"""Checks of arguments, in one wording: an error says what was expected and what was given.
+
+``check_...`` refuses an argument of a function, ``as_...`` also converts an option that a scheduler
+may have written as a tensor or a numpy scalar.
+"""
 
 from __future__ import annotations
 
 import math
 from numbers import Integral, Real
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -41,27 +45,90 @@ def check_tolerances(rtol: object, atol: object) -> None:
     for name, value in (("rtol", rtol), ("atol", atol)):
         if name == "rtol" and callable(value):
             continue
-        if not (is_number(value) and value >= 0):
-            raise ValueError(f"{name} must be a number and not negative, got {shown(value)}")
+        require(is_number(value) and value >= 0, name, "be a number and not negative", value)
 
 
-def check_count(name: str, value: object) -> None:
-    """Refuse a limit that is not an integer or is negative; None stands for the default."""
-    whole = isinstance(value, Integral) and not isinstance(value, bool)
-    if value is not None and not (whole and is_number(value) and value >= 0):
-        raise ValueError(f"{name} must be an integer and not negative, got {shown(value)}")
+def check_count(name: str, value: object, least: int = 0) -> None:
+    """Refuse what is not an integer of at least ``least``; None stands for the default."""
+    if value is not None:
+        as_count(name, value, least)
+
+
+def check_positive_count(name: str, value: object) -> None:
+    """Refuse what is not a positive integer."""
+    check_count(name, value)
+    require(bool(value), name, "be a positive integer", value)
 
 
 def check_number(name: str, value: object) -> None:
     """Refuse what is not a finite number."""
-    if not (is_number(value) and math.isfinite(value)):
-        raise ValueError(f"{name} must be a finite number, got {shown(value)}")
+    require(is_number(value) and math.isfinite(value), name, "be a finite number", value)
 
 
 def check_radius(name: str, radius: object) -> None:
-    """Refuse a radius that is not a positive finite number."""
-    if not (is_number(radius) and radius > 0 and math.isfinite(radius)):
-        raise ValueError(f"{name} must be a positive finite number, got {shown(radius)}")
+    """Refuse what is not a positive finite number."""
+    fits = is_number(radius) and 0 < radius < math.inf
+    require(fits, name, "be a positive finite number", radius)
+
+
+def check_damping(damping: object) -> None:
+    """Refuse a damping that is negative or is not a finite number."""
+    fits = is_number(damping) and 0 <= damping < math.inf
+    require(fits, "damping", "be a finite number and not negative", damping)
+
+
+def as_number(name: str, value: Any) -> float:
+    """Return a number as a float, also a tensor or numpy scalar that a scheduler has written."""
+    try:
+        if isinstance(value, (bool, str)):
+            raise TypeError
+        return float(value)
+    except (TypeError, ValueError, RuntimeError) as error:  # RuntimeError: a tensor of several
+        raise ValueError(f"{name} must be a number, got {value!r}") from error
+
+
+def as_positive(name: str, value: object, *, infinite: bool = False) -> float:
+    """Return a positive number as a float."""
+    number = as_number(name, value)
+    fits = number > 0 and (infinite or number < math.inf)
+    require(fits, name, "be positive" if infinite else "be positive and finite", number)
+    return number
+
+
+def as_not_negative(name: str, value: object, *, infinite: bool = False) -> float:
+    """Return a number that is not negative as a float."""
+    number = as_number(name, value)
+    fits = number >= 0 and (infinite or number < math.inf)
+    require(fits, name, "not be negative" if infinite else "be finite and not negative", number)
+    return number
+
+
+def as_number_in(name: str, value: object, interval: str) -> float:
+    """Return a number in an interval such as ``"[0, 1)"``, whose round ends are not in it."""
+    number = as_number(name, value)
+    low, high = map(float, interval[1:-1].split(","))
+    above = number > low if interval[0] == "(" else number >= low
+    below = number < high if interval[-1] == ")" else number <= high
+    require(above and below, name, f"lie in {interval}", number)
+    return number
+
+
+def as_count(name: str, value: object, least: int = 0) -> int:
+    """Return an integer of at least ``least``."""
+    words = f"of at least {least}" if least else "and not negative"
+    count = int(value) if _is_whole(value) else least - 1
+    require(count >= least, name, f"be an integer {words}", value)
+    return count
+
+
+def _is_whole(value: object) -> TypeGuard[int]:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def require(fits: bool, name: str, expected: str, value: object) -> None:
+    """Raise the error of an argument that does not fit."""
+    if not fits:
+        raise ValueError(f"{name} must {expected}, got {shown(value)}")
 
 
 def is_number(value: object) -> TypeGuard[float]:

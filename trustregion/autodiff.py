@@ -97,7 +97,7 @@ def _changes(hook: Callable[[Tensor], Any], t: Tensor) -> bool:
     scale = (
         1024.0 if torch.finfo(t.dtype).bits == 16 else 2.0**20
     )  # above any sensible clipping threshold
-    probe = (scale * torch.randn(t.shape, generator=generator)).to(t)
+    probe = (scale * torch.randn(t.shape, generator=generator, device="cpu")).to(t)
     given = probe.clone()
     try:
         result = hook(given)

@@ -22,7 +22,7 @@ class Status(enum.Enum):
     message: str
 
     # Linear solves
-    CONVERGED = "converged", "The residual is below the tolerance."
+    CONVERGED = "converged", "The tolerance is met: no further iteration or step is needed."
     MAX_ITER = "max_iter", "The iteration limit was reached before the tolerance."
     NEGATIVE_CURVATURE = (
         "negative_curvature",
@@ -116,9 +116,8 @@ class Status(enum.Enum):
     )
     NOT_REPRODUCIBLE = (
         "not_reproducible",
-        "A second call of the closure at the initial parameters returned another value than the"
-        " first, so that no trial can be compared: the parameters were restored. check_closure"
-        " tests a closure for this.",
+        "Two calls of the closure at the same parameters returned different values, so no trial can"
+        " be compared: the parameters were restored. check_closure tests a closure for this.",
     )
     NONFINITE_LOSS = (
         "nonfinite_loss",

@@ -1,8 +1,8 @@
-"""NaturalTrustRegion in a loop of Hugging Face's accelerate.
+"""Use NaturalTrustRegion in a loop of Hugging Face's accelerate.
 
-``Accelerator.prepare`` wraps the optimizer; ``step(closure)`` passes the closure on as it is. The
-loop has no ``backward()``. Mixed precision ``"bf16"`` works too; ``"fp16"`` is refused in words,
-since it scales the loss.
+``Accelerator.prepare`` wraps the optimizer, and ``step(closure)`` passes the closure on unchanged.
+The loop has no ``backward()``. Mixed precision ``"bf16"`` works too. ``"fp16"`` is refused with an
+error that explains it, because it scales the loss.
 
 Run ``python docs/examples/accelerate_loop.py``; it takes a few seconds and needs ``accelerate``.
 """
@@ -10,7 +10,6 @@ Run ``python docs/examples/accelerate_loop.py``; it takes a few seconds and need
 import argparse
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributions import Normal
 from torch.utils.data import DataLoader, TensorDataset
@@ -19,13 +18,17 @@ from trustregion import NaturalTrustRegion
 
 
 def curve(n: int) -> TensorDataset:
-    """Return noisy points of a sine."""
+    """Return noisy points of a sine curve."""
     x = 6 * torch.rand(n, 1) - 3
     return TensorDataset(x, x.sin() + 0.1 * torch.randn(n, 1))
 
 
 def main(*, epochs: int = 10, precision: str = "no") -> list[tuple[float, float]]:
-    """Train, print the losses; return (loss before the step, KL of the step) for each step."""
+    """Train, print the losses; return (loss before the step, KL after it) for each step."""
+    try:
+        from accelerate import Accelerator  # imported late: ``--help`` does not need it
+    except ModuleNotFoundError as error:
+        raise SystemExit("This example needs accelerate: pip install accelerate") from error
     torch.manual_seed(0)
     accelerator = Accelerator(cpu=True, mixed_precision=precision)
     model = nn.Sequential(nn.Linear(1, 16), nn.Tanh(), nn.Linear(16, 1))
@@ -41,14 +44,16 @@ def main(*, epochs: int = 10, precision: str = "no") -> list[tuple[float, float]
                 return -prediction.log_prob(y).mean(), prediction
 
             optimizer.step(closure)
-            info = optimizer.optimizer.info  # the wrapper returns nothing and hides it
+            info = optimizer.optimizer.info  # The wrapper's step returns nothing and hides info.
             rows.append((info.loss, info.kl))
     accelerator.print(f"{len(rows)} steps, loss {rows[0][0]:.3f} -> {rows[-1][0]:.3f}")
     return rows
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     parser.add_argument("--epochs", type=int, default=10, help="passes over the data")
-    parser.add_argument("--precision", choices=["no", "bf16"], default="no")
+    parser.add_argument("--precision", choices=["no", "bf16"], default="no", help="mixed precision")
     main(**vars(parser.parse_args()))

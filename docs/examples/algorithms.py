@@ -1,9 +1,9 @@
-"""All algorithms of ``rl`` on one environment, with as many steps, several seeds each.
+"""Compare all algorithms of ``rl`` on one environment, with equal steps and several seeds.
 
-They share rollouts, advantages, critic and loop, and differ in what they do with a batch: TRPO and
-the natural policy gradient (NPG) take a step of a given KL, with and without looking where it led;
-KLPenalty pays for the KL; PPO makes ten passes of minibatches with a clipped ratio; VPG takes one
-step of Adam. Options are the defaults, but for a learning rate of 0.03 for VPG.
+They share rollouts, advantages, critic and loop, and differ in what they do with a batch. TRPO and
+the natural policy gradient (NPG) take a step of a given KL, TRPO with a line search and NPG without
+one. KLPenalty has the KL in its loss. PPO makes ten passes of minibatches with a clipped ratio. VPG
+takes one step of Adam. Options are the defaults, except for a learning rate of 0.03 for VPG.
 
 Run ``python docs/examples/algorithms.py``; it takes about three minutes.
 """
@@ -28,11 +28,11 @@ PLOT = Path(__file__).with_suffix(".png")
 
 
 class Result(NamedTuple):
-    """How one training ended."""
+    """The result of one training run."""
 
-    mean: float  # return of the evaluation
+    mean: float  # the mean return of the evaluation
     largest_kl: float
-    seconds: float  # of the processor, training alone
+    seconds: float  # processor seconds of training alone
 
 
 def train(name: str, env: str, steps: int, seed: int, folder: Path) -> Result:
@@ -55,7 +55,7 @@ def train(name: str, env: str, steps: int, seed: int, folder: Path) -> Result:
 
 
 def table(results: dict[str, list[Result]]) -> str:
-    """Show the evaluations, the largest KL of any update, and the time."""
+    """Return a table of the evaluations, the largest KL of any update, and the time."""
     lines = ["              return: mean   lowest   largest KL   seconds"]
     for name, group in results.items():
         returns = [result.mean for result in group]
@@ -75,7 +75,7 @@ def main(
     plot: Path = PLOT,
     quiet: bool = False,
 ) -> dict[str, list[Result]]:
-    """Train them all, print a table, save the plot; return the results of each, one a seed."""
+    """Train them all, print a table, save the plot; return the results of each by seed."""
     results: dict[str, list[Result]] = {name: [] for name in ALGORITHMS}
     jobs = [(name, seed) for seed in range(seeds) for name in ALGORITHMS]
     with tempfile.TemporaryDirectory() as scratch:
@@ -90,12 +90,12 @@ def main(
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("--env", default="CartPole-v1", help="environment id")
     parser.add_argument("--steps", type=int, default=40_000, help="environment steps")
-    parser.add_argument("--seeds", type=int, default=5, help="how many seeds")
+    parser.add_argument("--seeds", type=int, default=5, help="number of seeds")
     parser.add_argument("--plot", type=Path, default=PLOT, help="where to save the plot")
-    parser.add_argument("--quiet", action="store_true", help="no progress bar")
-    torch.set_num_threads(1)  # networks this small gain nothing from more
+    parser.add_argument("--quiet", action="store_true", help="show no progress bar")
+    torch.set_num_threads(1)  # Such small networks gain nothing from more.
     main(**vars(parser.parse_args()))

@@ -1,23 +1,24 @@
-"""Fine-tune a small language model by policy gradient, within a KL budget or at a price of KL.
+"""Fine-tune a small language model by policy gradient, within a KL budget or with a KL penalty.
 
 A transformer of 20 thousand parameters learns to continue the Python language reference, letter by
-letter (the text is ``pydoc_data.topics``, which comes with every CPython under the PSF licence).
-It is then rewarded for vowels in what it writes, as a model is tuned to a reward that is learned
-from people (Ziegler et al., Fine-Tuning Language Models from Human Preferences, 2019). How far it
-may go from the pre-trained model is measured by KL(current || pre-trained) per letter, in nats,
-over what the current model writes.
+letter (the text is ``pydoc_data.topics``, which comes with every CPython under the PSF license).
+It is then rewarded for the vowels that it writes, as a language model is tuned to a reward learned
+from people (Ziegler et al., Fine-Tuning Language Models from Human Preferences, 2019). Its distance
+from the pre-trained model is KL(current || pre-trained) per letter, in nats, over what the current
+model writes.
 
-- NaturalTrustRegion has that KL as a constraint: the closure returns KL - budget, which is to be
-  no more than zero, and ``delta`` bounds each step.
-- Adam gets coefficient * KL added to its loss, with each coefficient of ``--coefficients``, each
-  learning rate of ``ADAM_LRS``, and as many seconds as NaturalTrustRegion took; for each
+- NaturalTrustRegion has that KL as a constraint: the closure returns KL - budget, which must not be
+  positive, and ``delta`` bounds each step.
+- Adam has coefficient * KL in its loss. It runs with each coefficient of ``--coefficients`` and
+  each learning rate of ``ADAM_LRS``, for as many seconds as NaturalTrustRegion took. For each
   coefficient the rate that is best for reward - coefficient * KL is shown.
 
-Both use the same loss, as many sequences a step and the same pre-trained weights. Writing the
-sequences is on the clock. Each run ends with the reward and the KL over 512 new ones.
+Both use the same loss, the same number of sequences per step and the same pre-trained weights.
+Writing the sequences is timed too. At the end of each run the reward and the KL are measured on 512
+new sequences.
 
-Run ``python docs/examples/charlm.py``; it takes about five minutes. ``--help`` shows the
-options. Seconds are those of the processor, of which one thread is used.
+Run ``python docs/examples/charlm.py``; it takes about five minutes. ``--help`` shows the options.
+Seconds are processor seconds of one thread.
 """
 
 import argparse
@@ -32,7 +33,7 @@ from statistics import fmean
 from typing import NamedTuple
 
 import torch
-from race import Updates, save
+from race import Help, Updates, save
 from torch import Tensor, nn
 from torch.distributions import Categorical, kl_divergence
 from torch.nn.functional import cross_entropy, scaled_dot_product_attention
@@ -41,16 +42,16 @@ from tqdm import tqdm
 from trustregion import NaturalTrustRegion, StepInfo, Weighted
 
 ALPHABET = " .,abcdefghijklmnopqrstuvwxyz"
-PROMPT, LENGTH = 12, 40  # a sequence is a prompt from the text and what the model writes after it
+PROMPT, LENGTH = 12, 40  # A sequence is a prompt from the text and its continuation.
 REWARDED = torch.tensor([float(letter in "aeiou") for letter in ALPHABET])
 DELTA = 0.03
 BUDGETS, COEFFICIENTS = (0.03, 0.1, 0.3), (1.0, 0.5, 0.25)
 ADAM_LRS = (0.0003, 0.001, 0.003)
-NEW = 512  # sequences to measure a run by
-WORDS = {"NaturalTrustRegion": "budget", "Adam": "coefficient"}  # what a setting is
-COLOURS = {"NaturalTrustRegion": "#0072B2", "Adam": "#D55E00"}  # also for the colour-blind
+NEW = 512  # sequences to measure a run with
+WORDS = {"NaturalTrustRegion": "budget", "Adam": "coefficient"}  # names of the setting
+COLOURS = {"NaturalTrustRegion": "#0072B2", "Adam": "#D55E00"}  # fit for color-blind readers
 MARKERS = {"NaturalTrustRegion": "o", "Adam": "s"}
-OFFSETS = {"NaturalTrustRegion": (-18, 6), "Adam": (18, -12)}  # of the settings in the plot
+OFFSETS = {"NaturalTrustRegion": (-18, 6), "Adam": (18, -12)}  # where the plot shows a setting
 PLOT = Path(__file__).with_suffix(".png")
 
 
@@ -60,15 +61,15 @@ class Run(NamedTuple):
     setting: float  # the budget, or the coefficient
     lr: float | None
     rows: list[tuple[float, ...]]  # (step, seconds, reward, KL) before a step, and at the end
-    infos: list[StepInfo]  # NaturalTrustRegion's account of its steps
+    infos: list[StepInfo]  # the reports of NaturalTrustRegion on its steps
     sample: str
 
 
-Runs = dict[str, list[list[Run]]]  # of each method, of each setting, one a seed
+Runs = dict[str, list[list[Run]]]  # for each method and setting, one run per seed
 
 
 class Block(nn.Module):
-    """Causal attention and a two-layer perceptron, each with a normalised input and a skip."""
+    """Causal attention and a two-layer perceptron, each with normalized input and a skip."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -88,7 +89,7 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """A language model of letters."""
+    """A language model over letters."""
 
     def __init__(self, width: int = 32, heads: int = 4, depth: int = 2) -> None:
         super().__init__()
@@ -98,25 +99,25 @@ class Transformer(nn.Module):
         self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, len(ALPHABET)))
 
     def forward(self, letters: Tensor) -> Tensor:
-        """Return the logits of each next letter, ``(batch, time, alphabet)``."""
+        """Return the logits of the next letter at each position, ``(batch, time, alphabet)``."""
         x = self.letter(letters) + self.position.weight[: letters.shape[1]]
         return self.head(self.blocks(x))
 
 
 def read_text() -> Tensor:
-    """Return the language reference as indices into the alphabet, 386 thousand in Python 3.11."""
+    """Return the language reference as indices into the alphabet: 386,000 in Python 3.11."""
     text = " ".join(topics[name] for name in sorted(topics)).lower()
     words = re.sub(r"[^a-z.,]+", " ", text)
     return torch.tensor([ALPHABET.index(letter) for letter in words])
 
 
 def excerpts(text: Tensor, count: int, length: int) -> Tensor:
-    """Draw pieces of the text."""
+    """Draw random pieces of the text."""
     return text.unfold(0, length, 1)[torch.randint(len(text) - length + 1, (count,))]
 
 
 def pretrain(model: Transformer, text: Tensor, steps: int, quiet: bool) -> float:
-    """Train with Adam on the text; return the mean loss of the last tenth, in nats a letter."""
+    """Train with Adam on the text; return the mean loss in the last tenth, in nats per letter."""
     optimizer = torch.optim.Adam(model.parameters())
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-3, steps)
     losses = []
@@ -133,7 +134,7 @@ def pretrain(model: Transformer, text: Tensor, steps: int, quiet: bool) -> float
 
 @torch.no_grad()
 def write(model: Transformer, text: Tensor, count: int) -> Tensor:
-    """Continue prompts from the text, up to ``LENGTH`` letters."""
+    """Continue prompts from the text until they have ``LENGTH`` letters."""
     letters = excerpts(text, count, PROMPT)
     while letters.shape[1] < LENGTH:
         chosen = Categorical(logits=model(letters)[:, -1]).sample()
@@ -147,10 +148,10 @@ class Batch:
     def __init__(self, model: Transformer, reference: Transformer, text: Tensor, size: int) -> None:
         self.model, self.letters = model, write(model, text, size)
         self.inputs, self.targets = self.letters[:, :-1], self.letters[:, 1:]
-        self.written = torch.zeros(self.targets.shape)  # weights: 0 in the prompt, 1 after it
+        self.written = torch.zeros(self.targets.shape)  # weights, 0 in the prompt and 1 after it
         self.written[:, PROMPT - 1 :] = 1.0
         rewards = REWARDED[self.targets] * self.written
-        to_go = rewards.flip(1).cumsum(1).flip(1)  # what a letter can still change
+        to_go = rewards.flip(1).cumsum(1).flip(1)  # the rewards that a letter can still change
         self.advantages = (to_go - to_go.mean(0)) * self.written
         with torch.no_grad():
             self.reference = Categorical(logits=reference(self.inputs))
@@ -173,8 +174,8 @@ class Batch:
 
 def natural(model: Transformer, batches: Callable[[], Batch], budget: float) -> Updates:
     """Take steps that keep KL(current || pre-trained) within the budget."""
-    # The advantages of one batch are mostly noise: a large damping keeps it out of the directions
-    # in which the predictions hardly move.
+    # The advantages of one batch are mostly noise. A large damping keeps the noise out of the
+    # directions in which the predictions hardly move.
     optimizer = NaturalTrustRegion(model.parameters(), DELTA, damping=1.0)
     while True:
         batch = batches()
@@ -190,7 +191,7 @@ def natural(model: Transformer, batches: Callable[[], Batch], budget: float) -> 
 def adam(
     model: Transformer, batches: Callable[[], Batch], coefficient: float, lr: float
 ) -> Updates:
-    """Take Adam's steps on the loss + coefficient * KL, one a batch."""
+    """Take steps of Adam on the loss + coefficient * KL, one per batch."""
     optimizer = torch.optim.Adam(model.parameters(), lr)
     while True:
         loss, _, kl = batches().evaluate()
@@ -233,7 +234,7 @@ def tune(
 
 
 def table(runs: Runs, start: Batch) -> str:
-    """Compare the methods in means over seeds; below, what the first seed of ours writes."""
+    """Compare the methods in means over seeds, and show a sample of our first seed."""
     lines = [f"{'lr':>38}  steps  seconds  vowels     KL  largest KL"]
     lines.append(f"{'pre-trained':<55}{start.reward:8.1%}{0:7.3f}")
     for name, groups in runs.items():
@@ -253,8 +254,8 @@ def table(runs: Runs, start: Batch) -> str:
 
 
 def draw(runs: Runs, start: Batch, path: Path) -> None:
-    """Draw reward against KL at the end, and the KL on the way; one mark or line a seed."""
-    from matplotlib.figure import Figure  # late: training does not need it
+    """Draw the final reward against KL, and the KL in training; one mark or line per seed."""
+    from matplotlib.figure import Figure  # imported late: training does not need it
 
     figure = Figure(figsize=(12, 4.8), layout="constrained")
     ends, ways = figure.subplots(1, 2)
@@ -276,8 +277,8 @@ def draw(runs: Runs, start: Batch, path: Path) -> None:
     for run, *_ in runs["NaturalTrustRegion"]:
         ways.axhline(run.setting, color="black", linewidth=0.8, linestyle=":")
     ways.plot([], [], "k:", label="budgets")
-    ends.set(xlabel="KL(current || pre-trained), nats a letter", ylabel="share of vowels")
-    ways.set(xlabel="seconds", ylabel="KL(current || pre-trained), nats a letter")
+    ends.set(xlabel="KL(current || pre-trained), nats per letter", ylabel="share of vowels")
+    ways.set(xlabel="seconds", ylabel="KL(current || pre-trained), nats per letter")
     for ax in (ends, ways):
         ax.legend(frameon=False)
     save(figure, path)
@@ -294,19 +295,19 @@ def main(
     plot: Path = PLOT,
     quiet: bool = False,
 ) -> Runs:
-    """Pre-train, fine-tune, print a table, save the plot; return each setting's runs by seed."""
+    """Pre-train, fine-tune, print a table, save the plot; return the runs by setting and seed."""
     torch.manual_seed(0)
     text, reference = read_text(), Transformer()
     loss = pretrain(reference, text, pretraining, quiet)
     start = Batch(reference, reference, text, NEW)
     size = sum(p.numel() for p in reference.parameters())
-    print(f"{size} parameters, pre-trained to {loss:.2f} nats a letter\n")
+    print(f"{size} parameters, pre-trained to {loss:.2f} nats per letter\n")
 
     ours = [(budget, None) for budget in budgets]
     jobs = [*ours, *product(coefficients, ADAM_LRS)]
     runs: dict[tuple[float, float | None], list[Run]] = {job: [] for job in jobs}
     for seed, (setting, lr) in tqdm(list(product(range(seeds), jobs)), disable=quiet):
-        # for Adam: as many seconds as NaturalTrustRegion took, in the mean over budgets
+        # Adam gets as many seconds as NaturalTrustRegion took, in the mean over budgets.
         seconds = fmean(runs[job][seed].rows[-1][1] for job in ours) if lr else 0.0
         run = tune(reference, text, sequences, setting, lr, seed, 1 if lr else steps, seconds)
         runs[setting, lr].append(run)
@@ -324,16 +325,18 @@ def main(
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     parser.add_argument("--pretraining", type=int, default=1000, help="steps of pre-training")
     parser.add_argument("--steps", type=int, default=16, help="steps of NaturalTrustRegion")
-    parser.add_argument("--sequences", type=int, default=48, help="sequences a step")
-    parser.add_argument("--budgets", type=float, nargs="+", default=BUDGETS)
-    parser.add_argument("--coefficients", type=float, nargs="+", default=COEFFICIENTS)
-    parser.add_argument("--seeds", type=int, default=3, help="how many seeds")
+    parser.add_argument("--sequences", type=int, default=48, help="sequences per step")
+    parser.add_argument(
+        "--budgets", type=float, nargs="+", default=BUDGETS, help="budgets in nats per letter"
+    )
+    parser.add_argument(
+        "--coefficients", type=float, nargs="+", default=COEFFICIENTS, help="prices of a nat"
+    )
+    parser.add_argument("--seeds", type=int, default=3, help="number of seeds")
     parser.add_argument("--plot", type=Path, default=PLOT, help="where to save the plot")
-    parser.add_argument("--quiet", action="store_true", help="no progress bar")
-    torch.set_num_threads(1)  # matrices this small gain nothing from more, and timings vary less
+    parser.add_argument("--quiet", action="store_true", help="show no progress bar")
+    torch.set_num_threads(1)  # Such small matrices gain nothing from more; timings vary less.
     main(**vars(parser.parse_args()))

@@ -1,8 +1,8 @@
 """Train a digit classifier within a KL radius, by Newton's method, and with their peers.
 
 The data are the 1797 bundled 8x8 digits of scikit-learn, 1344 of them for training; the network is
-a small tanh MLP. All runs of a seed share the split and the first weights. ``race.py`` says how
-they are compared: at equal time, each peer with the best of several learning rates.
+a small tanh MLP. All runs of a seed share the split and the first weights. ``race.py`` describes
+the comparison: at equal time, each peer with the best of several learning rates.
 
 Run ``python docs/examples/classifier.py``; it takes about two minutes.
 """
@@ -41,7 +41,7 @@ PLOT = Path(__file__).with_suffix(".png")
 
 def natural(task: Task, _: float) -> Updates:
     """Take steps to the edge of a KL ball, each shortened until the loss falls."""
-    # As predictions grow confident their Fisher matrix shrinks: a larger damping would drown it.
+    # As predictions grow confident, their Fisher matrix shrinks: a larger damping would hide it.
     optimizer = NaturalTrustRegion(task.model.parameters(), DELTA, damping=1e-4, cg_max_iter=20)
     while True:
         optimizer.step(task.loss)
@@ -57,14 +57,14 @@ def newton(task: Task, _: float) -> Updates:
 
 
 def batched_adam(task: Task, lr: float) -> Updates:
-    """Take Adam's steps on batches."""
+    """Take steps of Adam on batches."""
     return descend(torch.optim.Adam(task.model.parameters(), lr), task, 64)
 
 
-METHODS = {  # in colours that the colour-blind tell apart
+METHODS = {  # in colors that color-blind readers can tell apart
     "NaturalTrustRegion": Method(natural, "#0072B2"),
     "NewtonTrustRegion": Method(newton, "#CC79A7"),
-    "L-BFGS, 20 a step": Method(lbfgs, "#000000"),
+    "L-BFGS, 20 per step": Method(lbfgs, "#000000"),
     "Adam, full batch": Method(adam, "#D55E00", LRS),
     "Adam, batches of 64": Method(batched_adam, "#009E73", LRS),
 }
@@ -100,7 +100,7 @@ def make_task() -> Task:
 
 def draw(runs: Runs, path: Path) -> None:
     """Draw training loss and test accuracy against steps and seconds."""
-    from matplotlib.figure import Figure  # late: training does not need it
+    from matplotlib.figure import Figure  # imported late: training does not need it
 
     figure = Figure(figsize=(12, 6.4), layout="constrained")
     axes = figure.subplots(2, 2, sharex="col", sharey="row")
@@ -116,7 +116,7 @@ def draw(runs: Runs, path: Path) -> None:
 
 
 def main(*, steps: int = 40, seeds: int = 5, plot: Path = PLOT, quiet: bool = False) -> Runs:
-    """Train, print a table, save the plot; return the runs of each method, one a seed."""
+    """Train, print a table, save the plot; return the runs of each method, one per seed."""
     runs = race(METHODS, make_task, steps, seeds, quiet)
     print(table(runs, steps, COLUMNS))
     draw(runs, plot)

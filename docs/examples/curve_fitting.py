@@ -1,16 +1,17 @@
 """Nonlinear least squares by Levenberg-Marquardt, against scipy, where the answers are certified.
 
 The problems are ten of the Statistical Reference Datasets (StRD) of the National Institute of
-Standards and Technology (NIST), whose parameters are certified to 11 digits, each from both of the
-starting points given there; a data set is used only if the certified parameters reproduce the
-certified residual sum of squares. In MGH10 one parameter is a million times another. So the fit is
-written without units: parameters as multiples of their first guess, and the loss as the fraction of
-the variance that is left; a damping of 1 is then a sensible first one. "Marquardt's scaling" has
-the parameters as they are, and the diagonal of the Gauss-Newton matrix for a metric. scipy's ``lm``
-is MINPACK, its ``trf`` a trust region; both have exact Jacobians and ``x_scale="jac"``.
+Standards and Technology (NIST), whose parameters are certified to 11 digits. Each is fitted from
+both of the starting points given there. A data set is used only if the certified parameters
+reproduce the certified residual sum of squares. In MGH10 one parameter is a million times another,
+so the fit is written without units: parameters are multiples of their first guess, and the loss is
+the fraction of unexplained variance. A damping of 1 is then a sensible start. "Marquardt's scaling"
+keeps the units and takes the diagonal of the Gauss-Newton matrix as the metric. scipy's ``lm`` is
+MINPACK, and its ``trf`` is a trust-region method; both get exact Jacobians and ``x_scale="jac"``.
 
-An answer is scored by the digits that its worst parameter shares with the certified one. A step of
-ours ends the fit when it changes no digit any more, or finds nothing better.
+The score of an answer is the number of digits that its worst parameter shares with the certified
+one. Our fits end with the first step that changes no digit, because none is left to change or
+because no step is better.
 
 Run ``python docs/examples/curve_fitting.py``; it takes under a minute.
 """
@@ -24,24 +25,25 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from race import save
+from race import Help, save
 from torch import Tensor
 from torch.func import jacrev
 from torch.nn.functional import mse_loss
 from tqdm import tqdm
 
 from trustregion import Jacobi, NewtonTrustRegion, StepInfo
+from trustregion.optim import Region
 
-LIMIT = 1000  # steps of ours, evaluations of scipy
-MOST = 11.0  # digits that are certified
-ENOUGH = 6.0  # to call a problem solved
+LIMIT = 1000  # on our steps, and on scipy's evaluations
+MOST = 11.0  # certified digits
+ENOUGH = 6.0  # digits at which a problem counts as solved
 PLOT = Path(__file__).with_suffix(".png")
 
 Model = Callable[[Tensor, Tensor], Tensor]
 
 
 class Problem(NamedTuple):
-    """A model, its data, two starting points, and what the National Institute certifies."""
+    """A model, its data, two starting points, and the certified answer."""
 
     model: Model  # (parameters, x) -> y
     x: tuple[float, ...]
@@ -206,13 +208,13 @@ PROBLEMS = {
 
 
 class Fit(NamedTuple):
-    """An answer and what it took."""
+    """An answer and its cost."""
 
     parameters: Tensor
-    steps: int  # Gauss-Newton matrices, or Jacobians
-    evaluations: int  # of the model
-    products: int  # with Gauss-Newton matrices; none where a Jacobian is formed
-    seconds: float  # of the processor
+    steps: int  # the number of Gauss-Newton matrices or Jacobians
+    evaluations: int  # evaluations of the model
+    products: int  # products with Gauss-Newton matrices; 0 where a Jacobian is formed
+    seconds: float  # processor seconds
     digits: float
 
 
@@ -222,22 +224,22 @@ def numbers(values: tuple[float, ...]) -> Tensor:
 
 
 def verified(problem: Problem) -> float:
-    """Return how far the certified sum of squares is off that of the certified parameters."""
+    """Return the relative error of the residual sum of squares at the certified parameters."""
     residuals = problem.model(numbers(problem.certified), numbers(problem.x)) - numbers(problem.y)
     return abs(residuals.square().sum().item() / problem.rss - 1)
 
 
 def digits(parameters: Tensor, problem: Problem) -> float:
-    """Return how many digits of the worst parameter are right: the log relative error."""
+    """Return the number of right digits of the worst parameter: minus the log relative error."""
     certified = numbers(problem.certified)
     error = ((parameters - certified) / certified).abs().max().item()
-    return min(max(0.0, -math.log10(error)), MOST) if error else MOST  # no digits for a NaN
+    return min(max(0.0, -math.log10(error)), MOST) if error else MOST  # A NaN has no right digits.
 
 
 def levenberg_marquardt(
     problem: Problem, start: Tensor, unit: Tensor, options: dict[str, Any]
 ) -> Fit:
-    """Fit parameters that are counted in units."""
+    """Fit parameters that are measured in the given units."""
     x, y = numbers(problem.x), numbers(problem.y)
     w = (start / unit).requires_grad_()
     variance = y.var()
@@ -246,9 +248,8 @@ def levenberg_marquardt(
         math.inf,
         curvature="ggn",
         damping=1.0,
-        adapt_damping=True,
-        damping_factor=4.0,
-        rtol=1e-12,  # an exact solve takes no more products than there are parameters
+        region=Region(damping_factor=4.0),
+        rtol=1e-12,  # An exact solve takes at most as many products as there are parameters.
         **options,
     )
 
@@ -276,14 +277,14 @@ def ours(problem: Problem, start: Tensor) -> Fit:
 
 
 def marquardt(problem: Problem, start: Tensor) -> Fit:
-    """Fit the parameters as they are, in the metric of the diagonal."""
+    """Fit the parameters without units, in the metric of the diagonal."""
     scaling = {"preconditioner": Jacobi(1.0, probes="exact")}
     return levenberg_marquardt(problem, start, torch.ones_like(start), scaling)
 
 
 def scipy_fit(problem: Problem, start: Tensor, method: str) -> Fit:
-    """Fit with scipy, down to what rounding allows."""
-    from scipy.optimize import least_squares  # late: a peer, which the others do not need
+    """Fit with scipy, as far as rounding allows."""
+    from scipy.optimize import least_squares  # imported late: only this method needs it
 
     x, y = numbers(problem.x), numbers(problem.y)
 
@@ -295,7 +296,7 @@ def scipy_fit(problem: Problem, start: Tensor, method: str) -> Fit:
 
     begin = time.process_time()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # a trial that overflows is rejected
+        warnings.simplefilter("ignore", RuntimeWarning)  # scipy rejects a trial that overflows
         found = least_squares(
             residuals,
             start.numpy(),
@@ -319,11 +320,11 @@ METHODS: dict[str, Callable[[Problem, Tensor], Fit]] = {
     "scipy trf": lambda problem, start: scipy_fit(problem, start, "trf"),
 }
 
-Fits = dict[str, dict[tuple[str, int], Fit]]  # of each method, by problem and starting point
+Fits = dict[str, dict[tuple[str, int], Fit]]  # for each method, by problem and starting point
 
 
 def table(fits: Fits) -> str:
-    """Show every fit, failures too, and what each method did in all."""
+    """Return a table of every fit, including failures, and of the totals of each method."""
     width = 23
     lines = [" " * 10 + "".join(f"{name:>{width}}" for name in fits)]
     lines.append("problem   " + len(fits) * f"{'steps  evals  digits':>{width}}")
@@ -342,13 +343,15 @@ def table(fits: Fits) -> str:
 
 
 def draw(fits: dict[tuple[str, int], Fit], path: Path) -> None:
-    """Draw each problem's data, the first of its guesses, and what was fitted from there."""
-    from matplotlib.figure import Figure  # late: fitting does not need it
+    """Draw the data of each problem, its first starting point, and the fit from there."""
+    from matplotlib.figure import Figure  # imported late: fitting does not need it
 
     names = [name for name, start in fits if start == 1]
-    rows = math.ceil(len(names) / 5)
-    figure = Figure(figsize=(11, 2.4 * rows), layout="constrained")
-    for ax, name in zip(figure.subplots(rows, 5, squeeze=False).flat, names, strict=False):
+    columns = min(len(names), 5)
+    rows = math.ceil(len(names) / columns)
+    figure = Figure(figsize=(max(2.2 * columns, 3.0), 2.4 * rows), layout="constrained")
+    for place, name in enumerate(names, 1):
+        ax = figure.add_subplot(rows, columns, place)
         problem, fit = PROBLEMS[name], fits[name, 1]
         x, y = numbers(problem.x), numbers(problem.y)
         grid = torch.linspace(x.min().item(), x.max().item(), 300, dtype=torch.float64)
@@ -382,11 +385,16 @@ def main(
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
+    parser.add_argument(
+        "--names",
+        nargs="+",
+        choices=PROBLEMS,
+        default=tuple(PROBLEMS),
+        metavar="NAME",
+        help="problems to fit",
     )
-    parser.add_argument("--names", nargs="+", default=tuple(PROBLEMS), help="which problems")
     parser.add_argument("--plot", type=Path, default=PLOT, help="where to save the plot")
-    parser.add_argument("--quiet", action="store_true", help="no progress bar")
-    torch.set_num_threads(1)  # the tensors are tiny
+    parser.add_argument("--quiet", action="store_true", help="show no progress bar")
+    torch.set_num_threads(1)  # The tensors are tiny.
     main(**vars(parser.parse_args()))

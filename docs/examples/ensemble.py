@@ -1,14 +1,15 @@
-"""Natural-gradient steps of a whole ensemble at once, with ``fixed_cg`` under ``vmap``.
+"""Take natural-gradient steps of a whole ensemble at once, with ``fixed_cg`` under ``vmap``.
 
-Every member is a small tanh network that predicts the mean of a Normal of fixed noise, fitted to
-its own bootstrap sample of one curve. A step solves ``(F + damping I) x = -g`` for all members in
-one ``torch.func.vmap``, each stopping by itself, and scales each direction to the edge of its own
-KL ball by the curvature that the solve carries. The same directions are computed one member after
-another with ``cg``, to compare time, and how far the model falls: that much is well determined, the
-tenth iterate itself is not (without reorthogonalisation its digits are amplified rounding).
+Every member is a small tanh network that predicts the mean of a Normal of fixed noise, and is
+fitted to its own bootstrap sample of one curve. A step solves ``(F + damping I) x = -g`` for all
+members in one ``torch.func.vmap``, where each solve stops on its own, and scales each direction to
+the edge of its own KL ball by the curvature that the solve returns. The same directions are also
+computed one member after another with ``cg``, to compare times and the reductions that the models
+predict. These reductions are well determined, and the tenth iterates are not: without
+reorthogonalization their digits are amplified rounding.
 
-Run ``python docs/examples/ensemble.py``; it takes about 20 s and saves a plot of the members'
-curves and losses. ``--help`` shows the options.
+Run ``python docs/examples/ensemble.py``; it takes about 20 s and saves a plot of the curves and
+losses of the members. ``--help`` shows the options.
 """
 
 import argparse
@@ -20,7 +21,7 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from race import save
+from race import Help, save
 from torch import Tensor, nn
 from torch.func import functional_call, jvp, stack_module_state, vjp, vmap
 from tqdm import tqdm
@@ -32,12 +33,12 @@ NOISE, DELTA, DAMPING, ITERATIONS = 0.1, 0.3, 1.0, 10
 LENGTHS = (1.0, 0.5, 0.25, 0.125, 0.0)
 PLOT = Path(__file__).with_suffix(".png")
 
-# torch 2.13 compiles its own rules for jvp with its own deprecated function
+# torch 2.13 compiles its rules for jvp with a function that it has itself deprecated.
 warnings.filterwarnings("ignore", ".torch.jit.script", DeprecationWarning)
 
 
 class Ensemble:
-    """Stacked members, each a row of :attr:`theta`, with a bootstrap sample each."""
+    """Stacked members, each with a row of :attr:`theta` and a bootstrap sample."""
 
     def __init__(self, members: int, points: int = 200) -> None:
         torch.manual_seed(0)
@@ -63,7 +64,7 @@ class Ensemble:
     def system(
         self, theta: Tensor, x: Tensor, y: Tensor
     ) -> tuple[Callable[[Tensor], Tensor], Tensor, Tensor]:
-        """Return ``v -> (F + damping I) v``, the gradient, and the loss of one member."""
+        """Return ``v -> (F + damping I) v``, the gradient and the loss of one member."""
         predict = partial(self.mean, x)
         mean, pullback = vjp(predict, theta)
         precision = 1 / (NOISE**2 * len(x))
@@ -77,14 +78,14 @@ class Ensemble:
 
 
 def to_the_edge(x: Tensor, curvature: Tensor) -> Tensor:
-    """Scale a direction to the edge of the ball in F + damping I."""
+    """Scale a direction to the edge of the ball ``s'(F + damping I)s / 2 <= DELTA``."""
     return (2 * DELTA / curvature).sqrt().to(x.dtype) * x
 
 
 def direction(
     ensemble: Ensemble, theta: Tensor, x: Tensor, y: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return a member's step, model value and loss, without a Python decision on a value."""
+    """Return a member's step, model value and loss, without branches on values, for ``vmap``."""
     A, g, loss = ensemble.system(theta, x, y)
     solution = fixed_cg(A, -g, ITERATIONS)
     return to_the_edge(solution.x, solution.curvature), solution.model_value, loss
@@ -97,7 +98,7 @@ def value_alone(ensemble: Ensemble, theta: Tensor, x: Tensor, y: Tensor) -> floa
 
 
 def shortened(ensemble: Ensemble, theta: Tensor, s: Tensor) -> Tensor:
-    """Return all members' parameters after the best of five lengths of their step."""
+    """Return the parameters of all members after the best of five lengths of their steps."""
     losses = [
         (vmap(ensemble.mean)(ensemble.x, theta + length * s) - ensemble.y).square().sum((1, 2))
         for length in LENGTHS
@@ -107,8 +108,8 @@ def shortened(ensemble: Ensemble, theta: Tensor, s: Tensor) -> Tensor:
 
 
 def draw(ensemble: Ensemble, theta: Tensor, losses: list[Tensor], path: Path) -> None:
-    """Draw the data, every member's curve and their spread, and the losses against the steps."""
-    from matplotlib.figure import Figure  # late: training does not need it
+    """Draw the data, the curve of each member and their spread, and the losses against steps."""
+    from matplotlib.figure import Figure  # imported late: training does not need it
 
     figure = Figure(figsize=(11, 3.8), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(3, 2))
@@ -126,9 +127,9 @@ def draw(ensemble: Ensemble, theta: Tensor, losses: list[Tensor], path: Path) ->
     left.legend(frameon=False, fontsize="small", loc="upper left")
     each = torch.stack(losses)
     right.fill_between(range(len(each)), each.amin(1), each.amax(1), color=blue, alpha=0.2)
-    right.plot(each.mean(1), color=blue, label="mean, and from the lowest to the highest")
-    right.axhline(0.5, color="black", linewidth=1, linestyle=":", label="that of the noise")
-    right.set(yscale="log", xlabel="steps", ylabel="loss (nats a point)")
+    right.plot(each.mean(1), color=blue, label="mean, and range from lowest to highest")
+    right.axhline(0.5, color="black", linewidth=1, linestyle=":", label="loss of the noise alone")
+    right.set(yscale="log", xlabel="steps", ylabel="loss (nats per point)")
     right.legend(frameon=False, fontsize="small")
     save(figure, path)
 
@@ -137,8 +138,8 @@ def draw(ensemble: Ensemble, theta: Tensor, losses: list[Tensor], path: Path) ->
 def main(
     steps: int = 30, members: int = 64, plot: Path = PLOT, quiet: bool = False
 ) -> dict[str, float]:
-    """Train the ensemble, and compare each step's directions with one member after another."""
-    torch.set_num_threads(1)  # these products are too small for two
+    """Train the ensemble, and compute the directions one member after another for comparison."""
+    torch.set_num_threads(1)  # These products are too small for two.
     ensemble = Ensemble(members)
     theta, data = ensemble.theta, (ensemble.x, ensemble.y)
     all_directions = vmap(partial(direction, ensemble))
@@ -169,8 +170,8 @@ def main(
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=30)
-    parser.add_argument("--members", type=int, default=64)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
+    parser.add_argument("--steps", type=int, default=30, help="number of steps")
+    parser.add_argument("--members", type=int, default=64, help="number of networks")
     parser.add_argument("--plot", type=Path, default=PLOT, help="where to save the plot")
     main(**vars(parser.parse_args()))

@@ -1,13 +1,12 @@
-"""Your own environment, policy, distribution and critic, trained by TRPO.
+"""Train your own environment, policy and critic by TRPO.
 
-The task is to name a direction: the environment shows an angle, blurred, and pays the cosine of the
-error of the angle that it is told. Angles live on a circle, where 359 and 1 degree are neighbours,
-so that the policy draws a point in the plane, and its direction is the action. All that ``rl`` asks
-of a policy is a distribution of torch for each row of observations, and all that ``trustregion``
-asks of that is that it knows its KL and its Fisher matrix: see ``register_distribution`` for a
-family of your own.
+The task is to name a direction. The environment shows an angle with noise, and the reward is the
+cosine of the error of the answer. On a circle, 359 degrees and 1 degree are neighbors, so the
+policy draws a point in the plane, and the action is the direction of the point. ``rl`` needs from a
+policy only a torch distribution for each row of observations, and ``trustregion`` must have the KL
+and the Fisher matrix of that distribution; add a family of your own with ``register_distribution``.
 
-Run ``python docs/examples/own_parts.py``; it takes some ten seconds.
+Run ``python docs/examples/own_parts.py``; it takes about ten seconds.
 """
 
 import argparse
@@ -21,11 +20,11 @@ from torch.distributions import Independent, Normal
 
 from rl import TRPO, Evaluation, Policy, evaluate
 
-STEPS = 16  # of an episode
+STEPS = 16  # per episode
 
 
 class Compass(gymnasium.Env[np.ndarray, np.ndarray]):
-    """Shows the cosine and sine of an angle with noise, and pays the cosine of the error."""
+    """An environment that shows an angle and rewards the cosine of the error."""
 
     observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (2,), np.float32)
     action_space = gymnasium.spaces.Box(-np.pi, np.pi, (1,), np.float32)
@@ -44,16 +43,16 @@ class Compass(gymnasium.Env[np.ndarray, np.ndarray]):
         return self._show(), {}
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
-        """Judge the answer and show another angle."""
+        """Return the reward of the answer and show another angle."""
         reward = float(np.cos(self.angle - action[0]))
         self.time += 1
         return self._show(), reward, False, self.time == STEPS, {}
 
 
 class Pointer(Policy):
-    """A point in the plane with noise; its direction is the action.
+    """A policy that draws a point in the plane, whose direction is the action.
 
-    The distribution is over the point, and :meth:`to_env` makes an angle of it.
+    The distribution is over the point, and :meth:`to_env` turns the point into an angle.
     """
 
     def __init__(self) -> None:
@@ -62,7 +61,7 @@ class Pointer(Policy):
         self.log_std = nn.Parameter(torch.zeros(2))
 
     def forward(self, rows: Tensor) -> Independent:
-        """Return the distribution of one point a row."""
+        """Return the distribution of one point per row."""
         return Independent(Normal(self.net(rows), self.log_std.exp()), 1)
 
     def to_env(self, actions: np.ndarray) -> np.ndarray:
@@ -71,7 +70,7 @@ class Pointer(Policy):
 
 
 class LinearCritic(nn.Module):
-    """A critic: any module from rows to values."""
+    """A critic; any module from rows to values can be one."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -83,8 +82,8 @@ class LinearCritic(nn.Module):
 
 
 def main(*, steps: int = 40_000, seed: int = 0, quiet: bool = False) -> Evaluation:
-    """Train, and return what the agent earns afterwards; a perfect answer earns 16 an episode."""
-    torch.manual_seed(seed)  # for the networks; the agent has generators of its own
+    """Train, and return the evaluation afterwards; perfect answers give 16 per episode."""
+    torch.manual_seed(seed)  # for the networks; the agent has its own generators
     agent = TRPO(Compass, policy=Pointer(), critic=LinearCritic(), seed=seed, gamma=0.0)
     before = evaluate(agent, Compass, 20)
     agent.learn(steps, progress=not quiet)
@@ -96,7 +95,9 @@ def main(*, steps: int = 40_000, seed: int = 0, quiet: bool = False) -> Evaluati
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     parser.add_argument("--steps", type=int, default=40_000, help="environment steps")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="seed of networks and agent")
     main(**vars(parser.parse_args()))

@@ -1,22 +1,23 @@
 """Solve a Poisson equation with a neural network by energy natural gradients.
 
-The setting of Mueller and Zeinhofer, Achieving High Accuracy with PINNs via Energy Natural
+The setting is that of Mueller and Zeinhofer, Achieving High Accuracy with PINNs via Energy Natural
 Gradient Descent, ICML 2023: -Laplacian(u) = f on the unit square, u = 0 on its boundary, with the
-solution sin(pi x) sin(pi y); a 2-32-1 tanh network in float64 with their first weights, 30 x 30
-points inside and 30 a side, 51 iterations. The loss is the energy: half the mean square of the
+solution sin(pi x) sin(pi y); a 2-32-1 tanh network in float64, initialized as in the paper; 30 x 30
+points inside and 30 per side; 51 iterations. The loss is the energy: half the mean square of the
 residuals, which is the negative log-likelihood of a Normal of unit scale at the residuals. The
-energy's metric is that Normal's Fisher matrix.
+metric of the energy is the Fisher matrix of this Normal.
 
-The matrix is singular to rounding, so a step works with its root R, R'R = F, whose singular values
-spread over half as many orders: the natural gradient is the least-squares solution of R x = y,
-without the singular values that are noise. The best of the lengths 1, 1/2, ..., 2^-30 is taken, as
-in the paper. In the first steps, where such a long way leads nowhere, the solution is damped
-instead, and the best of several dampings is taken.
+This matrix is singular to rounding, so a step works with its root R, R'R = F, whose singular values
+span half as many orders of magnitude. The natural gradient is the least-squares solution of R x =
+y, without the singular values that are noise. The best of the lengths 1, 1/2, ..., 2^-30 is taken,
+as in the paper. In the first steps, where such long steps fail, the solution is damped instead, and
+the best of several dampings is taken.
 
-Adam, L-BFGS and Levenberg-Marquardt (``NewtonTrustRegion``) get ``--times`` as many seconds; those
-are of the processor, of which one thread is used.
+Adam, L-BFGS and Levenberg-Marquardt (``NewtonTrustRegion``) get ``--times`` as many seconds, which
+are processor seconds of one thread.
 
-Run ``python docs/examples/poisson.py``; it takes about half an hour.
+Run ``python docs/examples/poisson.py``; it takes about half an hour, and about a minute with
+``--seeds 1 --times 1``.
 """
 
 import argparse
@@ -29,7 +30,7 @@ from statistics import median
 from typing import NamedTuple
 
 import torch
-from race import save
+from race import Help, save
 from torch import Tensor, nn
 from torch.distributions import Normal
 from torch.func import functional_call, vmap
@@ -37,14 +38,15 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from tqdm import tqdm
 
 from trustregion import FisherOperator, NewtonTrustRegion
+from trustregion.optim import Region
 
 HIDDEN, POINTS = 32, 30
-WARM_UP = 8  # damped steps
-DAMPINGS = (1e-3, 1e-4, 1e-5, 1e-6)  # of singular values, relative to the largest
-CUTOFF = 1e-6  # the same: below this they are noise
+WARM_UP = 8  # damped steps at the start
+DAMPINGS = (1e-3, 1e-4, 1e-5, 1e-6)  # for singular values, relative to the largest
+CUTOFF = 1e-6  # Singular values below this, relative to the largest, are noise.
 LENGTHS = 0.5 ** torch.arange(31, dtype=torch.float64)
 LRS = (1e-3, 3e-3, 1e-2)
-COLOURS = {  # that the colour-blind tell apart
+COLOURS = {  # that color-blind readers can tell apart
     "energy natural gradient": "#0072B2",
     "Levenberg-Marquardt": "#CC79A7",
     "L-BFGS": "#000000",
@@ -63,11 +65,11 @@ class Run(NamedTuple):
 
     @property
     def final(self) -> tuple[int, float, float]:
-        """The last row."""
+        """Return the last row."""
         return self.rows[-1]
 
 
-Runs = dict[str, list[Run]]  # of each method, one a seed
+Runs = dict[str, list[Run]]  # for each method, one run per seed
 
 
 def solution(x: Tensor) -> Tensor:
@@ -82,7 +84,7 @@ def grid(inner: int) -> Tensor:
 
 
 def edges(points: int) -> Tensor:
-    """Return so many points on each side of the unit square."""
+    """Return the given number of points on each side of the unit square."""
     t = torch.arange(1, points + 1, dtype=torch.float64) / (points + 1)
     sides = (t, 0 * t), (t, 1 + 0 * t), (0 * t, t), (1 + 0 * t, t)
     return torch.cat([torch.stack(side, dim=1) for side in sides])
@@ -108,7 +110,7 @@ class Ansatz(nn.Module):
 
 
 class Energy(nn.Module):
-    """The residuals of an ansatz, at fixed points."""
+    """An ansatz and its residuals at fixed points."""
 
     def __init__(self, seed: int) -> None:
         super().__init__()
@@ -118,9 +120,9 @@ class Energy(nn.Module):
         self.source = 2 * math.pi**2 * solution(self.inside)
 
     def forward(self) -> Tensor:
-        """Return the residuals, weighted so that their mean square is the energy's.
+        """Return the residuals, weighted so that their mean square is twice the energy.
 
-        That is the mean over the square plus the mean over its boundary times the length of it, 4.
+        It is the mean square inside plus that on the boundary times its length, 4.
         """
         inside = self.ansatz.laplacian(self.inside) + self.source
         boundary = self.ansatz(self.boundary)
@@ -129,12 +131,12 @@ class Energy(nn.Module):
         return torch.cat([weights[0] * inside, weights[1] * boundary])
 
     def closure(self) -> tuple[Tensor, Normal]:
-        """Return the loss, and the Normal whose Fisher matrix is the energy's metric."""
+        """Return the loss, and the Normal whose Fisher matrix is the metric of the energy."""
         residuals = self()
         return 0.5 * residuals.square().mean(), Normal(residuals, torch.ones_like(residuals))
 
     def losses(self, thetas: Tensor) -> Tensor:
-        """Return the loss of each row of parameters."""
+        """Return the loss for each row of parameters."""
         parameters = dict(self.named_parameters())
 
         def loss(theta: Tensor) -> Tensor:
@@ -148,14 +150,14 @@ class Energy(nn.Module):
 
 @torch.no_grad()
 def error(energy: Energy, points: int = 100) -> float:
-    """Return the relative L2 error of u on other points."""
+    """Return the relative L2 error of u on points that were not used in training."""
     x = grid(points)
     truth = solution(x)
     return ((energy.ansatz(x) - truth).norm() / truth.norm()).item()
 
 
 def natural_gradients(energy: Energy, damped: bool) -> Tensor:
-    """Return the natural gradient without the noise, or one for each damping, as rows."""
+    """Return the natural gradient without the noise, or one per damping, as rows."""
     _, prediction = energy.closure()
     R = FisherOperator(prediction, energy.parameters()).root()
     columns = torch.stack([R.mv(unit) for unit in torch.eye(R.shape[1], dtype=R.dtype)], dim=1)
@@ -193,8 +195,7 @@ def marquardt(energy: Energy) -> Updates:
         math.inf,
         curvature="ggn",
         damping=1e-2,
-        adapt_damping=True,
-        damping_factor=4.0,
+        region=Region(damping_factor=4.0),
         max_iter=200,
         rtol=1e-6,
     )
@@ -204,7 +205,7 @@ def marquardt(energy: Energy) -> Updates:
 
 
 def adam(energy: Energy, lr: float) -> Updates:
-    """Take Adam's steps."""
+    """Take steps of Adam."""
     optimizer = torch.optim.Adam(energy.parameters(), lr)
     while True:
         optimizer.zero_grad()
@@ -214,7 +215,7 @@ def adam(energy: Energy, lr: float) -> Updates:
 
 
 def lbfgs(energy: Energy) -> Updates:
-    """Take torch's steps of L-BFGS with Wolfe's line search, 20 iterations each."""
+    """Take steps of torch's L-BFGS with the strong Wolfe line search, of 20 iterations each."""
     optimizer = torch.optim.LBFGS(
         energy.parameters(),
         history_size=100,
@@ -246,7 +247,7 @@ def start(method: str, lr: float | None, energy: Energy) -> Updates:
 
 
 def train(method: str, lr: float | None, seed: int, steps: int, seconds: float) -> Run:
-    """Train for so many steps, or until the seconds are used up."""
+    """Train until the steps or the seconds are used up."""
     energy = Energy(seed)
     updates, clock, step = start(method, lr, energy), 0.0, 0
     rows = [(0, 0.0, error(energy))]
@@ -261,7 +262,7 @@ def train(method: str, lr: float | None, seed: int, steps: int, seconds: float) 
 
 
 def table(runs: Runs) -> str:
-    """Show the errors at the end: median, lowest, highest."""
+    """Return a table of the final errors: median, lowest and highest."""
     lines = [" " * 26 + "lr    steps  seconds   median   lowest  highest   (relative L2 error)"]
     for name, group in runs.items():
         steps, seconds, _ = map(median, zip(*(run.final for run in group), strict=True))
@@ -272,8 +273,8 @@ def table(runs: Runs) -> str:
 
 
 def draw(runs: Runs, path: Path) -> None:
-    """Draw every run's error against seconds, and against the first hundred steps."""
-    from matplotlib.figure import Figure  # late: training does not need it
+    """Draw the error of every run against seconds, and against the first hundred steps."""
+    from matplotlib.figure import Figure  # imported late: training does not need it
 
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
@@ -298,10 +299,10 @@ def main(
     plot: Path = PLOT,
     quiet: bool = False,
 ) -> Runs:
-    """Train, print a table, save the plot; return the runs of each method, one a seed."""
+    """Train, print a table, save the plot; return the runs of each method, one per seed."""
     ours, *others = COLOURS
     jobs = [(name, lr) for name in others for lr in (LRS if name == "Adam" else (None,))]
-    train(ours, None, 0, 1, math.inf)  # a process's first steps cost torch a second
+    train(ours, None, 0, 1, math.inf)  # the first steps in a process cost torch a second
     runs: dict[tuple[str, float | None], list[Run]] = {(ours, None): []} | {j: [] for j in jobs}
     for seed, job in tqdm(list(product(range(seeds), runs)), disable=quiet):
         own = runs[ours, None]
@@ -317,13 +318,13 @@ def main(
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     parser.add_argument("--steps", type=int, default=51, help="energy natural gradient steps")
-    parser.add_argument("--seeds", type=int, default=5, help="how many first weights")
-    parser.add_argument("--times", type=float, default=10.0, help="the others' share of the time")
+    parser.add_argument("--seeds", type=int, default=5, help="number of first weights")
+    parser.add_argument(
+        "--times", type=float, default=10.0, help="how many times as long the others train"
+    )
     parser.add_argument("--plot", type=Path, default=PLOT, help="where to save the plot")
-    parser.add_argument("--quiet", action="store_true", help="no progress bar")
-    torch.set_num_threads(1)  # matrices this small gain nothing from more, and timings vary less
+    parser.add_argument("--quiet", action="store_true", help="show no progress bar")
+    torch.set_num_threads(1)  # Such small matrices gain nothing from more; timings vary less.
     main(**vars(parser.parse_args()))

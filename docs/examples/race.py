@@ -1,10 +1,10 @@
-"""Optimizers side by side: the same task and first weights, and as many seconds for each.
+"""Compare optimizers on the same task, from the same first weights, for as many seconds each.
 
 The first method of a race takes a given number of steps. The others then get as many seconds as it
-took, and at least as many steps, with each of their learning rates: the one that has the lowest
-training loss by then, in the median over seeds, is shown. Rates are constant. Seconds are those of
-the processor, of which one thread is used, so that other work on the machine counts little;
-evaluation is not on the clock. Shared by the classifier, the regressor and the autoencoder.
+took, and at least as many steps, with each of their learning rates. The rate with the lowest
+training loss by then, in the median over seeds, is shown. Rates are constant. Seconds are processor
+seconds of one thread, so that other work on the machine has little influence; evaluation is not
+timed. The classifier, the regressor, the autoencoder and variational inference share this module.
 """
 
 import argparse
@@ -31,27 +31,27 @@ ALL = slice(None)
 
 
 class Loss(Protocol):
-    """The training loss and the prediction behind it, on all samples or on a batch."""
+    """A function that returns the training loss and the prediction it was computed from."""
 
     def __call__(self, batch: Tensor | slice = ALL) -> tuple[Tensor, Distribution]:
-        """Return both, with a graph."""
+        """Return both, with a graph, for all samples or for a batch."""
         ...
 
 
 class Task(NamedTuple):
-    """What is trained."""
+    """A model and its data."""
 
     model: nn.Module
-    size: int  # how many training samples there are
+    size: int  # the number of training samples
     loss: Loss
-    measure: Callable[[], tuple[float, ...]]  # the numbers of a row, the training loss first
+    measure: Callable[[], tuple[float, ...]]  # returns a row of numbers, the training loss first
 
 
-Updates = Iterator[StepInfo | None]  # one item a step
+Updates = Iterator[StepInfo | None]  # one item per step
 
 
 class Method(NamedTuple):
-    """An optimizer, and the learning rates to try; None where it needs none."""
+    """An optimizer, and the learning rates to try, or None if it needs none."""
 
     updates: Callable[[Task, float], Updates]
     colour: str
@@ -63,19 +63,23 @@ class Run(NamedTuple):
 
     lr: float | None
     rows: list[tuple[float, ...]]
-    infos: list[StepInfo]  # of the optimizers that give an account of their steps
+    infos: list[StepInfo]  # from the optimizers that report on their steps
     model: nn.Module
 
     def after(self, seconds: float) -> tuple[float, ...]:
-        """Return the first row after so many seconds."""
+        """Return the first row after the given number of seconds."""
         return next(row for row in self.rows if row[1] >= seconds)
 
 
-Runs = dict[str, list[Run]]  # of each method, one a seed
+Runs = dict[str, list[Run]]  # for each method, one run per seed
+
+
+class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """Help with the description as it is written, and with the defaults."""
 
 
 def descend(optimizer: torch.optim.Optimizer, task: Task, batch_size: int | None = None) -> Updates:
-    """Take gradient steps, on batches that are reshuffled every epoch."""
+    """Take gradient steps on all samples, or on batches that are reshuffled every epoch."""
     while True:
         for batch in torch.randperm(task.size).split(batch_size) if batch_size else [ALL]:
             optimizer.zero_grad()
@@ -85,12 +89,12 @@ def descend(optimizer: torch.optim.Optimizer, task: Task, batch_size: int | None
 
 
 def adam(task: Task, lr: float) -> Updates:
-    """Take Adam's steps on all samples."""
+    """Take steps of Adam on all samples."""
     return descend(torch.optim.Adam(task.model.parameters(), lr), task)
 
 
 def lbfgs(task: Task, _: float) -> Updates:
-    """Take torch's steps of L-BFGS: 20 iterations each, down to what float32 can tell."""
+    """Take steps of torch's L-BFGS, of 20 iterations each, until float32 shows no progress."""
     optimizer = torch.optim.LBFGS(
         task.model.parameters(),
         tolerance_grad=0.0,
@@ -136,7 +140,7 @@ def race(
     methods: dict[str, Method], make: Callable[[], Task], steps: int, seeds: int, quiet: bool
 ) -> Runs:
     """Return the runs of each method with its best learning rate."""
-    for method in methods.values():  # a process's first steps cost torch a second
+    for method in methods.values():  # the first steps in a process cost torch a second
         train(make, method, (method.lrs or (0.0,))[0], 0, 1, 0.0)
     jobs = [(name, lr) for name, method in methods.items() for lr in method.lrs or (0.0,)]
     runs: dict[tuple[str, float], list[Run]] = {job: [] for job in jobs}
@@ -156,7 +160,7 @@ def race(
 
 
 def table(runs: Runs, steps: int, columns: dict[str, str]) -> str:
-    """Compare the methods after as many steps and as many seconds, in medians over seeds."""
+    """Compare the methods after equal steps and after equal time, in medians over seeds."""
     clocks = [run.rows[-1][1] for run in next(iter(runs.values()))]
     lines = [" " * 26 + "lr  steps  seconds" + "".join(f"  {title}" for title in columns)]
     for title, at_steps in (("after as many steps", True), ("after as many seconds", False)):
@@ -177,13 +181,13 @@ def table(runs: Runs, steps: int, columns: dict[str, str]) -> str:
 
 
 def curves(ax: "Axes", runs: Runs, methods: dict[str, Method], x: int, y: int) -> None:
-    """Draw column y against column x: the median over seeds, and from the lowest to the highest.
+    """Draw column y against column x: the median over seeds, and a band from lowest to highest.
 
-    Between two steps the numbers are those of the last one, as long as the next may take.
+    Between two steps the curve stays at the value of the earlier one.
     """
     for i, (name, group) in enumerate(runs.items()):
         label = f"{name}, lr {group[0].lr}" if group[0].lr else name
-        rows = list(zip(*(run.rows for run in group), strict=False))  # to the end of the shortest
+        rows = list(zip(*(run.rows for run in group), strict=False))  # as long as the shortest
         at = [median(row[x] for row in seeds) for seeds in rows]
         values = [sorted(row[y] for row in seeds) for seeds in rows]
         low, middle, high = zip(*((v[0], median(v), v[-1]) for v in values), strict=True)
@@ -193,8 +197,8 @@ def curves(ax: "Axes", runs: Runs, methods: dict[str, Method], x: int, y: int) -
 
 
 def save(figure: "Figure", path: Path) -> None:
-    """Save the figure, its axes with a grid and without a box, in 256 colours."""
-    from PIL import Image  # late, as matplotlib, which needs it
+    """Save the figure in 256 colors, its axes with a grid and without a box."""
+    from PIL import Image  # imported late, like matplotlib, which needs it
 
     for ax in figure.axes:
         ax.grid(alpha=0.3)
@@ -205,12 +209,10 @@ def save(figure: "Figure", path: Path) -> None:
 
 def options(description: str | None, plot: Path, steps: int, seeds: int) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=description, formatter_class=Help)
     parser.add_argument("--steps", type=int, default=steps, help="steps of the first method")
-    parser.add_argument("--seeds", type=int, default=seeds, help="how many seeds")
+    parser.add_argument("--seeds", type=int, default=seeds, help="number of seeds")
     parser.add_argument("--plot", type=Path, default=plot, help="where to save the plot")
-    parser.add_argument("--quiet", action="store_true", help="no progress bar")
-    torch.set_num_threads(1)  # matrices this small gain nothing from more, and timings vary less
+    parser.add_argument("--quiet", action="store_true", help="show no progress bar")
+    torch.set_num_threads(1)  # Such small matrices gain nothing from more; timings vary less.
     return parser.parse_args()

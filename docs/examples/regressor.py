@@ -1,10 +1,10 @@
 """Fit a mean and an input-dependent noise scale within a KL radius, and with other optimizers.
 
-The data are 500 points of a curve whose noise grows from 0.02 to 0.27 along x; a small tanh MLP
+The data are 500 points of a curve whose noise grows from 0.02 to 0.27 along x. A small tanh MLP
 predicts the mean and the scale of a Normal, and the loss is the negative log-likelihood (NLL). Its
-gradient in the mean is small where the predicted scale is large; the natural gradient divides by
-the Fisher matrix, which is small there too. All runs of a seed share the first weights. ``race.py``
-says how they are compared: at equal time, Adam with the best of several learning rates.
+gradient with respect to the mean is small where the predicted scale is large; the natural gradient
+divides by the Fisher matrix, which is small there too. All runs of a seed share the first weights.
+``race.py`` describes the comparison: at equal time, Adam with the best of several learning rates.
 
 Run ``python docs/examples/regressor.py``; it takes about a minute.
 """
@@ -37,45 +37,45 @@ def natural(task: Task, _: float) -> Updates:
 
 
 def newton(task: Task, _: float) -> Updates:
-    """Take steps of the Fisher matrix's model within a Euclidean radius."""
-    # Its default, coarse solves far from a minimum, takes two to three times the steps here.
+    """Take steps of the quadratic model with the Fisher matrix, within a Euclidean radius."""
+    # With the default, which solves coarsely far from a minimum, it takes 2 to 3 times the steps.
     optimizer = NewtonTrustRegion(task.model.parameters(), curvature="ggn", rtol=1e-2, max_iter=20)
     while True:
         optimizer.step(task.loss)
         yield optimizer.info
 
 
-METHODS = {  # in colours that the colour-blind tell apart
+METHODS = {  # in colors that color-blind readers can tell apart
     "NaturalTrustRegion": Method(natural, "#0072B2"),
     "NewtonTrustRegion": Method(newton, "#CC79A7"),
-    "L-BFGS, 20 a step": Method(lbfgs, "#000000"),
+    "L-BFGS, 20 per step": Method(lbfgs, "#000000"),
     "Adam": Method(adam, "#D55E00", (0.001, 0.003, 0.01, 0.03)),
 }
-LAYOUT: list[Any] = [  # of the plot: fits above curves
+LAYOUT: list[Any] = [  # The plot has fits in the upper row and curves in the lower one.
     [name for name in METHODS for _ in range(3)],
     [key for key in ("steps", "seconds", "test") for _ in range(4)],
 ]
 
 
 def truth(x: Tensor) -> Normal:
-    """Return the distribution the data are drawn from."""
+    """Return the distribution from which the data are drawn."""
     return Normal(x * torch.sin(3 * x), 0.02 + 0.25 * torch.sigmoid(4 * x))
 
 
 def predict(model: nn.Module, x: Tensor) -> Normal:
-    """Return the model's distribution; the floor keeps the likelihood of a point bounded."""
+    """Return the model's distribution, with a least scale that bounds the likelihood."""
     mean, raw = model(x).chunk(2, dim=-1)
     return Normal(mean, softplus(raw) + 1e-3)
 
 
 def nll(prediction: Normal, y: Tensor) -> Tensor:
-    """Average the negative log-likelihood over points, in nats."""
+    """Return the mean negative log-likelihood over points, in nats."""
     return -prediction.log_prob(y).mean()
 
 
 @cache
 def points() -> tuple[Data, Data]:
-    """Draw the training and the test data, always the same."""
+    """Draw the training and the test data, which are always the same."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         inputs = 4 * torch.rand(500, 1) - 2, 4 * torch.rand(2000, 1) - 2
@@ -101,8 +101,8 @@ def make_task() -> Task:
 
 
 def draw(runs: Runs, floor: list[float], path: Path) -> None:
-    """Draw fits of the first seed, and the NLL of all against steps and seconds."""
-    from matplotlib.figure import Figure  # late: training does not need it
+    """Draw the fits of the first seed, and the NLL of all seeds against steps and seconds."""
+    from matplotlib.figure import Figure  # imported late: training does not need it
 
     figure = Figure(figsize=(11, 5.8), layout="constrained")
     axes = figure.subplot_mosaic(LAYOUT)
@@ -129,12 +129,13 @@ def draw(runs: Runs, floor: list[float], path: Path) -> None:
             axes[key].set(xscale="log", xlim=(0.01, last[1]))
             axes[key].xaxis.set_minor_formatter("")
     axes["steps"].set(xlim=(0, last[0]))
-    axes["steps"].legend(frameon=False, fontsize="small", loc="center right")
+    lines = axes["steps"].get_legend_handles_labels()
+    figure.legend(*lines, frameon=False, fontsize="small", loc="outside lower center", ncols=5)
     save(figure, path)
 
 
 def main(*, steps: int = 40, seeds: int = 5, plot: Path = PLOT, quiet: bool = False) -> Runs:
-    """Train, print a table, save the plot; return the runs of each method, one a seed."""
+    """Train, print a table, save the plot; return the runs of each method, one per seed."""
     floor = [nll(truth(x), y).item() for x, y in points()]
     runs = race(METHODS, make_task, steps, seeds, quiet)
     print(table(runs, steps, COLUMNS))

@@ -1,15 +1,15 @@
-"""Trust Region Policy Optimization, whole, in one file on trustregion's public names alone.
+"""Trust Region Policy Optimization, complete in one file, with public names of trustregion only.
 
 Schulman et al., Trust Region Policy Optimization, 2015, with the advantages of Schulman et al.,
 High-Dimensional Continuous Control Using Generalized Advantage Estimation, 2016. Read it from the
-bottom up: ``main`` is the algorithm. What ``rl.TRPO`` has beyond it: every space, checkpoints,
-callbacks, a command line.
+bottom up: ``main`` is the algorithm. ``rl.TRPO`` also has every space, checkpoints, callbacks and a
+command line.
 
-Run ``python docs/examples/trpo_single_file.py``; CartPole takes some ten seconds. ``--env`` takes
-others with Discrete or Box actions.
+Run ``python docs/examples/trpo_single_file.py``; CartPole takes about ten seconds. ``--env`` takes
+other environments with Discrete or Box actions.
 """
 
-import argparse
+from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser
 from collections import deque
 from typing import Any, NamedTuple
 
@@ -22,8 +22,8 @@ from torch.distributions import Categorical, Distribution, Independent, Normal
 from trustregion import NaturalTrustRegion
 
 GAMMA, LAMBDA = 0.99, 0.98  # the discount, and the trace decay of the advantages
-ENVS, STEPS = 8, 256  # of each environment, between two updates
-EPOCHS, BATCH = 10, 128  # passes over a rollout to fit the critic, and its minibatches
+ENVS, STEPS = 8, 256  # environments, and steps in each of them between two updates
+EPOCHS, BATCH = 10, 128  # passes over a rollout to fit the critic, and the size of minibatches
 
 
 def mlp(inputs: int, outputs: int, gain: float) -> nn.Sequential:
@@ -40,7 +40,7 @@ def mlp(inputs: int, outputs: int, gain: float) -> nn.Sequential:
 
 
 class Policy(nn.Module):
-    """A Categorical over Discrete actions, or independent normals over those of a Box."""
+    """A Categorical over Discrete actions, or independent normals over actions in a Box."""
 
     def __init__(self, inputs: int, space: gymnasium.Space[Any]) -> None:
         super().__init__()
@@ -54,14 +54,14 @@ class Policy(nn.Module):
         self.space = space
 
     def forward(self, observations: Tensor) -> Distribution:
-        """Return the distribution of one action a row."""
+        """Return the distribution of one action per row."""
         outputs = self.net(observations)
         if self.log_std is None:
             return Categorical(logits=outputs)
         return Independent(Normal(outputs, self.log_std.exp()), 1)
 
     def to_env(self, actions: Tensor) -> np.ndarray:
-        """Clip to the box; the distribution is over the unclipped actions."""
+        """Clip actions to the box; the distribution is over the unclipped actions."""
         if isinstance(self.space, gymnasium.spaces.Box):
             shaped = actions.numpy().reshape(-1, *self.space.shape)
             return np.clip(shaped, self.space.low, self.space.high)
@@ -69,14 +69,14 @@ class Policy(nn.Module):
 
 
 class Rollout(NamedTuple):
-    """T steps of N environments; the observations have one row more."""
+    """T steps of N environments; the observations have one more row."""
 
     observations: Tensor
     actions: Tensor
     rewards: Tensor
     terminated: Tensor
     truncated: Tensor
-    valid: Tensor  # False for the step after an episode's end, in which gymnasium resets
+    valid: Tensor  # False for the step after the end of an episode, in which gymnasium resets
 
 
 class Sampler:
@@ -91,7 +91,7 @@ class Sampler:
 
     @torch.no_grad()
     def rollout(self, policy: Policy) -> Rollout:
-        """Take so many steps in each environment."""
+        """Take ``STEPS`` steps in each environment."""
         observations, rows = [self.observation], []
         for _ in range(STEPS):
             action = policy(self.observation).sample()
@@ -109,9 +109,9 @@ class Sampler:
 
 
 def advantages_of(rollout: Rollout, values: Tensor) -> Tensor:
-    """Return the generalised advantages: eq. 16, as a sum that runs backwards.
+    """Return the generalized advantages of eq. 16, summed backwards in time.
 
-    A terminal state is worth nothing; one that an episode was merely cut off at keeps its value.
+    A terminal state has a value of zero; a state at which an episode was cut off keeps its value.
     """
     ends = rollout.terminated | rollout.truncated
     following = torch.where(rollout.terminated, 0.0, values[1:])
@@ -126,7 +126,7 @@ def advantages_of(rollout: Rollout, values: Tensor) -> Tensor:
 def improve(
     policy: Policy, optimizer: NaturalTrustRegion, observations: Tensor, actions: Tensor, A: Tensor
 ) -> None:
-    """Maximise E[pi(a|s) / pi_old(a|s) A] within KL(pi_old || pi) <= delta: eq. 14, one step."""
+    """Take one step to maximize E[pi(a|s) / pi_old(a|s) A] in KL(pi_old || pi) <= delta (14)."""
     A = (A - A.mean()) / A.std()
     with torch.no_grad():
         old = policy(observations).log_prob(actions)
@@ -142,7 +142,7 @@ def improve(
 def fit(
     critic: nn.Module, optimizer: torch.optim.Optimizer, inputs: Tensor, targets: Tensor
 ) -> None:
-    """Regress the critic on the lambda-returns."""
+    """Fit the critic to the lambda-returns by regression."""
     for _ in range(EPOCHS):
         for batch in torch.randperm(len(targets)).split(BATCH):
             error = (critic(inputs[batch]).squeeze(-1) - targets[batch]).square().mean()
@@ -154,7 +154,7 @@ def fit(
 def main(
     env: str = "CartPole-v1", updates: int = 25, delta: float = 0.01, seed: int = 0
 ) -> list[float]:
-    """Train, print a line an update; return the mean return after each."""
+    """Train, print a line per update; return the mean return after each update."""
     torch.manual_seed(seed)
     sampler = Sampler(env, seed)
     inputs = sampler.observation.shape[1]
@@ -180,10 +180,10 @@ def main(
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = ArgumentParser(description=__doc__, formatter_class=ArgumentDefaultsHelpFormatter)
     parser.add_argument("--env", default="CartPole-v1", help="environment id")
-    parser.add_argument("--updates", type=int, default=25, help="how many")
+    parser.add_argument("--updates", type=int, default=25, help="number of updates")
     parser.add_argument("--delta", type=float, default=0.01, help="KL radius in nats")
-    parser.add_argument("--seed", type=int, default=0)
-    torch.set_num_threads(1)  # networks this small gain nothing from more
+    parser.add_argument("--seed", type=int, default=0, help="seed of everything random")
+    torch.set_num_threads(1)  # Such small networks gain nothing from more.
     main(**vars(parser.parse_args()))

@@ -2,13 +2,13 @@
 
 A Bayesian logistic regression on the breast-cancer data that come with scikit-learn: 31
 coefficients with a prior of N(0, 1) each, and a Normal of full covariance, 527 numbers, as their
-approximate posterior q. Maximised is the evidence lower bound (ELBO),
+approximate posterior q. The objective to maximize is the evidence lower bound (ELBO),
 ``E_q[log p(y | w)] - KL(q || prior)``. The expectation is the mean over draws of q that come from
-one fixed set of noise (a sample-average approximation), so that the loss is a function that can be
-searched. A step of ``NaturalTrustRegion`` is bounded in KL(old q || new q): how far the belief may
-move, in whatever numbers it is written. All runs of a seed share the noise and the split of the
-data, and begin at the prior. ``race.py`` says how they are compared: at equal time, Adam with the
-best of several learning rates, on all draws and on batches of them.
+one fixed set of noise (a sample-average approximation), so that the loss is a deterministic
+function. A step of ``NaturalTrustRegion`` is bounded in KL(old q || new q), which says how far the
+belief moves, independently of its parametrization. All runs of a seed share the noise and the split
+of the data, and begin at the prior. ``race.py`` describes the comparison: at equal time, Adam with
+the best of several learning rates, on all draws and on batches of them.
 
 Run ``python docs/examples/variational.py``; it takes about two minutes.
 """
@@ -43,7 +43,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits, softplus
 from trustregion import NaturalTrustRegion
 
 DELTA = 3.0
-DRAWS, BATCH, OTHERS = 1024, 16, 2048  # of the loss, of a step of Adam, and of the measures
+DRAWS, BATCH, OTHERS = 1024, 16, 2048  # for the loss, for a step of Adam, and to measure with
 TRAINING = 400
 COLUMNS = {"-ELBO": ".2f", "its own draws": ".2f", "test log predictive": ".4f"}
 PLOT = Path(__file__).with_suffix(".png")
@@ -58,35 +58,35 @@ def natural(task: Task, _: float) -> Updates:
 
 
 def sampled_adam(task: Task, lr: float) -> Updates:
-    """Take Adam's steps on a few of the draws."""
+    """Take steps of Adam on a few of the draws."""
     return descend(torch.optim.Adam(task.model.parameters(), lr), task, BATCH)
 
 
 LRS = (0.01, 0.03, 0.1, 0.3)
-METHODS = {  # in colours that the colour-blind tell apart
+METHODS = {  # in colors that color-blind readers can tell apart
     "NaturalTrustRegion": Method(natural, "#0072B2"),
-    "L-BFGS, 20 a step": Method(lbfgs, "#000000"),
+    "L-BFGS, 20 per step": Method(lbfgs, "#000000"),
     "Adam, all draws": Method(adam, "#D55E00", LRS),
     "Adam, 16 draws": Method(sampled_adam, "#E69F00", LRS),
 }
 
 
 class Data(NamedTuple):
-    """Inputs, the first of which is 1, and labels."""
+    """Inputs, whose first column is 1, and labels."""
 
     x: Tensor
     y: Tensor
 
 
 class Posterior(nn.Module):
-    """A Normal of full covariance, which begins at N(0, 1)."""
+    """A Normal of full covariance, initially N(0, 1)."""
 
     def __init__(self, size: int) -> None:
         super().__init__()
         self.mean = nn.Parameter(torch.zeros(size, dtype=torch.float64))
         below = size * (size - 1) // 2
         self.below = nn.Parameter(torch.zeros(below, dtype=torch.float64))
-        one = math.log(math.e - 1)  # its softplus is 1
+        one = math.log(math.e - 1)  # softplus(one) = 1
         self.raw = nn.Parameter(torch.full((size,), one, dtype=torch.float64))
 
     def forward(self) -> MultivariateNormal:
@@ -104,7 +104,7 @@ def samples() -> Data:
 
 
 def split() -> tuple[Data, Data]:
-    """Draw the training samples; scale these and the others by their means and deviations."""
+    """Draw the training samples; standardize all by the training means and deviations."""
     x, y = samples()
     train, test = torch.randperm(len(y)).split([TRAINING, len(y) - TRAINING])
     scaled = (x - x[train].mean(0)) / x[train].std(0)
@@ -113,7 +113,7 @@ def split() -> tuple[Data, Data]:
 
 
 def log_likelihoods(q: MultivariateNormal, noise: Tensor, data: Data) -> Tensor:
-    """Return log p(y | w) of each sample for each draw w of q, shape (draws, samples)."""
+    """Return log p(y | w) for each draw w of q and each sample, shape (draws, samples)."""
     logits = (q.loc + noise @ q.scale_tril.mT) @ data.x.mT
     return -binary_cross_entropy_with_logits(logits, data.y.expand_as(logits), reduction="none")
 
@@ -125,7 +125,7 @@ def elbo(q: MultivariateNormal, noise: Tensor, data: Data) -> Tensor:
 
 
 def log_predictive(q: MultivariateNormal, noise: Tensor, data: Data) -> Tensor:
-    """Return the log of a label's probability, the mean over draws, on average over samples."""
+    """Return the mean over samples of the log of the label's mean probability over draws."""
     each = log_likelihoods(q, noise, data)
     return (each.logsumexp(0) - math.log(len(noise))).mean()
 
@@ -135,7 +135,7 @@ def make_task() -> Task:
     train, test = split()
     size = train.x.shape[1]
     half, others = (torch.randn(n, size, dtype=torch.float64) for n in (DRAWS // 2, OTHERS))
-    noise = torch.cat([half, -half])  # in pairs, so that their mean is that of q
+    noise = torch.cat([half, -half])  # in pairs, so that the mean of the draws is the mean of q
     model = Posterior(size)
 
     def loss(batch: Tensor | slice = ALL) -> tuple[Tensor, MultivariateNormal]:
@@ -151,7 +151,7 @@ def make_task() -> Task:
 
 
 def with_gaps(runs: Runs) -> Runs:
-    """Add to each row how far the loss is above the lowest that any run of the seed found."""
+    """Append to each row the loss minus the lowest loss that any run of the seed found."""
     lowest = [min(run.rows[-1][3] for run in seed) for seed in zip(*runs.values(), strict=True)]
     return {
         name: [
@@ -163,7 +163,7 @@ def with_gaps(runs: Runs) -> Runs:
 
 
 def arrivals(runs: Runs) -> str:
-    """Say when each method is near the lowest loss, in the median over seeds."""
+    """Return a table of when each method comes near the lowest loss, in medians over seeds."""
     lines = ["seconds until within       1 nat  0.1 nats  0.01 nats"]
     for name, group in runs.items():
         times = (
@@ -177,7 +177,7 @@ def arrivals(runs: Runs) -> str:
 
 def draw(runs: Runs, path: Path) -> None:
     """Draw the loss against steps and seconds, and the test log predictive against seconds."""
-    from matplotlib.figure import Figure  # late: training does not need it
+    from matplotlib.figure import Figure  # imported late: training does not need it
 
     figure = Figure(figsize=(11, 3.6), layout="constrained")
     axes = figure.subplots(1, 3)
@@ -192,14 +192,15 @@ def draw(runs: Runs, path: Path) -> None:
             ax.set(ylabel="-ELBO above the lowest (nats)", yscale="log", ylim=(1e-3, 1e3))
         else:
             ax.set(ylabel="test log predictive (nats)", ylim=(-0.2, -0.04))
-    axes[2].legend(frameon=False, fontsize="small", loc="lower right")
+    lines = axes[0].get_legend_handles_labels()
+    figure.legend(*lines, frameon=False, fontsize="small", loc="outside lower center", ncols=4)
     save(figure, path)
 
 
 def main(*, steps: int = 20, seeds: int = 5, plot: Path = PLOT, quiet: bool = False) -> Runs:
-    """Fit, print a table, save the plot; return the runs of each method, one a seed.
+    """Fit, print a table, save the plot; return the runs of each method, one per seed.
 
-    The last number of a row is the distance to the lowest loss.
+    The last number of a row is the difference to the lowest loss.
     """
     runs = race(METHODS, make_task, steps, seeds, quiet)
     print(table(runs, steps, COLUMNS))

@@ -17,7 +17,7 @@ from torch.distributions.transforms import AffineTransform
 from torch.nn.functional import cross_entropy, huber_loss
 
 from trustregion import FisherOperator, GGNOperator, HessianOperator, mean_kl, subsample, to_dense
-from trustregion.linearise import linearise
+from trustregion.linearise import choose, linearise
 from trustregion.operators import (
     BatchedOperator,
     DenseOperator,
@@ -38,6 +38,7 @@ def elsewhere(monkeypatch):
     """Make another device the default one within a test, in which nothing is known yet."""
     monkeypatch.setattr(output_hessian, "_AGREED", set())
     monkeypatch.setattr(kfac_layers, "_AGREED", set())
+    monkeypatch.setattr(choose, "_AGREED", set())
     torch.set_default_device("meta")
     yield
     torch.set_default_device(None)

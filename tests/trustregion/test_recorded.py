@@ -14,10 +14,7 @@ PRIVATE = {
     "BackwardCFunction", "once_differentiable", "_backward_hooks",
     "_post_accumulate_grad_hooks",
 }  # fmt: skip
-# Temporary exceptions: these are being moved.
-ALLOWED = {
-    "recorded.py", "check/subject.py",
-}  # fmt: skip
+ALLOWED = {"recorded.py"}
 
 
 def words(tree):

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .. import recorded
 from ..autodiff import differentiate, edge_of
 from ..optim.closure import Evaluation
 from ..optim.objective import Objective
@@ -87,7 +88,6 @@ def _coarsest_unit(outputs: Sequence[Tensor], vector: ParameterVector) -> float:
         if node in seen:
             continue
         seen.add(node)
-        dtypes = (getattr(meta, "dtype", None) for meta in node._input_metadata)
-        units += [torch.finfo(t).eps for t in dtypes if t is not None and t.is_floating_point]
-        todo += [source for source, _ in node.next_functions if source is not None]
+        units += [torch.finfo(t).eps for t in recorded.dtypes(node) if t.is_floating_point]
+        todo += [source for source, _ in recorded.sources(node) if source is not None]
     return max(units)

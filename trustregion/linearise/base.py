@@ -110,5 +110,5 @@ class Unmoved:
                 raise RuntimeError(
                     "a tensor that the graph needs was modified in place after the forward pass:"
                     " the parameters have moved, or an activation was overwritten. Build the"
-                    " operator anew at the new parameters"
+                    " operator again at the new parameters"
                 )

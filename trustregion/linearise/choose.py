@@ -152,7 +152,10 @@ def disagreement(J: Linearisation) -> Disagreement:
     are left out.
     """
     generator = torch.Generator().manual_seed(0)
-    u = [torch.randn(y.shape, generator=generator).to(y) * y.requires_grad for y in J.outputs]
+    u = [
+        torch.randn(y.shape, generator=generator, device="cpu").to(y) * y.requires_grad
+        for y in J.outputs
+    ]
     with_graph = [i for i, y in enumerate(J.outputs) if y.requires_grad]
     positions = trainable(J.vector)
     inputs = [J.vector.params[i] for i in positions]
@@ -168,7 +171,7 @@ def disagreement(J: Linearisation) -> Disagreement:
         [r / size / size if here else torch.zeros_like(r) for r, size, here in parts]
     )
     if not any(sizes):  # All units are dead, so the products must be zero along any vector.
-        v = torch.randn(v.shape, generator=generator).to(v)
+        v = torch.randn(v.shape, generator=generator, device="cpu").to(v)
     terms = [(x.reshape(-1), t.reshape(-1)) for x, t in zip(u, J.jvp(v), strict=True)]
     count, rounding = sum(seen), J.eps * sum(norm(x) * norm(t) for x, t in terms)
     gap = abs(sum(dot(x, t) for x, t in terms) - count)

@@ -140,6 +140,8 @@ _WAYS_OUT = {
     " torch.autograd.Function in it",
     "Batching rule not implemented": "the model holds an operation that torch.func.vmap cannot"
     " batch: loop over the parameters instead",
+    "does not have vmap support": "the model holds a torch.autograd.Function that torch.func.vmap"
+    " cannot batch, as checkpointing is in some releases: loop over the parameters instead",
     "saved tensor hooks": "the model uses saved tensor hooks, as checkpointing does, which"
     " torch.func does not allow: use backend='graph' outside of transforms, or no checkpointing",
     "in-place operation": "the model writes to a tensor of its own, as the running averages of"
@@ -165,7 +167,7 @@ def _in_words() -> Iterator[None]:
 def _load_forward_mode() -> None:
     """Load torch's forward mode, whose first use emits a warning about torch itself."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
+        warnings.simplefilter("ignore")  # a DeprecationWarning or a FutureWarning
         torch.func.jvp(torch.sin, (torch.zeros(()),), (torch.zeros(()),))
 
 
@@ -261,7 +263,7 @@ def _try_product(operator: Any) -> None:
     generator = torch.Generator().manual_seed(0)
 
     def draw(like: Tensor) -> Tensor:
-        return torch.randn(like.shape, generator=generator).to(like)
+        return torch.randn(like.shape, generator=generator, device="cpu").to(like)
 
     v = draw(_zero(operator))
     u = [draw(y) for y in operator.outputs]

@@ -40,7 +40,7 @@ class GraphLinearisation(Linearisation):
         self.eps = rounding_unit([vector.dtype, *dtypes])
         generator = torch.Generator().manual_seed(0)
         # The map is linear in w, but some nodes compute it through log(w), which fails at zero.
-        random = (torch.randn(y.shape, generator=generator) for y in self._y)
+        random = (torch.randn(y.shape, generator=generator, device="cpu") for y in self._y)
         self._w = [w.to(y).requires_grad_() for w, y in zip(random, self._y, strict=True)]
         inputs = [vector.params[i] for i in positions]
         with torch.enable_grad():

@@ -138,7 +138,10 @@ class EmbeddingBag(Rule):
             "include_last_offset": self.bags[1].numel() > site.outputs[0].shape[0],
         }
         if self.options["mode"] == "max" or site.needs[1:].count(True):
-            raise UnreadableGraph("EmbeddingBag can be linearised for fixed sums and means only")
+            raise UnreadableGraph(
+                "EmbeddingBag cannot be differentiated twice, and can be linearised for fixed sums"
+                " and means only"
+            )
 
     def jvp(self, tangents: Tangents) -> Tensor:
         """Return the bags of the tangent."""
@@ -171,7 +174,9 @@ class Attention(Rule):
         if site.number("is_causal"):
             shape = (self.q.shape[-2], self.k.shape[-2])
             above = torch.ones(shape, dtype=torch.bool, device=self.q.device).triu(1)
-            self.mask = torch.zeros(shape).to(self.q).masked_fill_(above, -torch.inf)
+            self.mask = (
+                torch.zeros(shape, device=self.q.device).to(self.q).masked_fill_(above, -torch.inf)
+            )
         self.without_key = None
         if self.mask is not None and self.mask.numel():
             top = self.mask.amax(-1, keepdim=True)

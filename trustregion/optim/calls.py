@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.nn.parameter import is_lazy
 
 from ..replay import generator_states, restore_generators
 
@@ -35,12 +36,13 @@ class Calls:
     parameters left them. Only torch's own generators are replayed, not numpy's or the closure's.
 
     Args:
-        modules: The modules whose buffers may move; None to find them in the first call.
+        modules: The modules that earlier steps have called; the first call adds its own.
 
     """
 
     def __init__(self, modules: WeakSet[nn.Module] | None = None) -> None:
-        self.count, self.modules = 0, modules
+        self.count, self._new = 0, modules is None
+        self.modules = WeakSet[nn.Module]() if modules is None else modules
         self.left: Buffers = []
         self._start: list[Tensor] = []
         self._end: list[Tensor] | None = None
@@ -50,21 +52,18 @@ class Calls:
     def first(self, call: Callable[[], T]) -> T:
         """Make the first call, with a graph, and see what it draws and which buffers it moves."""
         self.count += 1
-        with _turn, torch.enable_grad(), ExitStack() as stack:
-            before = _snapshot(self.modules or ())
-            if self.modules is None:
-                stack.enter_context(_discovered(before))
-            self._start = generator_states()
+        found: Buffers = []
+        with _turn, torch.enable_grad(), _discovered(self.modules, found, new=self._new):
+            known, self._start = _snapshot(self.modules), generator_states()
             try:
                 return call()
             finally:
                 end = generator_states()
                 self._end = None if all(map(torch.equal, end, self._start)) else end
-                if self.modules is None:
-                    self.modules = WeakSet(module for module, *_ in before)
-                    # torch.func.functional_call may have lent a module other tensors.
-                    before = [entry for entry in before if getattr(entry[0], entry[1]) is entry[2]]
-                self._before = [entry for entry in before if _has_moved(*entry)]
+                # torch.func.functional_call may have lent a module other tensors.
+                own = [entry for entry in found if getattr(entry[0], entry[1], None) is entry[2]]
+                moved = {entry[0] for entry in known + own if _has_moved(*entry)}
+                self._before = [entry for entry in known + own if entry[0] in moved]
                 self._after = self.left = _read(self._before)
 
     def again(self, call: Callable[[], T], buffers: Buffers | None = None) -> T:
@@ -106,46 +105,70 @@ class Calls:
 
 
 @contextmanager
-def _discovered(buffers: Buffers) -> Iterator[None]:
-    """Add the buffers of all modules that this thread calls, as they were before the call."""
-    seen: set[nn.Module] = set()
+def _discovered(modules: WeakSet[nn.Module], buffers: Buffers, *, new: bool) -> Iterator[None]:
+    """Add the modules that this thread calls, and their buffers as they were before the call.
+
+    A compiled module warns that it calls the hook twice. The warning is hidden in the first step of
+    an optimizer. In a later one that would show the user's own warnings again, so that nothing is
+    added to modules of which one is compiled.
+    """
+    if not new and any(type(module).__name__ == "OptimizedModule" for module in modules):
+        yield
+        return
     here = threading.get_ident()
 
     def collect(module: nn.Module, _: object) -> None:
-        if module not in seen and threading.get_ident() == here:
-            seen.add(module)
-            buffers.extend(_snapshot([module]))
+        if module in modules or threading.get_ident() != here:
+            return
+        # A scripted or exported module runs its parts without calling them.
+        parts = [part for part in module.modules() if part not in modules]
+        modules.update(parts)
+        buffers.extend(_snapshot(parts))
 
-    with warnings.catch_warnings():  # Compiled modules warn that they call such a hook twice.
-        warnings.filterwarnings("ignore", "Using `torch.compile.* global hooks")
-        handle = register_module_forward_pre_hook(collect)
-        try:
-            yield
-        finally:
-            handle.remove()
+    with ExitStack() as stack:
+        if new:
+            stack.enter_context(warnings.catch_warnings())
+            warnings.filterwarnings("ignore", "Using `torch.compile.* global hooks")
+        stack.callback(register_module_forward_pre_hook(collect).remove)
+        yield
 
 
 def _snapshot(modules: Iterable[nn.Module]) -> Buffers:
     named = ((module, name, b) for module in modules for name, b in module.named_buffers("", False))
-    return [(module, name, b, b._version, b.detach().clone()) for module, name, b in named]
+    # A buffer of a lazy module has no values before the first call.
+    return [_entry(module, name, b) for module, name, b in named if not is_lazy(b)]
 
 
-def _has_moved(module: nn.Module, name: str, tensor: Tensor, version: int, _: Tensor) -> bool:
-    """Say whether a buffer was written to or replaced; at a fixed point its values stay."""
-    now = getattr(module, name, tensor)
-    return now is not tensor or now._version != version
+def _entry(module: nn.Module, name: str, b: Tensor) -> tuple[nn.Module, str, Tensor, int, Tensor]:
+    return module, name, b, _version(b), b.detach().clone()
+
+
+def _version(b: Tensor) -> int:
+    return 0 if b.is_inference() else b._version  # An inference tensor does not count its changes.
+
+
+def _has_moved(module: nn.Module, name: str, old: Tensor, version: int, values: Tensor) -> bool:
+    """Say whether a buffer was written to or replaced.
+
+    At a fixed point only the version tells, and torch's batch normalization does not count its
+    changes. One buffer that has moved therefore stands for all of its module.
+    """
+    now = getattr(module, name, old)
+    if now is not old or _version(now) != version:
+        return True
+    return now.layout is torch.strided and not now.is_meta and not torch.equal(now, values)
 
 
 def _read(buffers: Buffers) -> Buffers:
-    """Return the present state of the same buffers."""
-    present = ((module, name, getattr(module, name)) for module, name, *_ in buffers)
-    return [(module, name, b, b._version, b.detach().clone()) for module, name, b in present]
+    """Return the present state of the same buffers, without those that are None now."""
+    present = ((module, name, getattr(module, name, None)) for module, name, *_ in buffers)
+    return [_entry(module, name, b) for module, name, b in present if b is not None]
 
 
 @torch.no_grad()
 def _write(buffers: Buffers) -> None:
     for module, name, tensor, _, values in buffers:
-        if getattr(module, name) is not tensor:
+        if getattr(module, name, None) is not tensor:
             setattr(module, name, tensor)
         tensor.copy_(values)
 

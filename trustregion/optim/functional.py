@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from ..arguments import is_number, shown
+from ..arguments import as_count, as_not_negative
 from ..operators.base import FunctionOperator
 from ..operators.ggn import GGNOperator
 from ..status import Status
@@ -141,9 +141,8 @@ def least_squares(
         Marquardt, An algorithm for least-squares estimation of nonlinear parameters, 1963.
 
     """
-    for name, tolerance in (("ftol", ftol), ("xtol", xtol), ("gtol", gtol)):
-        if not (is_number(tolerance) and 0 <= tolerance < math.inf):
-            raise ValueError(f"{name} must be finite and not negative, got {shown(tolerance)}")
+    ftol, xtol = as_not_negative("ftol", ftol), as_not_negative("xtol", xtol)
+    gtol = as_not_negative("gtol", gtol)
     point = Point(fun, x0)
     D = point.sizes(x_scale).reciprocal()
     optimizer = NewtonTrustRegion(
@@ -204,7 +203,7 @@ def _jacobian(point: Point, loss: Tensor, r: Tensor) -> Tensor | None:
 
 
 def _judged(end: _End, J: Tensor | None, g: Tensor, cost: float) -> _End:
-    """Return the end of a fit, as converged if only rounding rejected its last step.
+    """Return the end of a fit, converged if only the rounding of the cost rejected its last step.
 
     This is assumed if a Gauss-Newton step predicts a relative reduction of at most the square root
     of the machine epsilon, below which an optimizer takes the losses of two calls for equal.
@@ -246,8 +245,7 @@ def _search(
     met: Met = lambda *_: "",
 ) -> _End:
     """Take steps until one of them does not move the point or meets a tolerance."""
-    if isinstance(max_iter, bool) or not isinstance(max_iter, int) or max_iter < 0:
-        raise ValueError(f"max_iter must be an integer and not negative, got {max_iter!r}")
+    max_iter = as_count("max_iter", max_iter)
     status, detail, nit, products = Status.MAX_ITER, "", 0, 0
     while status is Status.MAX_ITER and nit < max_iter:
         before = point.vector.values()
@@ -273,9 +271,11 @@ def _search(
 def _result(point: Point, end: _End, g: Tensor, gtol: float, **fields: Any) -> OptimizeResult:
     """Return the result of a search at its last point, where the gradient is ``g``."""
     optimality, status, detail = g.abs().max().item(), end.status, end.detail
+    largest = f"the largest entry of the gradient is {optimality:.3g}, and gtol is {gtol:.3g}"
     if status in (Status.CONVERGED, Status.MAX_ITER) and optimality <= gtol:
-        status = Status.CONVERGED  # The last step that the limit allows may be the one that met it.
-        detail = f"the largest entry of the gradient is {optimality:.3g}, and gtol is {gtol:.3g}"
+        status, detail = Status.CONVERGED, largest  # The last step of the limit may have met it.
+    elif status is Status.REJECTED_RATIO:
+        detail = f"{largest}; {detail}" if detail else largest
     message = f"{status}" + (f" ({detail})" if detail else "")
     if status is Status.CONVERGED:
         message = f"Converged: {detail}."

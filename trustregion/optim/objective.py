@@ -32,7 +32,8 @@ class Values:
         kl: KL(old || new) in nats, from float64; 0 without a prediction.
         largest_kl: The KL of the sample where it is largest, if it was asked for.
         constraints: The closure's constraint values.
-        buffers: The buffers that the call has moved, as it left them.
+        moved: The call moved buffers, in some process.
+        buffers: The buffers that the call moved in this process, as it left them.
 
     """
 
@@ -40,6 +41,7 @@ class Values:
     kl: float
     largest_kl: float | None = None
     constraints: tuple[float, ...] = ()
+    moved: bool = False
     buffers: Buffers
 
     @property
@@ -200,10 +202,16 @@ class Objective:
                 f" under torch.enable_grad() in the closure (torch said: {error})"
             ) from error
 
-    def at(self, theta: Tensor, *, largest_kl: bool = False) -> Values:
+    def at(self, theta: Tensor, *, largest_kl: bool = False, settle: bool = True) -> Values:
         """Write other parameters, and return the values there; NaN where they are not finite.
 
         The graph of the first evaluation is released.
+
+        Args:
+            theta: The parameters, shape ``(n,)``.
+            largest_kl: Measure the KL of the sample where it is largest, too.
+            settle: Repeat the call until its values do not move with the buffers.
+
         """
         if not bool(theta.isfinite().all()):
             nothing = (math.nan,) * len(self.constraints)
@@ -212,7 +220,9 @@ class Objective:
         self._moved = True
         self.vector.assign(theta)
         values = self._measure(largest_kl=largest_kl)
-        return self._settled(values, largest_kl=largest_kl) if values.buffers else values
+        if not (settle and values.moved):
+            return values
+        return self._settled(values, largest_kl=largest_kl)
 
     def _settled(self, values: Values, *, largest_kl: bool) -> Values:
         """Repeat a call whose buffers move until its values do not move with them.
@@ -232,7 +242,7 @@ class Objective:
     def _measure(self, buffers: Buffers | None = None, *, largest_kl: bool = False) -> Values:
         """Return the values at the present parameters."""
         m, top = len(self.constraints), self.theta.new_zeros(1, dtype=torch.float64)
-        like = self.theta.new_zeros(2 + m, dtype=torch.float64)
+        like = self.theta.new_zeros(3 + m, dtype=torch.float64)
 
         def measure() -> Tensor:
             new = self.evaluate(buffers)
@@ -246,15 +256,17 @@ class Objective:
                 kl = self._old.mean_kl(new.joint).reshape(1)
                 if largest_kl:
                     top.copy_(self._old.largest_kl(new.joint).reshape(1))
-            return torch.cat([new.loss.detach().reshape(1).to(kl), kl, new.constraints.to(kl)])
+            loss, moved = new.loss.detach().reshape(1).to(kl), bool(self._calls.left)
+            return torch.cat([loss, kl, kl.new_tensor([moved]), new.constraints.to(kl)])
 
-        loss, kl, *constraints = self.processes.mean(measure, like, self.share).tolist()
+        loss, kl, moved, *constraints = self.processes.mean(measure, like, self.share).tolist()
         largest = self.processes.largest(lambda: top, top).item() if largest_kl else None
         return Values(
             loss=loss,
             kl=kl,
             largest_kl=largest,
             constraints=tuple(constraints),
+            moved=moved > 0,
             buffers=self._calls.left,
         )
 
@@ -291,7 +303,7 @@ class Objective:
 
         """
         start = Values(loss=self.loss, kl=0.0, buffers=[])
-        different = self._compare(start, self.at(self.theta), promised)
+        different = self._compare(start, self.at(self.theta, settle=False), promised)
         if different:
             self.note(status=Status.NOT_REPRODUCIBLE, detail=different)
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..operators.base import OperatorLike
 from ..preconditioners import KFAC, Gated, Preconditioner
+from ..preconditioners.gate import check_preconditioner
 from ..status import Status
 from ..vector import ParameterVector
 from .closure import Evaluation
@@ -52,6 +53,7 @@ class TrustRegionOptimizer(torch.optim.Optimizer):
         process_group: ProcessGroup | bool | None,
     ) -> None:
         self.info, self._repeats, self._modules = None, False, None
+        check_preconditioner(preconditioner)
         self.preconditioner, self.process_group = preconditioner, process_group
         super().__init__(params, defaults)
 

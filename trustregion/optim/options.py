@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, TypeVar
+from functools import partial
+from typing import Any, ClassVar, TypeVar
 
 from torch import Tensor
+
+from ..arguments import as_count, as_not_negative, as_number, as_number_in, as_positive
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,50 +89,33 @@ class Region:
 
 @dataclass(frozen=True)
 class SharedOptions:
-    """The options of both optimizers, as the parameter groups hold them."""
+    """The options of both optimizers, as the parameter groups hold them.
+
+    ``checks`` holds the check of each option, which also converts what a scheduler has written to
+    a plain number; None stays None where it is the default.
+    """
 
     maximize: bool
     warm_start: float
     damping_factor: float | None
 
+    checks: ClassVar[dict[str, Callable[[str, Any], Any]]] = {
+        "warm_start": partial(as_number_in, interval="[0, 1]"),
+        "damping_factor": partial(as_number_in, interval="(1, inf)"),
+    }
+    optional: ClassVar[set[str]] = {"damping_factor"}
+
     def __post_init__(self) -> None:
-        """Check the ranges, and turn the tensors that a schedule may write into floats."""
-        self._in_range("warm_start", 0 <= self._number("warm_start") <= 1, "lie in [0, 1]")
-        if self.damping_factor is not None:
-            self._in_range(
-                "damping_factor", 1 < self._number("damping_factor") < math.inf, "exceed 1"
-            )
+        """Check and convert each option."""
+        for name, check in self.checks.items():
+            value = getattr(self, name)
+            if not (value is None and name in self.optional):
+                object.__setattr__(self, name, check(name, value))
 
     @property
     def sign(self) -> float:
         """The factor that turns the closure's loss into one to minimize."""
         return -1.0 if self.maximize else 1.0
-
-    def _number(self, name: str) -> float:
-        value = getattr(self, name)
-        if isinstance(value, (bool, str)):
-            raise ValueError(f"{name} must be a number, got {value!r}")
-        try:
-            object.__setattr__(self, name, float(value))
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{name} must be a number, got {value!r}") from error
-        return getattr(self, name)
-
-    def _positive(self, name: str, *, infinite: bool = False, zero: bool = False) -> None:
-        value = self._number(name)
-        fits = (value > 0 or (zero and value == 0)) and (infinite or value < math.inf)
-        finite = "" if infinite else " and finite"
-        self._in_range(name, fits, f"be {'not negative' if zero else 'positive'}{finite}")
-
-    def _count(self, name: str, least: int) -> None:
-        value = getattr(self, name)
-        whole = isinstance(value, int) and not isinstance(value, bool) and value >= least
-        least_words = f"of at least {least}" if least else "and not negative"
-        self._in_range(name, whole, f"be an integer {least_words}")
-
-    def _in_range(self, name: str, fits: bool, expected: str) -> None:
-        if not fits:
-            raise ValueError(f"{name} must {expected}, got {getattr(self, name)}")
 
 
 @dataclass(frozen=True)
@@ -148,28 +134,30 @@ class NaturalOptions(SharedOptions):
     kl_target: float | None
     max_delta: float | None
 
+    checks: ClassVar = SharedOptions.checks | {
+        "delta": as_number,
+        "damping": lambda name, value: _several(name, value, as_not_negative),
+        "cg_max_iter": partial(as_count, least=1),
+        "cg_rtol": partial(as_number_in, interval="[0, 1)"),
+        "backtrack_factor": partial(as_number_in, interval="(0, 1)"),
+        "max_backtracks": as_count,
+        "scales": lambda name, value: _several(name, value, as_positive, always=True),
+        "max_kl": as_positive,
+        "penalty": as_positive,
+        "kl_target": as_positive,
+        "max_delta": as_positive,
+    }
+    optional: ClassVar = {"damping_factor", "max_kl", "penalty", "kl_target", "max_delta"}
+
     def __post_init__(self) -> None:
-        """Check the ranges."""
+        """Check and convert each option, and check what they say together."""
         super().__post_init__()
-        delta = self._number("delta")
-        if not (delta > 0 and (delta < math.inf or self.penalty is not None)):
+        if not (self.delta > 0 and (self.delta < math.inf or self.penalty is not None)):
             raise ValueError(
                 f"delta must be a positive KL radius in nats, got {self.delta}; 0.01 is usual in"
                 " reinforcement learning, 0.1 to 1 in supervised learning. It may be infinite with"
                 " penalty="
             )
-        self._dampings()
-        self._count("cg_max_iter", 1)
-        self._in_range("cg_rtol", 0 <= self._number("cg_rtol") < 1, "lie in [0, 1)")
-        factor = self._number("backtrack_factor")
-        self._in_range("backtrack_factor", 0 < factor < 1, "lie between 0 and 1")
-        self._count("max_backtracks", 0)
-        object.__setattr__(self, "scales", _numbers("scales", self.scales))
-        fits = len(self.scales) > 0 and all(0 < a < math.inf for a in self.scales)
-        self._in_range("scales", fits, "hold positive numbers, fractions of the length to the edge")
-        for name in ("max_kl", "penalty", "kl_target", "max_delta"):
-            if getattr(self, name) is not None:
-                self._positive(name)
         if self.kl_target is not None and self.penalty is None:
             raise ValueError("kl_target adapts the penalty of the KL: pass penalty= to start from")
         if self.max_delta is not None and not self.delta <= self.max_delta:
@@ -177,14 +165,6 @@ class NaturalOptions(SharedOptions):
                 f"max_delta is the largest radius that delta may grow to, got {self.max_delta} for"
                 f" a delta of {self.delta}"
             )
-
-    def _dampings(self) -> None:
-        if isinstance(self.damping, (tuple, list)):
-            object.__setattr__(self, "damping", _numbers("damping", self.damping))
-        else:
-            self._number("damping")
-        fits = len(self.dampings) > 0 and all(0 <= d < math.inf for d in self.dampings)
-        self._in_range("damping", fits, "be finite and not negative")
         if self.damping_factor is not None and len(self.dampings) > 1:
             raise ValueError(
                 "damping_factor moves one damping between steps, and several dampings are compared"
@@ -194,16 +174,7 @@ class NaturalOptions(SharedOptions):
     @property
     def dampings(self) -> list[float]:
         """The dampings to choose from."""
-        return list(self.damping) if isinstance(self.damping, tuple) else [self.damping]
-
-
-def _numbers(name: str, given: object) -> tuple[float, ...]:
-    try:
-        if not isinstance(given, Iterable):
-            raise TypeError
-        return tuple(float(value) for value in given)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{name} must be a tuple of numbers, got {given!r}") from error
+        return [*self.damping] if isinstance(self.damping, tuple) else [self.damping]
 
 
 @dataclass(frozen=True)
@@ -218,22 +189,36 @@ class NewtonOptions(SharedOptions):
     max_rejections: int
     metric_damping: float
 
+    checks: ClassVar = SharedOptions.checks | {
+        "radius": partial(as_positive, infinite=True),
+        "damping": as_not_negative,
+        "max_iter": partial(as_count, least=1),
+        "rtol": partial(as_number_in, interval="[0, 1)"),
+        "gtol": as_not_negative,
+        "max_rejections": as_count,
+        "metric_damping": as_positive,
+    }
+    optional: ClassVar = {"damping_factor", "rtol"}
+
     def __post_init__(self) -> None:
-        """Check the ranges."""
+        """Check and convert each option, and check what they say together."""
         super().__post_init__()
-        self._positive("radius", infinite=True)
-        self._positive("damping", zero=True)
-        self._count("max_iter", 1)
-        self._positive("gtol", zero=True)
-        if self.rtol is not None:
-            self._in_range("rtol", 0 <= self._number("rtol") < 1, "lie in [0, 1), or be None")
-        self._count("max_rejections", 0)
-        self._positive("metric_damping")
         if self.radius == math.inf and self.damping == 0:
             raise ValueError(
                 "an infinite radius leaves the length of a step to the damping, which must be"
                 " positive then: give a finite radius, or a damping such as 1.0"
             )
+
+
+def _several(
+    name: str, value: Any, check: Callable[[str, Any], float], *, always: bool = False
+) -> float | tuple[float, ...]:
+    """Check one number, or a tuple of numbers."""
+    if not (always or isinstance(value, (tuple, list))):
+        return check(name, value)
+    if not isinstance(value, Iterable) or isinstance(value, str) or not (given := tuple(value)):
+        raise ValueError(f"{name} must be a tuple of numbers, got {value!r}")
+    return tuple(check(name, number) for number in given)
 
 
 def flat(name: str, record: object, kind: type[Search | Adapt | Region]) -> dict[str, Any]:
@@ -252,12 +237,6 @@ def option_names(kind: type[SharedOptions]) -> list[str]:
     return [field.name for field in fields(kind)]
 
 
-def _rate(lr: float | Tensor) -> float:
-    if isinstance(lr, Tensor) and lr.numel() != 1:
-        raise ValueError(f"Tensor lr must be 1-element, got shape {tuple(lr.shape)}")
-    return float(lr)
-
-
 OptionsT = TypeVar("OptionsT", bound=SharedOptions)
 
 
@@ -271,9 +250,9 @@ def shared_options(groups: Sequence[dict[str, Any]], kind: type[OptionsT]) -> Op
     shared = option_names(kind)
     each = [kind(**{key: group[key] for key in shared}) for group in groups]
     for i, (group, options) in enumerate(zip(groups, each, strict=True)):
-        lr = _rate(group["lr"])
-        if not (lr >= 0 and math.isfinite(lr)):
-            raise ValueError(f"lr must be finite and not negative, got {lr}")
+        if isinstance(lr := group["lr"], Tensor) and lr.numel() != 1:
+            raise ValueError(f"Tensor lr must be 1-element, got shape {tuple(lr.shape)}")
+        as_not_negative("lr", lr)
         for key in shared:
             first, other = getattr(each[0], key), getattr(options, key)
             if first != other:

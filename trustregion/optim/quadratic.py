@@ -55,6 +55,14 @@ class TrialStep:
         """Return the reduction of the model along ``scale`` times the step."""
         return scale * self.decrease - 0.5 * scale**2 * self.curvature
 
+    @property
+    def largest_reduction(self) -> float:
+        """The largest reduction of the model along the step at any length, which may be infinite.
+
+        Unlike the reduction of the step itself, it does not vanish with the size of the region.
+        """
+        return self.decrease**2 / (2 * self.curvature) if self.curvature > 0 else math.inf
+
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
@@ -125,11 +133,15 @@ def within_radius(model: Model, damping: float) -> Minimizer:
 
 def truncated(model: Model, damping: float) -> Minimizer:
     """Minimize by Steihaug's method: a smaller ball ends the same path of iterates earlier."""
-    path = _Remembered(model.damped(damping))
+    A, M = _Remembered(model.damped(damping)), None
+    if model.M is not None:
+        M = _Remembered(model.M)  # The Fisher metric, too, is read off the graph.
 
     def solve(radius: float) -> TrialStep:
-        path.rewind()
-        found = steihaug(path, model.g, radius, M=model.M, rtol=model.rtol, max_iter=model.max_iter)
+        A.rewind()
+        if M is not None:
+            M.rewind()
+        found = steihaug(A, model.g, radius, M=M, rtol=model.rtol, max_iter=model.max_iter)
         return _region_step(model, found, damping)
 
     return solve

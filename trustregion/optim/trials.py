@@ -27,6 +27,7 @@ class Trial:
         predicted: The reduction that the model predicts.
         rho: The actual over the predicted reduction.
         lower: The loss is finite and lower than before.
+        minimal: The loss did not fall, and at no length of the step should it fall visibly.
 
     """
 
@@ -34,6 +35,7 @@ class Trial:
     predicted: float
     rho: float
     lower: bool
+    minimal: bool
 
     @property
     def fits(self) -> bool:
@@ -52,8 +54,9 @@ def measure(objective: Objective, step: TrialStep, scale: float = 1.0) -> Trial:
     values = objective.at(objective.theta + scale * objective.units.step(step.s))
     number = objective.returned.new_tensor  # in the precision of the closure's loss
     before, after = (objective.sign * number(loss) for loss in (objective.loss, values.loss))
-    rho = reduction_ratio(before, after, predicted)
-    return Trial(values=values, predicted=predicted, rho=rho, lower=bool(after < before))
+    rho, lower = reduction_ratio(before, after, predicted), bool(after < before)
+    minimal = not lower and reduction_ratio(before, after, step.largest_reduction) > 0
+    return Trial(values=values, predicted=predicted, rho=rho, lower=lower, minimal=minimal)
 
 
 def shrink(
@@ -144,6 +147,6 @@ def _report(
     if not math.isfinite(values.loss):
         status = Status.NONFINITE_TRIAL
     elif trial.within_rounding:
-        status = Status.CONVERGED
+        status = Status.CONVERGED if trial.minimal else Status.REJECTED_RATIO
         detail = f"the model predicts a reduction of {trial.predicted:.3g}, which is rounding"
     objective.note(status=status, detail=detail)

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import abc
-import math
 from collections.abc import Mapping
 from typing import Any
 
-from ..arguments import check_count, is_number, shown
 from ..operators.base import LinearOperator
 from ..operators.gauss_newton import GaussNewtonOperator
 from ..solvers.solution import LinearSolution
@@ -80,16 +78,3 @@ def product_work(A: LinearOperator) -> float:
     if not isinstance(A, GaussNewtonOperator):
         return max(1.0, 2.0 * n * n)
     return 8.0 * n * max(y.shape[0] if y.ndim else 1 for y in A.outputs)
-
-
-def check_damping(damping: object) -> None:
-    """Raise a ValueError unless a damping is a finite number and not negative."""
-    if not (is_number(damping) and 0 <= damping < math.inf):
-        raise ValueError(f"damping must be a finite number and not negative, got {shown(damping)}")
-
-
-def check_positive(name: str, value: object) -> None:
-    """Raise a ValueError unless a count is a positive integer."""
-    check_count(name, value)
-    if not value:
-        raise ValueError(f"{name} must be a positive integer, got {shown(value)}")

@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..arguments import check_positive_count
 from ..operators.base import FunctionOperator, Identity, LinearOperator, congruent
 from ..solvers.cg import cg
 from ..solvers.solution import LinearSolution
 from ..status import Status
-from .base import Preconditioner, check_positive
+from .base import Preconditioner
 
 _BROKEN = (Status.NONFINITE_OPERATOR, Status.INDEFINITE_PRECONDITIONER, Status.BREAKDOWN)
 
@@ -70,7 +71,7 @@ class Gated:
                 f"a Preconditioner is needed, got {type(preconditioner).__name__}: pass an operator"
                 " that approximates the inverse to the solver, as M="
             )
-        check_positive("retest", retest)
+        check_positive_count("retest", retest)
         self.preconditioner, self.retest = preconditioner, retest
         self.enabled: bool | None = None
         self.gain = 1.0

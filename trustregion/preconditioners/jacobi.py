@@ -7,12 +7,12 @@ from contextlib import suppress
 import torch
 from torch import Tensor
 
-from ..arguments import finite, is_number, shown
+from ..arguments import check_damping, check_positive_count, finite, is_number, shown
 from ..operators.base import FunctionOperator, Identity, LinearOperator
 from ..operators.gauss_newton import GaussNewtonOperator
 from ..solvers.spectrum import diagonal
 from ..vector import exponent, ldexp
-from .base import Preconditioner, check_damping, check_positive
+from .base import Preconditioner
 from .output_noise import CoupledSamples, Samples, cotangents
 
 
@@ -78,8 +78,8 @@ class Jacobi(Preconditioner):
         if not (is_number(decay) and 0 <= decay < 1):
             raise ValueError(f"decay must lie in [0, 1), got {shown(decay)}")
         if probes != "exact":
-            check_positive("probes", probes)
-        check_positive("every", every)
+            check_positive_count("probes", probes)
+        check_positive_count("every", every)
         self.exponent, self.every = exponent, every
         self.probes: Samples = probes
         self.decay, self.seed = decay, seed

@@ -9,12 +9,12 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from ..arguments import check_count, finite, is_number, shown
+from ..arguments import check_count, check_damping, check_positive_count, finite, is_number, shown
 from ..linearise import linearise
 from ..operators.base import LinearOperator
 from ..operators.gauss_newton import GaussNewtonOperator
 from ..vector import ParameterVector
-from .base import Preconditioner, check_damping, check_positive, product_work
+from .base import Preconditioner, product_work
 from .kfac_factors import Factors, measure
 from .kfac_layers import Layer, dense_layers, recorded_layers
 from .kronecker import KroneckerBlock, KroneckerInverse
@@ -121,8 +121,8 @@ class KFAC(Preconditioner):
                 "the module holds no Linear or Conv2d layer: KFAC has nothing to approximate in it"
             )
         if samples != "exact":
-            check_positive("samples", samples)
-        check_positive("every", every)
+            check_positive_count("samples", samples)
+        check_positive_count("every", every)
         check_count("seed", seed)
         if not (is_number(decay) and 0 <= decay < 1):
             raise ValueError(f"decay must be a number from 0 up to but not 1, got {shown(decay)}")

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..arguments import finite
+from ..arguments import check_damping, check_positive_count, finite
 from ..operators.base import FunctionOperator, Identity, LinearOperator
 from ..vector import exponent, ldexp
-from .base import Preconditioner, check_damping, check_positive, product_work
+from .base import Preconditioner, product_work
 
 
 class Nystrom(Preconditioner):
@@ -55,8 +55,8 @@ class Nystrom(Preconditioner):
 
     def __init__(self, rank: int, *, every: int = 20, seed: int = 0) -> None:
         super().__init__()
-        check_positive("rank", rank)
-        check_positive("every", every)
+        check_positive_count("rank", rank)
+        check_positive_count("every", every)
         self.rank, self.every, self.seed = rank, every, seed
 
     @torch.no_grad()

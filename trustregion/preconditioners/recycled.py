@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..arguments import finite
+from ..arguments import check_damping, check_positive_count, finite
 from ..operators.base import FunctionOperator, Identity, LinearOperator
 from ..solvers.solution import LinearSolution
 from ..vector import exponent, ldexp
-from .base import Preconditioner, check_damping, check_positive, product_work
+from .base import Preconditioner, product_work
 
 
 class Recycled(Preconditioner):
@@ -59,7 +59,7 @@ class Recycled(Preconditioner):
 
     def __init__(self, rank: int = 5) -> None:
         super().__init__()
-        check_positive("rank", rank)
+        check_positive_count("rank", rank)
         self.rank = rank
         self._watched: _Watched | None = None
 

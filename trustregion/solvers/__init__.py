@@ -3,7 +3,8 @@
 from .cg import cg
 from .constrained import ConstrainedStep, constrained_kl_ball_step
 from .dense import trust_region_dense
-from .dual import DualSolution, dual_is_cheaper, dual_solve
+from .dual import DualSolution, dual_solve
+from .dual_cost import dual_is_cheaper
 from .fixed import FixedSolution, fixed_cg
 from .gltr import gltr
 from .kl_ball import Step, kl_ball_step, kl_penalty_step

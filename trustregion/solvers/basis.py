@@ -34,16 +34,16 @@ class Basis:
 
 
 class Residuals:
-    """The residuals of conjugate gradients, and their images under ``M`` if there is one."""
+    """The residuals of conjugate gradients, and their images under ``M`` if it is given."""
 
     def __init__(self, like: Tensor, preconditioned: bool) -> None:
         self._r = Basis(like)
         self._z = Basis(like) if preconditioned else self._r
 
     def take_off(self, r_next: Tensor, r: Tensor, z: Tensor, rz: float) -> float:
-        """Keep ``r`` and ``z = M r``; make ``r_next`` orthogonal to all kept, in place.
+        """Store ``r`` and ``z = M r``, and orthogonalize ``r_next`` in place against all stored.
 
-        Returns the size of what was taken off.
+        Returns the norm of the part that was removed.
         """
         scale = 1 / math.sqrt(rz)
         self._r.append(r * scale)
@@ -58,7 +58,7 @@ class Residuals:
 def orthogonalize(r: Tensor, W: Tensor, Q: Tensor) -> Tensor:
     """Return ``r - W' (Q r)``, twice over, for rows with ``Q W' = I``.
 
-    One pass leaves ``eps |r|`` in the span, which is much where little of ``r`` is left. Cost:
+    A single pass leaves ``eps |r|`` in the span, which is much if little of ``r`` remains. Cost:
     ``8 k n`` operations for ``k`` rows.
 
     References:

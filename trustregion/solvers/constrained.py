@@ -8,12 +8,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..arguments import REAL, check_radius, check_vector, finite
+from ..arguments import REAL, as_not_negative, check_radius, check_vector, finite
 from ..operators.base import Identity, OperatorLike, as_operator
 from ..status import Status
 from ..vector import dot, exponent, ldexp, norm, scalar_ldexp
 from .cg import cg
-from .nnls import TOUCHING, BallPoint, lowest_in_ball
+from .lowest import TOUCHING, BallPoint, lowest_in_ball
 
 EPS, TINY = torch.finfo(torch.float64).eps, 2.0**-500
 
@@ -27,19 +27,20 @@ class ConstrainedStep:
 
     Attributes:
         s: the step, shape ``(n,)``; finite, and within the ball.
-        status: that of the first linear solve that did not converge; else ``ZERO_CURVATURE`` where
-            the KL does not see a solution, ``INFEASIBLE`` where no step in the ball satisfies the
-            constraints and ``s`` recovers from that, ``STAGNATED`` where rounding violates one or
-            hides the minimiser, and ``CONVERGED`` where ``s`` is the minimiser.
-        predicted_reduction: how much the linear model falls along ``s``: ``-g's``.
-        multipliers: :math:`\mu \ge 0`, shape ``(m,)``; zero where ``INFEASIBLE``.
-        ball_multiplier: :math:`\nu \ge 0`; zero inside the ball. Infinite, as are those of the
-            active constraints, where the feasible set is a single point.
-        constraint_values: ``b + a s`` as the returned ``s`` has them, shape ``(m,)``, float64.
-        feasible: they are not positive, up to the rounding of ``s``.
+        status: the status of the first linear solve that did not converge. Otherwise
+            ``ZERO_CURVATURE`` if the metric vanishes on a solution, ``INFEASIBLE`` if no step in
+            the ball satisfies the constraints and ``s`` reduces their violation, ``STAGNATED`` if
+            rounding violates a constraint or hides the minimizer, and ``CONVERGED`` if ``s`` is the
+            minimizer.
+        predicted_reduction: the decrease of the linear model along ``s``, ``-g's``.
+        multipliers: :math:`\mu \ge 0`, shape ``(m,)``; zero if ``INFEASIBLE``.
+        ball_multiplier: :math:`\nu \ge 0`; zero inside the ball. If the feasible set is a single
+            point, it and the multipliers of the active constraints are infinite.
+        constraint_values: ``b + a s`` for the returned ``s``, shape ``(m,)``, float64.
+        feasible: whether no constraint value is positive, up to the rounding of ``s``.
         kl_model: :math:`\frac12 s'Fs`, at most ``delta``.
-        products: products with ``A``.
-        iterations: of the longest linear solve.
+        products: the number of products with ``A``.
+        iterations: the number of iterations of the longest linear solve.
     """
 
     s: Tensor
@@ -67,40 +68,41 @@ def constrained_kl_ball_step(
     rtol: float = 1e-5,
     max_iter: int | None = None,
 ) -> ConstrainedStep:
-    r"""Minimise :math:`g's` subject to :math:`\frac12 s'Hs \le \delta` and :math:`b + as \le 0`.
+    r"""Minimize :math:`g's` subject to :math:`\frac12 s'Hs \le \delta` and :math:`b + as \le 0`.
 
-    :math:`H = F + \lambda I` is also the metric of the ball, which lies within the ball of ``F``:
-    scaling up to that, as :func:`kl_ball_step` does, could break a constraint.
+    The metric of the ball is :math:`H = F + \lambda I`, so that it lies inside the ball of ``F``.
+    Scaling up to the ball of ``F``, as :func:`kl_ball_step` does, could violate a constraint.
 
     The systems :math:`H x = v` for ``g`` and each row of ``a`` are solved together by :func:`cg`.
-    The problem is then solved exactly on the span of the solutions, with the values ``HX`` and
-    ``v'X`` as they are and not as an exact solve would have them: the ball and the constraints
-    hold to rounding however inexact the solves, which only cost descent. Directions of the span
-    below the accuracy of the solves are left out.
+    The problem is then solved exactly on the span of the solutions, with the computed ``HX`` and
+    ``v'X``. The ball and the constraints therefore hold to rounding even if the solves are inexact,
+    which only costs descent. Directions of the span below the accuracy of the solves are dropped.
 
     In the coordinates ``y`` where the ball is the unit ball, :math:`y(t)`, the point of the
-    polyhedron nearest to :math:`-tc`, minimises :math:`c'y` at the ball multiplier
-    :math:`1/t`. It is piecewise linear, and its norm grows with ``t``: a Newton iteration in a
-    bracket finds the piece that meets the sphere, and the crossing follows in closed form. For one
-    constraint this is the dual of constrained policy optimisation. Where no point of the ball is
-    feasible, the step goes along the shortest feasible one to the edge; if the constraints
-    contradict each other, along the shortest of those with the least sum of squared violations,
-    each measured as a distance in the metric. Cost: ``m + 1`` solves, ``m + 1`` products more.
+    polyhedron nearest to :math:`-tc`, minimizes :math:`c'y` at the ball multiplier
+    :math:`1/t`. It is piecewise linear, and its norm grows with ``t``. A bracketed Newton iteration
+    finds the piece that meets the sphere, and the crossing follows in closed form. For one
+    constraint this is the dual of constrained policy optimization. If no point of the ball is
+    feasible, the step goes to the edge along the shortest feasible step. If the constraints
+    contradict each other, it goes along the shortest step with the least sum of squared violations,
+    each measured as a distance in the metric. Cost: ``m + 1`` solves and ``m + 1`` more products.
 
     Args:
         A: F, the Fisher matrix or another positive semidefinite operator.
         g: the gradient of the loss, shape ``(n,)``, float32 or float64.
         delta: radius of the ball in nats.
-        a: gradients of the constraints, shape ``(m, n)``, or ``(n,)`` for one.
-        b: their values at ``s = 0``, shape ``(m,)``, or a number for one. Positive: violated.
+        a: gradients of the constraints, shape ``(m, n)``, or ``(n,)`` for one constraint.
+        b: values of the constraints at ``s = 0``, shape ``(m,)``, or a number for one constraint.
+            A positive value is a violation.
         M: preconditioner for :func:`cg`.
-        damping: lambda.
-        rtol: tolerance of the solves.
-        max_iter: limit on their iterations.
+        damping: :math:`\lambda`.
+        rtol: relative tolerance of the solves.
+        max_iter: maximum number of iterations of the solves.
 
     Raises:
-        TypeError: ``g`` or ``a`` is not a real floating tensor, or ``A`` or ``M`` not an operator.
-        ValueError: shapes or dtypes do not fit, ``m = 0``, or a number is out of its range.
+        TypeError: ``g`` or ``a`` is not a real floating-point tensor, or ``A`` or ``M`` is not an
+            operator.
+        ValueError: shapes or dtypes do not match, ``m = 0``, or a number is out of its range.
 
     Example:
         >>> F, g, a = torch.eye(2), torch.tensor([1.0, 0.0]), torch.tensor([-1.0, 0.0])
@@ -113,8 +115,7 @@ def constrained_kl_ball_step(
     """
     rows, values = _check_constraints(g, a, b)
     check_radius("delta", delta)
-    if not 0 <= damping < math.inf:
-        raise ValueError(f"damping must be finite and not negative, got {damping}")
+    as_not_negative("damping", damping)
     H = as_operator(A, g)
     H = H + damping * Identity(g.numel(), g.dtype, g.device) if damping else H
     problem = _Problem.of(torch.cat([g.unsqueeze(0), rows]), values, delta, damping)
@@ -222,7 +223,7 @@ class _Problem:
         return cls(torch.stack(units), powers, b, delta, damping)
 
     def solve(self, basis: _Basis) -> tuple[Tensor, BallPoint, Tensor]:
-        """Return the minimiser in the span of the basis in float64, its multipliers, and slack.
+        """Return the minimizer in the span of the basis in float64, its multipliers, and slack.
 
         The slack of a constraint is its value at zero where the ball's radius is not known so well.
         """

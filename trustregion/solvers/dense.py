@@ -1,4 +1,4 @@
-"""The trust-region subproblem by a full eigen-decomposition, for small n."""
+"""The trust-region subproblem by a full eigendecomposition, for small n."""
 
 from __future__ import annotations
 
@@ -28,31 +28,32 @@ def trust_region_dense(
     rtol: float | Callable[[float], float] = 1e-5,
     atol: float = 0.0,
 ) -> SubproblemSolution:
-    r"""Minimise :math:`g's + \frac12 s'As` over :math:`\|s\| \le \Delta`, globally, for small n.
+    r"""Minimize :math:`g's + \frac12 s'As` over :math:`\|s\| \le \Delta`, globally, for small n.
 
     The norm is :math:`\|s\|^2 = s'M^{-1}s`. With :math:`M = LL'` and :math:`s = Lz` the problem is
-    one in :math:`L'AL` and the Euclidean norm; its eigenvalues reduce it to one equation in one
-    unknown. The whole spectrum is known, so the hard case needs no luck, and ``g = 0`` leads along
-    the leftmost eigenvector if ``A`` is indefinite. Float64 throughout.
+    one in :math:`L'AL` and the Euclidean norm, whose eigenvalues reduce it to one equation in one
+    unknown. As the whole spectrum is known, the hard case is always recognized, and for ``g = 0``
+    and an indefinite ``A`` the step follows the leftmost eigenvector. All computations are in
+    float64.
 
     Cost: ``n`` products with an operator or a callable, none with a matrix, and about ``10 n^3``
-    operations: cheaper than :func:`gltr` up to some hundred unknowns.
+    operations. This is cheaper than :func:`gltr` for up to a few hundred unknowns.
 
     Args:
         A: a square tensor, a :class:`LinearOperator` or a callable; symmetric, may be indefinite.
         g: the gradient, shape ``(n,)``, float32 or float64.
         radius: :math:`\Delta`, positive.
         M: preconditioner, positive definite; the metric is its inverse.
-        rtol: tolerance on the residual relative to the norm of ``g``, or a rule that makes it from
-            that norm; for the status.
+        rtol: tolerance on the residual relative to the norm of ``g``, or a function
+            of that norm that returns it; for the status.
         atol: absolute tolerance, for the status.
 
     Returns:
-        The step, ``CONVERGED``, or ``STAGNATED`` where its rounding is above the tolerance.
+        The step, with status ``CONVERGED``, or ``STAGNATED`` if its rounding exceeds the tolerance.
 
     Raises:
-        TypeError: ``g`` is not a real floating vector, or ``A`` or ``M`` is not an operator.
-        ValueError: shapes or dtypes do not fit, the radius is not positive, or a tolerance is
+        TypeError: ``g`` is not a real floating-point vector, or ``A`` or ``M`` is not an operator.
+        ValueError: shapes or dtypes do not match, the radius is not positive, or a tolerance is
             negative.
 
     Example:
@@ -87,14 +88,14 @@ def trust_region_dense(
     z = V @ found.h
     s = z if L is None else L @ z
     y = z if L is None else torch.linalg.solve_triangular(L.T, z[:, None], upper=True)[:, 0]
-    if found.on_boundary:  # h is exactly there, its rotation to rounding
+    if found.on_boundary:  # h is there exactly, its rotation up to rounding
         s = s / math.sqrt(dot(s / problem.radius, y / problem.radius))
     s = s - problem.rounding(s)
     As = matrix @ s
     r, pull = problem.b - As, found.multiplier * y
     residual = norm(r - pull)
     tolerance = Tolerance(rtol, atol).of(problem.b, problem.e)
-    if not g.any() and not callable(rtol):  # there is no |g| to be relative to
+    if not g.any() and not callable(rtol):  # rtol is then relative to the pull of the multiplier
         tolerance = max(tolerance, rtol * norm(pull))
     below = residual <= tolerance
     return problem.account(

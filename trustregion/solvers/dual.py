@@ -1,4 +1,4 @@
-"""The damped system of a metric ``J'HJ``, solved in the smaller of its two spaces."""
+"""The damped system of ``J'HJ``, solved in the space of the outputs or of the parameters."""
 
 from __future__ import annotations
 
@@ -10,12 +10,20 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..arguments import check_count, check_radius, check_tolerances, check_vector, finite
+from ..arguments import (
+    check_count,
+    check_damping,
+    check_radius,
+    check_tolerances,
+    check_vector,
+    finite,
+)
 from ..operators.base import LinearOperator, OperatorLike, as_operator, to_dense
 from ..operators.map import DenseMap, LinearMap, as_map, wide_mv, wide_rmv
 from ..status import Status
 from ..vector import dot, exponent, ldexp, norm, scalar_ldexp
 from .cg import cg
+from .dual_cost import flops
 from .solution import LinearSolution
 from .stopping import Tolerance
 
@@ -29,61 +37,20 @@ EXPECTED_ITERATIONS = 50
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class DualSolution(LinearSolution):
-    """A :class:`LinearSolution` of ``(scale J'HJ + damping I) x = J'u``, and how it was found.
+    """A :class:`LinearSolution` of ``(scale J'HJ + damping I) x = J'u``, and the method used.
 
-    ``products`` are those with ``J`` and with ``J'``, counted separately and summed.
+    ``products`` is the number of products with ``J`` plus the number of products with ``J'``.
 
     Attributes:
-        method: ``"dual"`` or ``"primal"``: the one that ran.
+        method: the method used, ``"dual"`` or ``"primal"``.
         primal_flops: the operations of the primal method, as :func:`dual_is_cheaper` counts them.
-        dual_flops: those of the dual one.
+        dual_flops: the operations of the dual method.
 
     """
 
     method: Literal["dual", "primal"] = "primal"
     primal_flops: float = 0.0
     dual_flops: float = 0.0
-
-
-def dual_is_cheaper(
-    m: int,
-    n: int,
-    iterations: int,
-    *,
-    product_flops: float | None = None,
-    gram_flops: float | None = None,
-) -> bool:
-    r"""Say whether :func:`dual_solve` needs fewer operations than conjugate gradients.
-
-    With ``p`` operations a product with ``J`` or ``J'``, and :math:`C_K` to make ``K = JJ'``:
-
-    .. math:: \text{primal} = 2 p \cdot \text{iterations}, \quad \text{dual} = C_K + 13 m^3 + 2 p
-
-    By default ``J`` is a matrix at hand: :math:`p = 2mn` and :math:`C_K = m^2 n` (half of a square
-    product, as ``K`` is symmetric); known by its products only, :math:`C_K = m p + m^2 n`. The
-    cubic term is an eigendecomposition, about :math:`9 m^3`, and two products. It is a count, not
-    a time: on one CPU core, ``n`` 1e4 and 1e5, the methods broke even at 0.2 (``m = 1024``) to 3
-    times (``m = 128``) the iterations counted, at 5 times for ``m = 32``.
-
-    Example:
-        >>> dual_is_cheaper(64, 100_000, 50), dual_is_cheaper(2048, 100_000, 50)
-        (True, False)
-
-    References:
-        Golub and Van Loan, Matrix Computations, 2013, section 8.3.
-
-    """
-    primal, dual = _flops(m, n, iterations, product_flops, gram_flops)
-    return dual < primal
-
-
-def _flops(
-    m: int, n: int, iterations: int, product: float | None, gram: float | None
-) -> tuple[float, float]:
-    """Return the operations of the primal and of the dual method."""
-    p = 2.0 * m * n if product is None else product
-    C_K = float(m * m * n) if gram is None else gram
-    return 2 * p * iterations, C_K + 13.0 * m**3 + 2 * p
 
 
 @torch.no_grad()
@@ -100,50 +67,54 @@ def dual_solve(
 ) -> DualSolution:
     r"""Solve :math:`(s J'HJ + \lambda I) x = J'u` in the space of the outputs if that is cheaper.
 
-    ``J`` of shape ``(m, n)`` is the Jacobian of a model's outputs over all samples, ``H`` of shape
-    ``(m, m)`` a positive semi-definite metric of theirs, ``u`` the derivative of the loss in them,
-    so that ``J'u`` is the gradient. By the push-through identity
+    ``J`` of shape ``(m, n)`` is the Jacobian of the outputs of a model over all samples, ``H`` of
+    shape ``(m, m)`` a positive semidefinite metric on the outputs, and ``u`` the derivative of the
+    loss with respect to the outputs, so that ``J'u`` is the gradient. By the push-through identity
 
     .. math:: (s J'HJ + \lambda I)^{-1} J'u = J'(s H K + \lambda I)^{-1} u, \qquad K = JJ'
 
-    its size is ``m``, whatever ``n`` is. That matrix is not symmetric, and LU amplifies null
-    vectors of ``K`` by :math:`1/\lambda`: residuals of 1e-1 at 1e-8 in float32. So ``K = RR'`` is
-    taken from an eigendecomposition without the eigenvalues below ``m eps``, and
+    the system has size ``m``, independently of ``n``. That matrix is not symmetric, and LU
+    amplifies null vectors of ``K`` by :math:`1/\lambda`: at a damping of 1e-8 in float32, residuals
+    reach 1e-1. Therefore ``K = RR'`` is taken from an eigendecomposition without the eigenvalues
+    below ``m eps``, and the solution is
 
     .. math:: (s R'HR + \lambda I) y = R'u, \qquad x = J'(R^+)' y
 
-    which is symmetric and no worse conditioned: ``y`` are coordinates in an orthonormal basis of
-    the range of ``J'``. All this is done in float64 from the rows ``J'e_i``, also for float32, and
-    so is the residual of the ``x`` returned, which alone makes a solve ``CONVERGED``. What is lost
-    is the part of ``J'u`` along singular values of ``J`` below about ``sqrt(m)`` 1e-8 of the
-    largest; where it matters the residual shows it: ``STAGNATED``.
+    The reduced system is symmetric and not worse conditioned: ``y`` holds coordinates in an
+    orthonormal basis of the range of ``J'``. All of this is computed in float64 from the rows
+    ``J'e_i``, also for float32, and so is the residual of the returned ``x``, on which
+    ``CONVERGED`` rests. The part of ``J'u`` along singular values of ``J`` below about ``sqrt(m)``
+    1e-8 times the largest is lost. If it matters, the residual shows it, and the status is
+    ``STAGNATED``.
 
-    With ``damping = 0`` the answer is that of minimum length: eigenvalues of ``R'HR`` below ``m
-    eps`` are cut off. It is ``LEAST_SQUARES`` where ``J'u`` is not in the range of ``J'HJ``.
+    With ``damping = 0`` the solution has minimum length, and eigenvalues of ``R'HR`` below
+    ``m eps`` are dropped. The status is ``LEAST_SQUARES`` if ``J'u`` is not in the range of
+    ``J'HJ``.
 
-    The primal method is :func:`cg` on the same system. ``auto`` follows :func:`dual_is_cheaper` at
-    ``min(max_iter, m + 1, n)`` iterations, 50 standing for a ``max_iter`` of None. Cost: dual,
-    ``m`` products with ``J'`` (none for a matrix) and ``m`` with ``H``, memory ``m n`` for the rows
-    and :math:`5 m^2` in float64; primal, two products an iteration, one for ``J'u``, and two for
-    each residual measured.
+    The primal method is :func:`cg` on the same system. ``"auto"`` follows :func:`dual_is_cheaper`
+    at ``min(max_iter, m + 1, n)`` iterations, with 50 for a ``max_iter`` of None. Cost of the dual
+    method: ``m`` products with ``J'`` (none for a matrix) and ``m`` with ``H``; memory ``m n`` for
+    the rows and :math:`5 m^2` in float64. Cost of the primal method: two products per iteration,
+    one for ``J'u``, and two for each measured residual.
 
     Args:
         J: a :class:`LinearMap` or a matrix ``(m, n)``.
         u: shape ``(m,)``, float32 or float64.
-        damping: lambda, not negative.
-        metric: ``H``, symmetric positive semi-definite; the identity when None.
+        damping: :math:`\lambda`, not negative.
+        metric: ``H``, symmetric positive semidefinite; the identity if None.
         scale: ``s``, positive: one over the number of samples for a mean.
         method: ``"dual"``, ``"primal"``, or ``"auto"``.
         rtol: tolerance relative to the norm of ``J'u``, or a rule, as in :func:`cg`.
-        max_iter: limit on the iterations of the primal method.
+        max_iter: maximum number of iterations of the primal method.
 
     Returns:
-        The solution and how it was found; see :class:`DualSolution`. ``NEGATIVE_CURVATURE`` or
-        ``ZERO_CURVATURE`` with a direction where ``H`` is not positive semi-definite.
+        The solution and the method used; see :class:`DualSolution`. If ``H`` is not positive
+        semidefinite, the status is ``NEGATIVE_CURVATURE`` or ``ZERO_CURVATURE``, with a direction.
 
     Raises:
-        TypeError: ``u`` is not a real floating tensor, ``J`` no map, or ``metric`` no operator.
-        ValueError: shapes or dtypes do not fit, or a number is out of its range.
+        TypeError: ``u`` is not a real floating-point tensor, ``J`` is not a map, or ``metric`` is
+            not an operator.
+        ValueError: shapes or dtypes do not match, or a number is out of range.
 
     Example:
         >>> from torch.distributions import Categorical
@@ -169,10 +140,10 @@ def dual_solve(
     check_tolerances(rtol, 0.0)
     check_count("max_iter", max_iter)
     H = None if metric is None else as_operator(metric, u)
-    system, (m, n) = _System(J, u, H, float(scale), float(damping)), J.shape
+    system, (m, n) = _DampedSystem(J, u, H, float(scale), float(damping)), J.shape
     limit = EXPECTED_ITERATIONS if max_iter is None else max_iter
     gram = None if isinstance(J, DenseMap) else 3.0 * m * m * n  # products of 2mn and K
-    primal, dual = _flops(m, n, min(limit, m + 1, n), None, gram)
+    primal, dual = flops(m, n, min(limit, m + 1, n), None, gram)
     if method == "auto":
         method = "dual" if dual < primal else "primal"
     if not finite(u):
@@ -191,15 +162,14 @@ def _check(J: LinearMap, u: Tensor, damping: float, scale: float, method: str) -
             f"u must have the shape ({J.shape[0]},) and dtype {J.dtype} of the outputs of J,"
             f" got shape {tuple(u.shape)} and dtype {u.dtype}"
         )
-    if not (isinstance(damping, (int, float)) and 0 <= damping < math.inf):
-        raise ValueError(f"damping must be a finite number and not negative, got {damping}")
+    check_damping(damping)
     check_radius("scale", scale)
     if method not in ("auto", "dual", "primal"):
         raise ValueError(f"method must be 'auto', 'dual' or 'primal', got {method!r}")
 
 
 @dataclass(frozen=True)
-class _System:
+class _DampedSystem:
     J: LinearMap
     u: Tensor
     H: LinearOperator | None
@@ -214,14 +184,18 @@ class _System:
 
 
 def _ended(
-    system: _System, status: Status, products: int, size: float = math.inf, p: Tensor | None = None
+    system: _DampedSystem,
+    status: Status,
+    products: int,
+    size: float = math.inf,
+    p: Tensor | None = None,
 ) -> LinearSolution:
     """Return the zero solution, whose residual has the norm ``size``, and a direction ``p``."""
     x = system.u.new_zeros(system.J.shape[1])
     return LinearSolution.none(x, status, products=products, residual_norm=size, direction=p)
 
 
-def _primal(system: _System, rtol: Rtol, max_iter: int | None) -> LinearSolution:
+def _primal(system: _DampedSystem, rtol: Rtol, max_iter: int | None) -> LinearSolution:
     k = exponent(system.u) or 0
     g = system.J.rmv(ldexp(system.u, -k))  # at unit scale, where nothing overflows early
     b = ldexp(g, k)
@@ -235,7 +209,7 @@ def _primal(system: _System, rtol: Rtol, max_iter: int | None) -> LinearSolution
 
 
 @dataclass(frozen=True)
-class _Unit:
+class _ScaledSystem:
     """The system at unit scale, in float64: no power of two in the input changes a bit of it."""
 
     rows: Tensor
@@ -258,7 +232,7 @@ class _Unit:
         return self.adjoint(d if self.H is None else self.H @ d) + self.damping * x
 
 
-def _unit(system: _System, rows: Tensor, e: int, k: int, H: Tensor | None) -> _Unit:
+def _unit(system: _DampedSystem, rows: Tensor, e: int, k: int, H: Tensor | None) -> _ScaledSystem:
     h = 0 if H is None else exponent(H)
     s, i = math.frexp(system.scale)
     d, j = math.frexp(system.damping)
@@ -266,10 +240,12 @@ def _unit(system: _System, rows: Tensor, e: int, k: int, H: Tensor | None) -> _U
     q = max(sizes + ([j] if d else []), default=0)
     weight = 0.0 if h is None else scalar_ldexp(s, sizes[0] - q)
     H = H if H is None or h is None else ldexp(H, -h)
-    return _Unit(rows, e, ldexp(system.u.double(), -k), H, weight, scalar_ldexp(d, j - q), q)
+    return _ScaledSystem(
+        rows, e, ldexp(system.u.double(), -k), H, weight, scalar_ldexp(d, j - q), q
+    )
 
 
-def _dual(system: _System, asked: Tolerance) -> LinearSolution:
+def _dual(system: _DampedSystem, stop: Tolerance) -> LinearSolution:
     J, k = system.J, exponent(system.u)
     if k is None:  # u = 0, whose solution is 0
         return _ended(system, Status.CONVERGED, 0, 0.0)
@@ -298,7 +274,7 @@ def _dual(system: _System, asked: Tolerance) -> LinearSolution:
         return _ended(system, Status.NONFINITE_OPERATOR, products, start)
     x = ldexp(out.double(), q - f)  # as it is returned
     r = g - unit.mv(x)
-    size, tolerance = norm(r), asked.of(g, f)
+    size, tolerance = norm(r), stop.of(g, f)
     if not size <= norm(g):
         return _ended(system, Status.STAGNATED, products, start)
     short = size <= math.hypot(scalar_ldexp(lost, -t), tolerance)
@@ -325,7 +301,7 @@ def _square_root(K: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _solve_reduced(
-    R: Tensor, unit: _Unit, dtype: torch.dtype
+    R: Tensor, unit: _ScaledSystem, dtype: torch.dtype
 ) -> tuple[Tensor, Status | None, float]:
     """Solve ``(weight R'HR + damping I) y = R'u``.
 
@@ -334,7 +310,9 @@ def _solve_reduced(
     """
     B = unit.weight * (R.T @ (R if unit.H is None else unit.H @ R))  # its lower triangle is read
     c, damping = R.T @ unit.u, unit.damping
-    L, failed = torch.linalg.cholesky_ex(B + damping * torch.eye(len(B)).to(B))
+    L, failed = torch.linalg.cholesky_ex(
+        B + damping * torch.eye(len(B), dtype=B.dtype, device=B.device)
+    )
     if damping > 0 and not failed:
         return torch.cholesky_solve(c[:, None], L)[:, 0], None, 0.0
     values, Q = torch.linalg.eigh(B)

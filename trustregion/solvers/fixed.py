@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..arguments import check_count, check_start, check_vector
+from ..arguments import check_count, check_start, check_tolerances, check_vector
 from ..operators.base import LinearOperator, OperatorLike, as_operator
 
 
@@ -16,15 +16,16 @@ class FixedSolution(NamedTuple):
 
     Attributes:
         x: the last iterate, shape ``(n,)``.
-        residual_norm: the norm of ``b - A x`` as the recurrence carries it; float64, as the rest.
-        curvature: ``x'Ax``, without a product.
+        residual_norm: the norm of ``b - A x``, computed by the recurrence. It and all numbers below
+            are float64.
+        curvature: ``x'Ax``, computed without a product.
         model_value: ``x'Ax / 2 - b'x``.
-        iterations: how many iterations moved ``x``.
-        converged: whether the residual reached the tolerance; always False for ``rtol=0``, unless
-            it is exactly zero.
-        failed: whether a direction without positive curvature, or a product that is not finite,
-            ended the solve: ``x`` is then the iterate before it. Also for an input or a result that
-            is not finite: ``x`` is then zero.
+        iterations: the number of iterations that moved ``x``.
+        converged: whether the residual reached the tolerance; for ``rtol=0``, whether it is exactly
+            zero.
+        failed: whether a direction without positive curvature or a product that is not finite ended
+            the solve, and ``x`` is the iterate before it; or whether an input or the result is not
+            finite, and ``x`` is zero.
 
     """
 
@@ -48,27 +49,28 @@ def fixed_cg(
 ) -> FixedSolution:
     r"""Run :func:`cg` for a fixed number of iterations, without a decision in Python.
 
-    The iterates are those of :func:`cg`. A system that has converged, or failed, is masked: its
-    numbers stay as they are while the loop runs on. So :func:`torch.func.vmap` solves many systems
-    at once, each stopping by itself, and ``torch.compile(fullgraph=True)`` accepts it. Gradients
-    flow through it if ``A`` or ``b`` has any; put it under ``torch.no_grad()`` otherwise.
+    The iterates are those of :func:`cg`. A system that has converged or failed is masked: its
+    numbers do not change while the loop continues. Therefore :func:`torch.func.vmap` solves many
+    systems at once, each with its own end, and ``torch.compile(fullgraph=True)`` accepts the
+    function. It is differentiable in ``A`` and ``b``; call it under ``torch.no_grad()`` if no
+    gradient is needed.
 
-    What it leaves out: measuring the true residual (``converged`` speaks of the recurred one),
-    reorthogonalisation, and statuses in words.
+    Unlike :func:`cg` it does not measure the true residual (``converged`` refers to the recurred
+    one), does not reorthogonalize, and reports no :class:`Status`.
 
-    Cost: ``iterations`` products with ``A`` and ``M``, one more with ``A`` for ``x0``.
+    Cost: ``iterations`` products with ``A`` and with ``M``, and one more with ``A`` for ``x0``.
 
     Args:
         A: a :class:`LinearOperator`, a square tensor, or a callable ``v -> A v``.
         b: right-hand side, shape ``(n,)``, float32 or float64.
-        iterations: how many.
-        x0: starting point, shape ``(n,)``; zero when None.
-        M: preconditioner, an approximation of the inverse of ``A``, positive definite.
-        rtol: tolerance relative to the norm of ``b``; at 0 nothing stops early.
+        iterations: number of iterations.
+        x0: starting point, shape ``(n,)``; zero if None.
+        M: positive definite preconditioner, an approximation of the inverse of ``A``.
+        rtol: tolerance relative to the norm of ``b``; at 0 no system stops early.
 
     Raises:
-        TypeError: ``b`` is not a real floating vector, or ``A`` or ``M`` is not an operator.
-        ValueError: shapes or dtypes do not fit, or a number is negative.
+        TypeError: ``b`` is not a real floating-point vector, or ``A`` or ``M`` is not an operator.
+        ValueError: shapes or dtypes do not match, or a number is negative.
 
     Example:
         >>> A = torch.stack([torch.diag(torch.tensor([1.0, 2.0])), torch.eye(2)])
@@ -87,8 +89,7 @@ def fixed_cg(
     check_vector("b", b)
     check_start(x0, b)
     check_count("iterations", iterations)
-    if not rtol >= 0:
-        raise ValueError(f"rtol must not be negative, got {rtol}")
+    check_tolerances(rtol, 0.0)
     A = as_operator(A, b)
     M = None if M is None else as_operator(M, b)
     dtype = b.dtype

@@ -30,43 +30,43 @@ def gltr(
     max_iter: int | None = None,
     space: KrylovSpace | None = None,
 ) -> SubproblemSolution:
-    r"""Minimise :math:`g's + \frac12 s'As` over :math:`\|s\| \le \Delta`, to a tolerance.
+    r"""Minimize :math:`g's + \frac12 s'As` over :math:`\|s\| \le \Delta`, to a tolerance.
 
-    The Krylov space of ``g`` grows until the minimiser in it satisfies
+    The Krylov space of ``g`` grows until the minimizer in it satisfies
 
     .. math:: (A + \lambda M^{-1}) s = -g, \quad \lambda \ge 0, \quad \lambda(\Delta - \|s\|) = 0
 
-    to the tolerance; ``A`` may be indefinite, and the norm is :math:`\|s\|^2 = s'M^{-1}s`. If the
-    space is found to be invariant, ``g`` has no part in some eigenvectors: a second space, from a
-    random vector orthogonal to the first, then looks for an eigenvalue below :math:`-\lambda`,
-    whose eigenvector completes the step in the hard case.
+    to the tolerance. ``A`` may be indefinite, and the norm is :math:`\|s\|^2 = s'M^{-1}s`. If the
+    space becomes invariant, ``g`` is orthogonal to the other eigenvectors. A second space, started
+    from a random vector orthogonal to the first, then searches for an eigenvalue below
+    :math:`-\lambda`, whose eigenvector completes the step in the hard case.
 
-    Cost: one product with ``A`` and one with ``M`` an iteration, one more where convergence in this
-    precision is in doubt. Memory: one vector in float64 an iteration, two with ``M``.
+    Cost: one product with ``A`` and one with ``M`` per iteration, and one more if convergence is in
+    doubt in this precision. Memory: one float64 vector per iteration, two with ``M``.
 
     Args:
         A: a :class:`LinearOperator`, a square tensor or a callable; symmetric, may be indefinite.
         g: the gradient, shape ``(n,)``, float32 or float64.
         radius: :math:`\Delta`, positive.
-        M: preconditioner, an approximation of the inverse of ``A``, positive definite.
+        M: positive definite preconditioner, an approximation of the inverse of ``A``.
         rtol: tolerance on the residual of the equation above, relative to the norm of ``g``, or a
             rule that makes it from that norm, such as :func:`forcing_sequence`.
         atol: absolute tolerance.
-        max_iter: limit on the size of the space; ``n`` when None.
-        space: the space of the same ``A`` (the same object) and ``-g`` from an earlier call, made
-            by ``lanczos(A, -g, M=M, max_iter=0)``, which holds ``M``. It is used as far as it goes
-            and extended where it does not: after a rejection, a step for a smaller radius usually
-            costs no product.
+        max_iter: maximum dimension of the space; ``n`` if None.
+        space: a space of the same ``A`` (the same object) and ``-g``, made by
+            ``lanczos(A, -g, M=M, max_iter=0)``, which holds ``M``. It is reused, and extended if it
+            is too small. After a rejection, a step for a smaller radius usually costs no product.
 
     Returns:
         The step, ``CONVERGED`` inside the region or on its edge; see :class:`SubproblemSolution`.
-        ``products`` are those of this call. Converged means the equation above and the minimum over
-        the space: a space that reaches the tolerance well before it is invariant gives no sign of
-        an eigenvector that ``g`` has no part in. :func:`trust_region_dense` sees them all.
+        ``products`` counts the products of this call. ``CONVERGED`` means that the equation above
+        holds and that ``s`` is the minimizer over the space. A space that reaches the tolerance
+        well before it is invariant does not reveal an eigenvector to which ``g`` is orthogonal;
+        :func:`trust_region_dense` considers all of them.
 
     Raises:
-        TypeError: ``g`` is not a real floating vector, or ``A`` or ``M`` is not an operator.
-        ValueError: shapes or dtypes do not fit, the radius is not positive, a tolerance is
+        TypeError: ``g`` is not a real floating-point vector, or ``A`` or ``M`` is not an operator.
+        ValueError: shapes or dtypes do not match, the radius is not positive, a tolerance is
             negative, or the space is that of another gradient.
 
     Example:
@@ -92,7 +92,7 @@ def gltr(
     if space is None:
         space = KrylovSpace(A, -g, M)
     elif M is not None:
-        raise ValueError("space has its own preconditioner: pass M to lanczos, not beside space")
+        raise ValueError("space has its own preconditioner: pass M to lanczos instead")
     elif not space.is_of(A, -g):
         raise ValueError(
             "space is that of another gradient or operator: make one by lanczos(A, -g, max_iter=0),"
@@ -111,10 +111,10 @@ def gltr(
 
 
 def _might_miss(space: KrylovSpace) -> bool:
-    """Say whether an invariant space may lack an eigenvector that lowers the model.
+    """Return whether an invariant space may lack an eigenvector that lowers the model.
 
-    Past its end there is a space of its own, which tells whether there is an eigenvalue lower than
-    the ones within, once its leftmost value has settled.
+    A second space beyond its end reveals a lower eigenvalue once its leftmost Ritz value has
+    converged.
     """
     if space.status is not None:
         return False

@@ -1,4 +1,4 @@
-"""The length of a natural-gradient step: to the edge of the KL ball, or by the price of a KL."""
+"""The length of a natural-gradient step: to the edge of the KL ball, or by a penalty on the KL."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from ..status import Status
 from ..vector import dot, norm
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)  # a tensor has no truth value to compare by
+@dataclass(frozen=True, kw_only=True, eq=False)  # == on tensors is elementwise
 class Step:
     """A step ``s`` for the parameters.
 
     Attributes:
         s: the step, shape ``(n,)``; zero unless ``status`` is ``CONVERGED``.
-        status: ``CONVERGED``, or why there is no step.
-        predicted_reduction: how much the linear model falls along ``s``: ``-g's``.
+        status: ``CONVERGED``, or the reason why there is no step.
+        predicted_reduction: the decrease of the linear model along ``s``, ``-g's``.
 
     """
 
@@ -36,20 +36,21 @@ def kl_ball_step(
     r"""Scale a direction to the edge of the ball :math:`\frac12 s'Fs \le \delta`.
 
     With :math:`x = -(F + \lambda I)^{-1} g` the result :math:`s = \sqrt{2\delta / x'Fx}\; x`
-    minimises :math:`g's` over the ball when :math:`\lambda = 0`. The ball is the Fisher's own:
-    damping shapes the direction and does not shrink the step. :math:`x'Fx` comes from the solve,
-    as :math:`x'(F + \lambda I)x - \lambda x'x`, so no product is spent.
+    minimizes :math:`g's` over the ball if :math:`\lambda = 0`. The ball is defined by ``F`` without
+    damping, which shapes the direction but does not shorten the step. :math:`x'Fx` is computed from
+    the solve as :math:`x'(F + \lambda I)x - \lambda x'x`, without a product.
 
     Args:
         x: the direction, shape ``(n,)``.
         g: the gradient of the loss, shape ``(n,)``.
         delta: radius of the ball in nats, positive.
         damped_curvature: ``x'(F + damping I)x``, as :func:`cg` returns it.
-        damping: lambda.
+        damping: :math:`\lambda`.
 
     Returns:
         The step, or a zero step with status ``ZERO_CURVATURE`` (the difference above is lost in
-        rounding: the KL does not see the direction), ``NOT_A_DESCENT`` or ``NONFINITE_INPUT``.
+        rounding, so that the KL does not bound the step), ``NOT_A_DESCENT`` or
+        ``NONFINITE_INPUT``.
 
     Example:
         >>> x, g = torch.tensor([-1.0, 0.0]), torch.tensor([2.0, 0.0])
@@ -64,12 +65,12 @@ def kl_ball_step(
     if not (finite(x) and finite(g)):
         return _no_step(x, Status.NONFINITE_INPUT)
     curvature = damped_curvature - damping * dot(x, x)
-    # The recurrence carries x'(F + damping I)x to about k eps; 100 covers the usual k.
+    # The recurrence computes x'(F + damping I)x to about k eps; 100 covers the usual k.
     if not curvature > 100 * torch.finfo(x.dtype).eps * damped_curvature:
         return _no_step(x, Status.ZERO_CURVATURE)
     length = math.sqrt(2 * delta / curvature)
     predicted = -length * dot(g, x)
-    s = (length * x.double()).to(x.dtype)  # a length above float32 can give a step within it
+    s = (length * x.double()).to(x.dtype)  # the step can fit float32 even if the length does not
     if not finite(s):
         return _no_step(x, Status.ZERO_CURVATURE)
     if not predicted > 0:
@@ -87,21 +88,21 @@ def kl_penalty_step(
     damped_curvature: float,
     damping: float,
 ) -> Step:
-    r"""Scale a direction to the minimiser of :math:`g's + \frac{C}{2} s'(F + \lambda I)s`.
+    r"""Scale a direction to the minimizer of :math:`g's + \frac{C}{2} s'(F + \lambda I)s`.
 
-    With :math:`x = -(F + \lambda I)^{-1} g` that is :math:`s = x / C`, cut back to the edge of the
-    ball :math:`\frac12 s'Fs \le \delta` where it is outside.
+    With :math:`x = -(F + \lambda I)^{-1} g` the minimizer is :math:`s = x / C`, shortened to the
+    edge of the ball :math:`\frac12 s'Fs \le \delta` if it lies outside.
 
     Args:
         x: the direction, shape ``(n,)``.
         g: the gradient of the loss, shape ``(n,)``.
-        penalty: C, the price of a nat, positive.
+        penalty: :math:`C`, the penalty per nat, positive.
         delta: radius of the ball in nats, positive or infinite.
         damped_curvature: ``x'(F + damping I)x``, as :func:`cg` returns it.
-        damping: lambda.
+        damping: :math:`\lambda`.
 
     Returns:
-        The step, or a zero step with a status as of :func:`kl_ball_step`.
+        The step, or a zero step with one of the statuses of :func:`kl_ball_step`.
 
     Example:
         >>> x, g = torch.tensor([-1.0, 0.0]), torch.tensor([2.0, 0.0])

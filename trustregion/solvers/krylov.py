@@ -8,13 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..arguments import (
-    check_count,
-    check_number,
-    check_radius,
-    check_tolerances,
-    finite,
-)
+from ..arguments import check_count, check_number, check_radius, check_tolerances, finite
 from ..operators.base import OperatorLike, as_operator, product
 from ..status import Status
 from ..vector import dot, norm, scalar_ldexp
@@ -31,11 +25,11 @@ class KrylovSpace:
 
     Made by :func:`lanczos`. The basis is orthonormal in the metric :math:`M^{-1}`, and in it ``A``
     is a tridiagonal matrix ``T`` of size ``k``. :meth:`solve` and :meth:`minimize` work on ``T``
-    alone: for another damping, another radius or a shorter space they cost no product with ``A``.
-    :meth:`extend` makes the space larger, at one product a vector.
+    alone, so that another damping, another radius or a shorter space costs no product with ``A``.
+    :meth:`extend` enlarges the space, at one product per vector.
 
-    Memory: ``k + 1`` vectors in float64, twice that with ``M``. Time of a solve: one pass over the
-    basis, and for each new ``k`` an eigen-decomposition of ``T``.
+    Memory: ``k + 1`` float64 vectors, twice as many with ``M``. A solve takes one pass over the
+    basis, and for each new ``k`` an eigendecomposition of ``T``.
 
     Example:
         >>> from trustregion import lanczos
@@ -70,12 +64,12 @@ class KrylovSpace:
 
     @property
     def exhausted(self) -> bool:
-        """Whether the space is invariant under ``MA`` to rounding, and so cannot grow."""
+        """Whether the space is invariant under ``MA`` up to rounding, so that it cannot grow."""
         return self._process.exhausted
 
     @property
     def status(self) -> Status | None:
-        """Why the space cannot grow where something went wrong, None where nothing did.
+        """Why the space cannot grow if something failed; None otherwise.
 
         ``NONFINITE_INPUT``, ``NONFINITE_OPERATOR``, ``INDEFINITE_PRECONDITIONER``, or ``BREAKDOWN``
         for a singular preconditioner.
@@ -99,7 +93,7 @@ class KrylovSpace:
 
     @torch.no_grad()
     def extend(self, count: int) -> int:
-        """Add ``count`` vectors, or as many as there are, and return how many were added."""
+        """Add up to ``count`` vectors, and return how many were added."""
         check_count("count", count)
         before = self.size
         while self.size < before + count and self._process.grow():
@@ -120,35 +114,37 @@ class KrylovSpace:
 
         Args:
             damping: :math:`\lambda`, of either sign.
-            size: use the first vectors only, as if the space ended there; all when None.
+            size: how many of the first vectors to use; all if None.
             rtol: tolerance relative to the norm of ``b``, for the status.
             atol: absolute tolerance, for the status.
-            verify: measure the true residual, at one product, where ``STAGNATED`` is the answer.
+            verify: measure the true residual, at one product, if the status would be ``STAGNATED``.
 
         Returns:
-            The solution, with ``products`` 0 or 1. ``MAX_ITER``: the space is too small for the
-            tolerance. ``STAGNATED``: it is not, but its rounding is above the tolerance.
-            ``NEGATIVE_CURVATURE`` or ``ZERO_CURVATURE``: ``x`` comes from the part of the space in
-            which the matrix is positive definite, ``direction`` is the Ritz vector that ends it.
+            The solution, with ``products`` 0 or 1. ``MAX_ITER`` means that the space is too small
+            for the tolerance, ``STAGNATED`` that rounding exceeds the tolerance. For
+            ``NEGATIVE_CURVATURE`` and ``ZERO_CURVATURE``, ``x`` comes from the part of the space in
+            which the matrix is positive definite, and ``direction`` is the first Ritz vector
+            outside of it.
 
         """
         check_number("damping", damping)
         check_tolerances(rtol, atol)
         k = self._checked(size)
         if not isinstance(self._given, Region) or not self._process.start:
-            return self._nothing()
+            return self._nothing(self.status or Status.CONVERGED)
         definite, lowest, direction = self._definite(k, damping)
         theta, U = self._process.spectrum(definite)
         first = U[0] if definite else U.new_zeros(0)
         point = self._point(U @ (self._process.start * first / (theta + damping)), damping)
-        asked = Tolerance(rtol, atol)
-        status, true = lowest or self._judge(point, self._given, asked), None
+        tolerance = Tolerance(rtol, atol)
+        status, true = lowest or self._judge(point, self._given, tolerance), None
         if verify and status is Status.STAGNATED:
-            status, true = self._measure(point, self._given, asked)
+            status, true = self._measure(point, self._given, tolerance)
         e = self._given.e
         x = self._given.returned(point.x)
         if not finite(x):
-            x, status = torch.zeros_like(self._zero), Status.NONFINITE_OPERATOR
+            spent, residual = int(true is not None), scalar_ldexp(norm(self._given.b), e)
+            return self._nothing(Status.NONFINITE_OPERATOR, spent, residual)
         return LinearSolution(
             x=x,
             status=status,
@@ -173,12 +169,12 @@ class KrylovSpace:
         atol: float = 0.0,
         verify: bool = False,
     ) -> SubproblemSolution:
-        r"""Minimise :math:`\frac12 s'(A + \lambda M^{-1}) s - b's` over the space and the ball.
+        r"""Minimize :math:`\frac12 s'(A + \lambda M^{-1}) s - b's` over the space and the ball.
 
-        The global minimiser there, for free, for an ``A`` of any definiteness, hard case included.
-        The ball is :math:`\|s\| \le \Delta` with :math:`\|s\|^2 = s'M^{-1}s`. For a gradient
-        ``g`` the space is one of ``b = -g``. Arguments as for :meth:`solve`, and the radius
-        :math:`\Delta`.
+        The result is the global minimizer over the space, for any symmetric ``A``, and includes the
+        hard case. It costs no product. The ball is :math:`\|s\| \le \Delta` with
+        :math:`\|s\|^2 = s'M^{-1}s`. For a gradient ``g``, make the space of ``b = -g``. The
+        arguments are those of :meth:`solve` and the radius :math:`\Delta`.
         """
         check_radius("radius", radius)
         check_number("damping", damping)
@@ -192,13 +188,13 @@ class KrylovSpace:
         problem = self._given.with_radius(radius)
         theta, U = self._process.spectrum(k)
         found = minimize_in_eigenbasis(theta + damping, self._process.start * U[0], problem.radius)
-        shift, asked = damping + found.multiplier, Tolerance(rtol, atol)
+        shift, tolerance = damping + found.multiplier, Tolerance(rtol, atol)
         point = self._point(U @ found.h, damping, shift)
         if found.on_boundary:  # h is exactly there, Q'h to the rounding of the basis
             point = point.stretched(problem.radius)
-        status, true = self._judge(point, problem, asked), None
+        status, true = self._judge(point, problem, tolerance), None
         if verify and status is Status.STAGNATED:
-            status, true = self._measure(point, problem, asked)
+            status, true = self._measure(point, problem, tolerance)
         return problem.account(
             point.x,
             status,
@@ -221,10 +217,11 @@ class KrylovSpace:
         rtol: float | Callable[[float], float] = 1e-5,
         atol: float = 0.0,
     ) -> bool:
-        """Say whether a larger space is needed: :meth:`solve`, or with a radius :meth:`minimize`,
-        would end with ``MAX_ITER``. Cheaper than either: no pass over the basis.
+        """Return whether :meth:`solve` (with a radius :meth:`minimize`) would end as ``MAX_ITER``.
+
+        The test is cheaper, as it does not pass over the basis.
         """
-        process, k, asked = self._process, self.size, Tolerance(rtol, atol)
+        process, k, tolerance = self._process, self.size, Tolerance(rtol, atol)
         if not isinstance(self._given, Region) or (self.status is not None):
             return False
         if not process.start:  # b = 0, whose tolerance is relative to the step
@@ -244,30 +241,30 @@ class KrylovSpace:
             last = dot(
                 U[-1], minimize_in_eigenbasis(theta + damping, process.start * U[0], inner).h
             )
-        return process.onward(k, last) > asked.of(self._given.b, self._given.e)
+        return process.onward(k, last) > tolerance.of(self._given.b, self._given.e)
 
     @torch.no_grad()
     def restart(self) -> None:
-        """Go on from a random vector orthogonal to an exhausted space, from an own generator.
+        """Continue an exhausted space from a random vector orthogonal to it.
 
-        What the first vector had no part in, such as the eigenvector of the hard case, is found
-        only this way. Cost: one product with ``M``.
+        Only this finds eigenvectors to which the first vector is orthogonal, such as that of the
+        hard case. The generator is a separate one. Cost: one product with ``M``.
         """
         if self.exhausted and self.size < self._zero.numel():
             seed = self.size if self.restarted else 0  # another vector each time
             self.restarted = True
-            self._process.restart(torch.Generator().manual_seed(seed))
+            self._process.restart(torch.Generator("cpu").manual_seed(seed))
 
     @property
     def coupling(self) -> float:
-        """The last entry of the process, from the space to what would extend it; 0 at its end."""
+        """The coupling of the last vector to the next one; 0 if the space is invariant."""
         return self._process.betas[-1] if self.size else 0.0
 
     def beyond(self) -> Tensor | None:
-        """Return the part of ``T`` past the last vanishing coupling, None where there is none.
+        """Return the part of ``T`` beyond the last vanishing coupling, or None without one.
 
-        Below the root of the rounding unit a coupling carries no information: what lies past it
-        is a space of its own, from what is next to a random vector.
+        A coupling below the square root of the unit roundoff is noise. The vectors beyond it span
+        a separate space that in effect starts from a random vector.
         """
         process = self._process
         floor = math.sqrt(process.eps) * process.norm_A
@@ -278,7 +275,7 @@ class KrylovSpace:
         return process.matrix(self.size)[start:, start:]
 
     def is_of(self, A: OperatorLike, b: Tensor) -> bool:
-        """Say whether this is a space of that operator, the same object, and of ``b``."""
+        """Return whether this is a space of the same operator object and of ``b``."""
         mine = self._A
         known: list[object] = [mine, getattr(mine, "matrix", mine), getattr(mine, "fn", mine)]
         if not any(A is other for other in known) or b.dtype is not self._zero.dtype:
@@ -294,18 +291,20 @@ class KrylovSpace:
             raise ValueError(f"the space has {self.size} vectors, got size={size}: extend it first")
         return self.size if size is None else size
 
-    def _nothing(self) -> LinearSolution:
-        """Return zero: the answer for ``b = 0``, and all there is if no vector could be made."""
-        status = self.status or Status.CONVERGED
-        residual = no_step(self._zero, status).residual_norm
-        return LinearSolution.none(torch.zeros_like(self._zero), status, residual_norm=residual)
+    def _nothing(
+        self, status: Status, products: int = 0, size: float | None = None
+    ) -> LinearSolution:
+        """Return zero, the solution for ``b = 0`` and the result if there is no other."""
+        size = (0.0 if status is Status.CONVERGED else math.inf) if size is None else size
+        x = torch.zeros_like(self._zero)
+        return LinearSolution.none(x, status, products=products, residual_norm=size)
 
     def _definite(self, k: int, damping: float) -> tuple[int, Status | None, Tensor | None]:
-        """Return how far ``T + damping I`` is positive definite; why it ends, and where to."""
+        """Return the size of the definite part of ``T + damping I``, its end, and a direction."""
         process = self._process
         largest = max(map(abs, [*process.alphas, *process.betas, damping]))
         j, _ = process.eliminate(k, damping)
-        # and where a pivot is positive by rounding only
+        # A pivot may be positive by rounding only.
         while j and process.spectrum(j)[0][0].item() + damping <= EPS * j * largest:
             j -= 1
         if j == k:
@@ -317,7 +316,7 @@ class KrylovSpace:
         return j, why, direction.to(self._zero.dtype)
 
     def _point(self, h: Tensor, damping: float, shift: float | None = None) -> Point:
-        """Return ``Q'h`` and its account; the residual is that of ``A + shift M^-1``."""
+        """Return ``Q'h`` and its numbers; the residual belongs to ``A + shift M^-1``."""
         process, k = self._process, len(h)
         x = process.Q.rows[:k].T @ h
         y = x if process.M is None else process.W.rows[:k].T @ h
@@ -330,23 +329,23 @@ class KrylovSpace:
         linear = process.start * h[0].item() if k else 0.0
         return Point(x, y, shift, size, curvature, linear, onward, rounding)
 
-    def _judge(self, point: Point, problem: Region, asked: Tolerance) -> Status:
-        """Say whether the residual is below the tolerance, as far as the coefficients know."""
-        tolerance = self._tolerance(point, problem, asked)
-        if point.onward > tolerance:
+    def _judge(self, point: Point, problem: Region, tolerance: Tolerance) -> Status:
+        """Return whether the coefficients prove that the residual is below the tolerance."""
+        bound = self._bound(point, problem, tolerance)
+        if point.onward > bound:
             return self.status or Status.MAX_ITER
         lost = self._process.norm_A * norm(problem.rounding(point.x))
-        sure = point.onward + SAFETY * (point.rounding + lost) <= tolerance
+        sure = point.onward + SAFETY * (point.rounding + lost) <= bound
         return Status.CONVERGED if sure else Status.STAGNATED
 
-    def _tolerance(self, point: Point, problem: Region, asked: Tolerance) -> float:
-        """Return the tolerance at unit scale; for ``b = 0`` it is relative to ``shift M^-1 x``."""
-        if self._process.start or callable(asked.rtol):
-            return asked.of(problem.b, problem.e)
-        return max(asked.rtol * abs(point.shift) * norm(point.y), asked.atol)
+    def _bound(self, point: Point, problem: Region, tolerance: Tolerance) -> float:
+        """Return the tolerance at unit scale; if ``b = 0`` it is relative to ``shift M^-1 x``."""
+        if self._process.start or callable(tolerance.rtol):
+            return tolerance.of(problem.b, problem.e)
+        return max(tolerance.rtol * abs(point.shift) * norm(point.y), tolerance.atol)
 
-    def _measure(self, point: Point, problem: Region, asked: Tolerance) -> tuple[Status, float]:
-        """Return the status by the true residual, and its norm. Cost: one product."""
+    def _measure(self, point: Point, problem: Region, tolerance: Tolerance) -> tuple[Status, float]:
+        """Measure the true residual; return the status and its norm. Cost: one product."""
         process = self._process
         x = point.x - problem.rounding(point.x)  # as it is returned
         y = x if process.M is None else point.y
@@ -355,5 +354,5 @@ class KrylovSpace:
         if not math.isfinite(size):
             return Status.NONFINITE_OPERATOR, point.residual
         rounding = process.eps * process.norm_A * norm(x)
-        below = surely_below(size, rounding, self._tolerance(point, problem, asked))
+        below = surely_below(size, rounding, self._bound(point, problem, tolerance))
         return Status.CONVERGED if below else Status.STAGNATED, size

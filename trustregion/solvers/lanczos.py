@@ -1,4 +1,4 @@
-"""Lanczos' basis of a Krylov space."""
+"""The Lanczos basis of a Krylov space."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ def lanczos(
 ) -> KrylovSpace:
     r"""Return the Krylov space of ``A`` and ``b`` in the metric of ``M``, with its basis.
 
-    Cost: ``max_iter`` products with ``A`` and one more with ``M``; ``8 n`` operations for each
-    pair of vectors, to keep the basis orthogonal to rounding. For ``k`` up to 50 and an operator of
-    a network on a thousand samples this is about one hundredth of the products.
+    Cost: ``max_iter`` products with ``A`` and one more with ``M``. Keeping the basis orthogonal to
+    rounding takes ``8 n`` operations per pair of vectors; for ``k`` up to 50 and an operator of a
+    network on a thousand samples, this is about one hundredth of the cost of the products.
 
     Args:
         A: a :class:`LinearOperator`, a square tensor or a callable; symmetric, may be indefinite.
         b: the first vector, shape ``(n,)``, float32 or float64.
-        M: preconditioner, an approximation of the inverse of ``A``, positive definite.
-        max_iter: how many vectors; the space can be extended later.
+        M: positive definite preconditioner, an approximation of the inverse of ``A``.
+        max_iter: number of vectors; the space can be extended later.
 
     Raises:
-        TypeError: ``b`` is not a real floating vector, or ``A`` or ``M`` is not an operator.
-        ValueError: shapes or dtypes do not fit, or ``max_iter`` is negative.
+        TypeError: ``b`` is not a real floating-point vector, or ``A`` or ``M`` is not an operator.
+        ValueError: shapes or dtypes do not match, or ``max_iter`` is negative.
 
     References:
         Lanczos, An Iteration Method for the Solution of the Eigenvalue Problem, 1950; Parlett, The

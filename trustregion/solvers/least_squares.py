@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..arguments import check_count, check_tolerances, check_vector, finite
+from ..arguments import check_count, check_damping, check_tolerances, check_vector, finite
 from ..operators.map import LinearMap, as_map
 from ..status import Status
 from ..vector import dot, exponent, ldexp, norm, scalar_ldexp
@@ -17,9 +17,9 @@ from .solution import LinearSolution
 from .stopping import SAFETY, Tolerance
 
 ROUNDING = torch.finfo(torch.float64).eps
-# In eps: where the rules of Paige and Saunders (section 6) end a run whatever the tolerance. Going
-# on would solve for rounding, to which a J of deficient rank has a tiny singular value and x is
-# huge; that happened at 2 in one of 420 solves, and in none at 4.
+# In eps: where the rules of Paige and Saunders (section 6) end a run at any tolerance. Further
+# iterations would fit rounding, which gives a rank-deficient J a tiny singular value and makes x
+# huge. That happened in one of 420 solves at a factor of 2, and in none at 4.
 SPENT = 4.0
 
 
@@ -70,12 +70,12 @@ class _Lsqr:
         return math.hypot(self.phibar, self.damped)
 
     def _spent(self) -> bool:
-        """Say whether ``x`` is exact for a ``J`` or ``b`` within rounding of those given."""
+        """Return whether ``x`` is exact for a ``J`` or ``b`` within rounding of the given ones."""
         residual, unseen = self._residual(), SPENT * self.eps * self.norm_J
         return abs(self.slope) <= unseen * residual or residual <= unseen * norm(self.x)
 
     def run(self, tolerance: float, max_iter: int, observe: Callable[[], object]) -> Status:
-        """Iterate until the carried residual is below a tolerance, or means nothing."""
+        """Iterate until the recurred residual is below a tolerance, or is only rounding."""
         while not self._spent() and abs(self.slope) > tolerance:
             if self.iterations >= max_iter:
                 return Status.MAX_ITER
@@ -85,7 +85,7 @@ class _Lsqr:
         return Status.CONVERGED
 
     def _step(self) -> bool:
-        """Grow both spaces by one vector and move ``x``; say whether all is finite."""
+        """Extend both spaces by one vector and move ``x``; return whether everything is finite."""
         Jv = ldexp(self._forward(self.v), -self.unit)
         size = norm(Jv)
         if not math.isfinite(size):
@@ -93,7 +93,7 @@ class _Lsqr:
         u = Jv.sub_(self.u, alpha=self.alpha)
         beta = norm(u)
         v, alpha, longest = torch.zeros_like(self.v), 0.0, 0.0
-        # However small beta is against J v, J' may stretch u more than J has stretched any v.
+        # Even if beta is small compared with J v, J' may stretch u more than J stretched any v.
         if beta > 0:
             u.div_(beta)
             v = ldexp(self._adjoint(u), -self.unit)
@@ -134,7 +134,7 @@ class _Lsqr:
 
 
 @dataclass(frozen=True)
-class _Point:
+class _Iterate:
     x: Tensor
     """As it is returned, in the units of ``b``, in float64."""
     s: Tensor
@@ -143,28 +143,28 @@ class _Point:
 
 
 class _Solve:
-    """A run of unit scale, and the measurements that its end rests on."""
+    """A run at unit scale, and the measurement of its residual."""
 
     def __init__(
         self,
         run: _Lsqr,
         e: int,
-        asked: Tolerance,
+        tolerance: Tolerance,
         max_iter: int,
         callback: Callable[[Tensor], object] | None,
     ) -> None:
         self.lsqr, self.e, self.max_iter, self.callback = run, e, max_iter, callback
-        self.tolerance = asked.of(run.g, e + run.unit)
+        self.tolerance = tolerance.of(run.g, e + run.unit)
 
-    def solve(self) -> tuple[_Point, Status]:
-        """Run, and measure where it matters."""
+    def solve(self) -> tuple[_Iterate, Status]:
+        """Run, and measure the residual if it is in doubt."""
         lsqr = self.lsqr
         if norm(lsqr.g) <= self.tolerance:
-            return _Point(lsqr.x, lsqr.g, measured=True), Status.CONVERGED
+            return _Iterate(lsqr.x, lsqr.g, measured=True), Status.CONVERGED
         status = lsqr.run(self.tolerance, self.max_iter, self._observe)
-        point = _Point(self._returned(), lsqr.v * lsqr.slope, measured=False)
+        point = _Iterate(self._returned(), lsqr.v * lsqr.slope, measured=False)
         if not finite(point.x):
-            point = _Point(torch.zeros_like(lsqr.x), lsqr.g, measured=True)
+            point = _Iterate(torch.zeros_like(lsqr.x), lsqr.g, measured=True)
             return point, Status.NONFINITE_OPERATOR
         if status is not Status.CONVERGED or self._sure(point):
             return point, status
@@ -172,16 +172,16 @@ class _Solve:
         size = norm(s)
         if not math.isfinite(size):
             return point, Status.NONFINITE_OPERATOR
-        # on 764 systems where it was above the tolerance, going on never brought it below
+        # On 764 systems with s above the tolerance, further iterations never brought it below.
         status = Status.CONVERGED if size <= self.tolerance else Status.STAGNATED
-        return _Point(point.x, s, measured=True), status
+        return _Iterate(point.x, s, measured=True), status
 
     def _returned(self) -> Tensor:
         """Return ``x`` as the caller will get it, in the units of ``b``."""
         e, unit = self.e, self.lsqr.unit
         return ldexp(ldexp(self.lsqr.x, e - unit).to(self.lsqr.J.dtype).double(), -e)
 
-    def _sure(self, point: _Point) -> bool:
+    def _sure(self, point: _Iterate) -> bool:
         lsqr = self.lsqr
         rounding = norm(ldexp(point.x, lsqr.unit) - lsqr.x)
         curvature = math.hypot(lsqr.norm_J, lsqr.damp)
@@ -192,7 +192,7 @@ class _Solve:
         if self.callback is not None:
             self.callback(ldexp(self._returned(), self.e).to(self.lsqr.J.dtype))
 
-    def account(self, point: _Point, status: Status) -> LinearSolution:
+    def account(self, point: _Iterate, status: Status) -> LinearSolution:
         """Return the solution in the units of the caller."""
         lsqr, e = self.lsqr, self.e
         x, size = point.x, scalar_ldexp(norm(point.s), e + lsqr.unit)
@@ -220,52 +220,53 @@ def lsqr(
     max_iter: int | None = None,
     callback: Callable[[Tensor], object] | None = None,
 ) -> LinearSolution:
-    r"""Minimise :math:`\|J x - b\|^2 + \lambda \|x\|^2` by products with ``J`` and its transpose.
+    r"""Minimize :math:`\|J x - b\|^2 + \lambda \|x\|^2` by products with ``J`` and its transpose.
 
-    The solution is :math:`x = (J'J + \lambda I)^{-1} J'b`, the one that :func:`cg` finds on the
-    normal equations in as many iterations. But those square the condition of ``J``, and a product
-    with :math:`J'J` in float32 rounds away all that is below ``eps`` of its largest eigenvalue;
-    here ``J`` is met at its own condition. On a ``J`` of deficient rank, without damping and from
-    zero as always, the solution is the shortest one.
+    The solution is :math:`x = (J'J + \lambda I)^{-1} J'b`, which :func:`cg` finds from the normal
+    equations in as many iterations. The normal equations, however, square the condition number of
+    ``J``, and a float32 product with :math:`J'J` loses everything below ``eps`` times its largest
+    eigenvalue. LSQR works at the condition number of ``J`` itself. If ``J`` is rank-deficient and
+    there is no damping, the solution is the shortest one.
 
-    With the residual of the normal equations :math:`s = J'(b - Jx) - \lambda x` the kernel stops
+    With the residual of the normal equations, :math:`s = J'(b - Jx) - \lambda x`, the solve stops
     when :math:`\|s\| \le \max(\mathrm{rtol}\,\|J'b\|, \mathrm{atol})`, whether or not ``J x = b``
-    can be solved. This is the test of :func:`cg` on the normal equations, and needs no estimate of
-    the norm of ``J``. ``s`` is carried at no product; ``CONVERGED`` is a statement on the true
-    one, which is measured by two products where the carried one is not surely below the tolerance.
-    If it is above after all the solve ends as ``STAGNATED``: the working precision allows no more.
-    Below the tolerance or not, the iteration ends where ``x`` is exact for a ``J`` or ``b`` within
-    rounding of those given, :math:`\|s\| \le 4 \epsilon \|J\| \|r\|` or
+    has a solution. This is the test of :func:`cg` on the normal equations, and it needs no estimate
+    of the norm of ``J``. A recurrence computes ``s`` without a product. ``CONVERGED`` is a
+    statement about the true ``s``, which two products measure if the recurred one is not surely
+    below the tolerance. If it is above, the status is ``STAGNATED``: the working precision allows
+    no more. At any tolerance the iteration ends once ``x`` is exact for a ``J`` or ``b`` within
+    rounding of the given ones, :math:`\|s\| \le 4 \epsilon \|J\| \|r\|` or
     :math:`\|r\| \le 4 \epsilon \|J\| \|x\|`. In float32 such an ``x`` can be far more accurate than
-    any measurement of ``s`` can show. Scale and precision are as for :func:`cg`.
+    any measurement of ``s`` can show. Scaling and precision are as for :func:`cg`.
 
-    Why LSQR and not CGLS: measured on ``J`` of 80 x 40 at conditions 1e1 to 1e6, in float32 and
-    float64, with and without a residual. At conditions 1e1 and 1e2 CGLS is up to 7 times more
-    accurate, where both are near rounding. In float32 on inconsistent systems at conditions 1e3
-    and 1e4, damped by 1e-6, the error of ``x`` is 14 to 60 times smaller with LSQR, and with that
-    damping at conditions 1e5 and 1e6 it needs 0.4 to 0.6 of the iterations.
+    LSQR was chosen over CGLS by measurements on ``J`` of 80 x 40 at condition numbers 1e1 to 1e6,
+    in float32 and float64, with and without a residual. At 1e1 and 1e2, where both are near
+    rounding, CGLS is up to 7 times more accurate. In float32 on inconsistent systems at 1e3 and
+    1e4, damped by 1e-6, the error of ``x`` is 14 to 60 times smaller with LSQR; with that damping
+    at 1e5 and 1e6, LSQR needs 0.4 to 0.6 of the iterations.
 
-    Cost: one product with ``J`` and one with ``J'`` an iteration, one with ``J'`` at the start, and
-    one with each where the residual is measured. Memory: five vectors of length ``n`` and three of
-    length ``m`` in float64.
+    Cost: one product with ``J`` and one with ``J'`` per iteration, one with ``J'`` at the start,
+    and one with each to measure the residual. Memory: five float64 vectors of length ``n`` and
+    three of length ``m``.
 
     Args:
         J: a :class:`LinearMap` or a tensor of shape ``(m, n)``.
         b: right-hand side, shape ``(m,)``, float32 or float64.
-        damping: lambda.
-        rtol: tolerance relative to the norm of ``J'b``, or a rule that makes it from that norm.
+        damping: :math:`\lambda`.
+        rtol: tolerance relative to the norm of ``J'b``, or a function of that norm that returns it.
         atol: absolute tolerance on the norm of ``s``.
-        max_iter: limit on iterations; ``10 min(m, n)`` when None.
+        max_iter: maximum number of iterations; ``10 min(m, n)`` if None.
         callback: called with the current iterate after each iteration.
 
     Returns:
-        The solution and how it ended, as of :math:`A x = J'b` with :math:`A = J'J + \lambda I`:
-        ``residual_norm`` is the norm of ``s``, ``curvature`` is :math:`x'Ax`. ``products`` counts
-        those with ``J`` and those with ``J'``, summed.
+        The solution of :math:`A x = J'b` with :math:`A = J'J + \lambda I`, and how the solve ended:
+        ``residual_norm`` is the norm of ``s``, and ``curvature`` is :math:`x'Ax`. ``products`` is
+        the number of products with ``J`` plus the number of products with ``J'``.
 
     Raises:
-        TypeError: ``b`` is not a real floating tensor, or ``J`` is neither a map nor a tensor.
-        ValueError: shapes or dtypes do not fit, or the damping, a tolerance or limit is negative.
+        TypeError: ``b`` is not a real floating-point tensor, or ``J`` is neither a map nor a
+            tensor.
+        ValueError: shapes or dtypes do not match, or the damping, a tolerance or limit is negative.
 
     Example:
         >>> J = torch.tensor([[1.0, 0.0], [1.0, 1.0], [1.0, 2.0]])
@@ -291,8 +292,7 @@ def lsqr(
             f"J has shape {J.shape} and dtype {J.dtype}, which does not fit a vector b of shape"
             f" {tuple(b.shape)} and dtype {b.dtype}: b must be of shape ({J.shape[0]},)"
         )
-    if not (isinstance(damping, (int, float)) and 0 <= damping < math.inf):
-        raise ValueError(f"damping must be a finite number and not negative, got {damping}")
+    check_damping(damping)
     x = b.new_zeros(J.shape[1])
     if not finite(b):
         return LinearSolution.none(x, Status.NONFINITE_INPUT)

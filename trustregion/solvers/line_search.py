@@ -18,8 +18,8 @@ class LineSearch(Generic[Trial]):
     Attributes:
         accepted: whether the last trial passed the test.
         scale: the scale of the last trial.
-        trial: what ``evaluate`` returned for it.
-        backtracks: how often the scale was reduced: evaluations minus one.
+        trial: the result of ``evaluate`` at that scale.
+        backtracks: the number of reductions of the scale, one less than the evaluations.
 
     """
 
@@ -39,10 +39,11 @@ def backtracking(
     """Try the scales 1, factor, factor^2, ... and stop at the first accepted one.
 
     Args:
-        evaluate: scale -> trial; called once a scale, in decreasing order.
-        accept: trial -> whether it will do.
-        factor: between 0 and 1.
-        max_backtracks: how often to reduce; ``max_backtracks + 1`` evaluations at most.
+        evaluate: scale -> trial; called once per scale, in decreasing order.
+        accept: trial -> whether to accept it.
+        factor: factor between successive scales, in (0, 1).
+        max_backtracks: maximum number of reductions, so that there are at most
+            ``max_backtracks + 1`` evaluations.
 
     Example:
         >>> search = backtracking(lambda a: a, lambda a: a < 0.3, factor=0.5, max_backtracks=9)
@@ -65,8 +66,8 @@ class BallTrial:
     """One evaluation of a search within a ball.
 
     Attributes:
-        value: what is minimised.
-        size: the measured KL over its bound: at most 1 within the ball.
+        value: the value to minimize.
+        size: the measured KL over its bound, at most 1 within the ball.
 
     """
 
@@ -75,7 +76,7 @@ class BallTrial:
 
     @property
     def finite(self) -> bool:
-        """Whether both are numbers; a KL may be infinite, which is outside the ball."""
+        """Whether the value is finite and the size not NaN; an infinite KL is outside the ball."""
         return math.isfinite(self.value) and not math.isnan(self.size)
 
 
@@ -84,11 +85,11 @@ class BallSearch(Generic[BallTrialT]):
     """The result of a search within a ball.
 
     Attributes:
-        accepted: whether some trial was within the ball and lowered the value.
-        scale: that of the best such trial; of the last trial where there is none.
-        trial: that trial.
-        evaluations: how many trials there were.
-        backtracks: how many of them came before the first good one.
+        accepted: whether a trial was within the ball and lowered the value.
+        scale: the scale of the best such trial, or of the last trial if there is none.
+        trial: the trial at that scale.
+        evaluations: the number of trials.
+        backtracks: the number of trials before the first acceptable one.
 
     """
 
@@ -99,8 +100,8 @@ class BallSearch(Generic[BallTrialT]):
     backtracks: int
 
 
-AIM, ENOUGH, LOOKS = 0.95, 0.9, 3  # where trials are aimed, what will do, trials to come near it
-LONGEST, SHORTEST = 4.0, 0.1  # limits on the factor between a trial and the next
+AIM, ENOUGH, LOOKS = 0.95, 0.9, 3  # the aimed and the sufficient share of the goal, and trials
+LONGEST, SHORTEST = 4.0, 0.1  # limits on the factor between successive scales
 
 
 def ball_search(
@@ -120,19 +121,20 @@ def ball_search(
 
     .. math:: a_+ = a \left( \frac{0.95\, t}{q(a)} \right)^{1/p}, \quad p = 2,
 
-    where ``q`` is the measured size and ``t`` the goal; so is a good one that uses less than 0.9 of
-    the goal, within three evaluations and unless the parabola through the values says that the
-    value would not be lower there. From two trials on, ``p`` fits both. A trial inside that does
-    not lower the value is followed by the minimiser of the parabola, within 0.1 and ``factor``
-    times its scale, one that is not finite by ``factor`` times its scale.
+    where ``q`` is the measured size and ``t`` the goal. So is an acceptable trial that uses less
+    than 0.9 of the goal, within the first three evaluations and unless the parabola through the
+    values predicts no lower value there. Once there are two trials, ``p`` fits both. A trial inside
+    the ball that does not lower the value is followed by the minimizer of the parabola, kept
+    between 0.1 and ``factor`` times its scale, and a trial that is not finite by ``factor`` times
+    its scale.
 
     Args:
         evaluate: scale -> trial.
         start: the value at scale 0.
-        slope: minus the derivative of the value there, positive.
-        factor: between 0 and 1.
-        max_backtracks: evaluations beyond the first.
-        goal: the size to come near to, at most 1; 0 to end at the first good trial.
+        slope: minus the derivative of the value at scale 0, positive.
+        factor: factor by which a failed trial shrinks at least, in (0, 1).
+        max_backtracks: maximum number of evaluations after the first.
+        goal: the size to approach, at most 1; 0 to stop at the first acceptable trial.
         first: the first scale.
 
     Example:
@@ -151,7 +153,7 @@ def ball_search(
     count = backtracks = 0
     while True:
         count += 1
-        here = _Point(scale, evaluate(scale))
+        here = _Evaluated(scale, evaluate(scale))
         trial, left = here.trial, here.outside
         lower = trial.value < (best.trial.value if best else start)
         if trial.finite and trial.size <= 1 and lower:
@@ -183,7 +185,7 @@ def ball_search(
 
 
 @dataclass(frozen=True)
-class _Point(Generic[BallTrialT]):
+class _Evaluated(Generic[BallTrialT]):
     scale: float
     trial: BallTrialT
 
@@ -191,7 +193,7 @@ class _Point(Generic[BallTrialT]):
     def outside(self) -> bool:
         return self.trial.finite and 1 < self.trial.size < math.inf
 
-    def towards(self, aim: float, other: _Point[BallTrialT] | None) -> float:
+    def towards(self, aim: float, other: _Evaluated[BallTrialT] | None) -> float:
         """Return the scale where the size is ``aim``, by the power law through the points."""
         ratio, power = self.trial.size / aim, 2.0
         if other is not None and other.scale != self.scale and min(ratio, other.trial.size) > 0:

@@ -1,4 +1,4 @@
-"""Many dampings of one system from one Krylov space."""
+"""Many dampings of one system, solved in one Krylov space."""
 
 from __future__ import annotations
 
@@ -27,24 +27,24 @@ def multishift_cg(
 ) -> LinearSolution:
     r"""Solve :math:`(A + \sigma M^{-1}) x = b` for many shifts at the price of one.
 
-    The Krylov space does not depend on the shift, so the products of the hardest system serve all
-    of them. The basis is stored and fully orthogonalised (:func:`lanczos`), which makes each column
-    the iterate of :func:`cg` for its shift without the delay of rounding. Keep the space itself,
-    with :func:`lanczos` and :meth:`KrylovSpace.solve`, where shifts are chosen one after another.
+    The Krylov space does not depend on the shift, so all systems share the products of the hardest
+    one. The basis is stored and fully orthogonalized (:func:`lanczos`); each column is therefore
+    the iterate of :func:`cg` for its shift without the delay that rounding causes. If shifts are
+    chosen one after another, use :func:`lanczos` and :meth:`KrylovSpace.solve`.
 
-    Cost: one product with ``A`` and one with ``M`` an iteration, and one for each column whose
-    convergence in this precision is in doubt. Memory: a vector in float64 an iteration, two with
+    Cost: one product with ``A`` and one with ``M`` per iteration, and one for each column whose
+    convergence is in doubt in this precision. Memory: one float64 vector per iteration, two with
     ``M``.
 
     Args:
         A: a :class:`LinearOperator`, a square tensor or a callable.
         b: right-hand side, shape ``(n,)``, float32 or float64.
         shifts: the dampings, of either sign; the matrices are expected to be positive definite.
-        M: preconditioner, an approximation of the inverse of ``A``, positive definite. The shift is
+        M: positive definite preconditioner, an approximation of the inverse of ``A``. The shift is
             along its inverse: for a shift along the identity, leave it out.
         rtol: tolerance relative to the norm of ``b``, for every column.
         atol: absolute tolerance.
-        max_iter: limit on iterations; the size of ``b`` when None, where the space ends.
+        max_iter: limit on iterations; the size of ``b`` if None, where the space ends.
 
     Returns:
         ``x`` of shape ``(n, len(shifts))``, and the account of each shift in ``columns``. A column
@@ -52,8 +52,8 @@ def multishift_cg(
         ``ZERO_CURVATURE``; the others go on.
 
     Raises:
-        TypeError: ``b`` is not a real floating vector, or ``A`` or ``M`` is not an operator.
-        ValueError: shapes or dtypes do not fit, a shift is not finite, or there is none.
+        TypeError: ``b`` is not a real floating-point vector, or ``A`` or ``M`` is not an operator.
+        ValueError: shapes or dtypes do not match, a shift is not finite, or there is none.
 
     Example:
         >>> A, b = torch.diag(torch.tensor([1.0, 2.0])), torch.tensor([6.0, 12.0])
@@ -88,9 +88,10 @@ def multishift_cg(
 
 
 def next_block(size: int, limit: int) -> int:
-    """Return by how much a space grows until the next look at it.
+    """Return how many vectors to add to a space before its next convergence test.
 
-    One vector at a time while a look, which takes an eigen-decomposition of ``T`` for a radius, is
-    nothing beside a product; from 32 on by a sixteenth: few looks, and 6 % too many at most.
+    For a radius a test takes an eigendecomposition of ``T``. Small spaces grow by one vector, since
+    the test is then cheap next to a product; from 32 on they grow by a sixteenth, so that tests are
+    few and at most 6 % of the products superfluous.
     """
     return min(max(1, size // 16), limit - size)

@@ -10,12 +10,10 @@ from torch import Tensor
 
 from ..arguments import check_count, check_vector, finite
 from ..status import Status
-from ..vector import dot, exponent, ldexp, norm, scalar_ldexp
+from ..vector import exponent, ldexp, norm, scalar_ldexp
 
 EPS, LARGEST = torch.finfo(torch.float64).eps, torch.finfo(torch.float64).max
 VERIFIED = 1e-10  # relative: the point found meets every bound
-TOUCHING = 64 * EPS  # a distance this near to the radius is the radius
-MOVES = 200  # enough to halve a bracket down to rounding, and for any number of active sets seen
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -24,10 +22,10 @@ class NonnegativeSolution:
 
     Attributes:
         x: the solution, shape ``(n,)``, finite and not negative.
-        status: ``CONVERGED``; ``MAX_ITER`` with the best ``x`` so far; ``NONFINITE_INPUT``, or
-            ``NONFINITE_OPERATOR`` where ``x`` overflows, with zero.
+        status: ``CONVERGED``; ``MAX_ITER`` with the best ``x`` found; ``NONFINITE_INPUT``, or
+            ``NONFINITE_OPERATOR`` if ``x`` overflows, both with a zero ``x``.
         residual_norm: the norm of ``A x - b``.
-        iterations: least squares problems solved.
+        iterations: the number of least squares problems solved.
 
     """
 
@@ -42,12 +40,12 @@ class ShortestPoint:
     r"""The point of a polyhedron :math:`Gx \ge h` nearest to the origin.
 
     Attributes:
-        x: the point, shape ``(n,)``; zero where there is none.
-        multipliers: :math:`\lambda \ge 0` with :math:`x = G'\lambda`, shape ``(m,)``; zero where
-            there is no point.
-        active: the constraints that hold ``x`` back, shape ``(m,)``; their rows are independent.
-        status: ``CONVERGED``, ``INFEASIBLE``, or ``STAGNATED`` where rounding hides which of the
-            two it is; ``NONFINITE_INPUT``, ``NONFINITE_OPERATOR`` and ``MAX_ITER`` as in nnls.
+        x: the point, shape ``(n,)``; zero if there is none.
+        multipliers: :math:`\lambda \ge 0` with :math:`x = G'\lambda`, shape ``(m,)``; zero if there
+            is no point.
+        active: a mask of the active constraints, shape ``(m,)``; their rows are independent.
+        status: ``CONVERGED``, ``INFEASIBLE``, or ``STAGNATED`` if rounding hides which of the two
+            it is; ``NONFINITE_INPUT``, ``NONFINITE_OPERATOR`` and ``MAX_ITER`` as in nnls.
 
     """
 
@@ -59,22 +57,22 @@ class ShortestPoint:
 
 @torch.no_grad()
 def nnls(A: Tensor, b: Tensor, *, max_iter: int | None = None) -> NonnegativeSolution:
-    r"""Minimise :math:`\|Ax - b\|` over :math:`x \ge 0` for a dense ``A`` of few columns.
+    r"""Minimize :math:`\|Ax - b\|` over :math:`x \ge 0` for a dense ``A`` of few columns.
 
-    A variable is freed while its gradient :math:`A_j'(b - Ax)` is above ``10 max(m, n) eps
+    A variable is freed as long as its gradient :math:`A_j'(b - Ax)` exceeds ``10 max(m, n) eps
     |A_j| |b|``, the rounding of that product. All work is in float64, at unit scale.
 
-    Cost: one singular value decomposition of the free columns for each change of the free set, of
-    which about ``n`` are usual.
+    Cost: one singular value decomposition of the free columns for each change of the free set;
+    about ``n`` changes are usual.
 
     Args:
         A: the matrix, shape ``(m, n)``, float32 or float64.
         b: the right-hand side, shape ``(m,)``, of the dtype of ``A``.
-        max_iter: limit on least squares problems; ``10 n`` when None.
+        max_iter: maximum number of least squares problems; ``10 n`` if None.
 
     Raises:
-        TypeError: ``b`` is not a real floating tensor.
-        ValueError: shapes or dtypes do not fit, or ``max_iter`` is negative.
+        TypeError: ``b`` is not a real floating-point tensor.
+        ValueError: shapes or dtypes do not match, or ``max_iter`` is negative.
 
     Example:
         >>> nnls(torch.eye(2), torch.tensor([1.0, -1.0])).x
@@ -95,7 +93,7 @@ def nnls(A: Tensor, b: Tensor, *, max_iter: int | None = None) -> NonnegativeSol
     unit, powers = _at_unit_scale(A.T)
     target = ldexp(b.double(), -e)
     limit = 10 * A.shape[1] if max_iter is None else max_iter
-    unit, target = unit.cpu(), target.cpu()  # small, and no device has this factorisation
+    unit, target = unit.cpu(), target.cpu()  # small, and no device has this factorization
     y, iterations, done = _active_set(unit.T, target, limit)
     x = zero.new_tensor([scalar_ldexp(v, e - p) for v, p in zip(y.tolist(), powers, strict=True)])
     status = Status.CONVERGED if done else Status.MAX_ITER
@@ -109,22 +107,22 @@ def nnls(A: Tensor, b: Tensor, *, max_iter: int | None = None) -> NonnegativeSol
 
 @torch.no_grad()
 def least_distance(G: Tensor, h: Tensor) -> ShortestPoint:
-    r"""Minimise :math:`\|x\|` subject to :math:`Gx \ge h`, by one call of :func:`nnls`.
+    r"""Minimize :math:`\|x\|` subject to :math:`Gx \ge h`, by one call of :func:`nnls`.
 
     The residual of :math:`[G, h]' u \approx (0, \ldots, 0, 1)` over :math:`u \ge 0` has the length
-    :math:`(1 + \|x\|^2)^{-1/2}`, zero where there is no point. Here rows have unit norm, and the
-    unit of length is the distance of the farthest half-space: a point farther than ``eps^-1/2``
-    such units counts as none, since the constraints then contradict each other but for rounding.
+    :math:`(1 + \|x\|^2)^{-1/2}`, zero if there is no point. Rows are scaled to unit norm, and the
+    unit of length is the distance of the farthest half-space. A point farther than ``eps^-1/2``
+    such units counts as none, since without rounding the constraints would contradict each other.
 
-    Cost: a :func:`nnls` of ``m`` columns, one of the active rows, and their factorisation.
+    Cost: a :func:`nnls` of ``m`` columns, one of the active rows, and their factorization.
 
     Args:
         G: the normals, shape ``(m, n)``, float32 or float64.
         h: the bounds, shape ``(m,)``, of the dtype of ``G``; minus infinity for no bound.
 
     Raises:
-        TypeError: ``h`` is not a real floating tensor.
-        ValueError: shapes or dtypes do not fit.
+        TypeError: ``h`` is not a real floating-point tensor.
+        ValueError: shapes or dtypes do not match.
 
     Example:
         >>> least_distance(torch.eye(2), torch.tensor([2.0, -1.0])).x
@@ -178,10 +176,10 @@ def lowest_point(B: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _active_rows(rows: Tensor, heights: Tensor) -> tuple[Tensor, Status]:
-    """Return which rows hold back the shortest ``x`` with ``rows x >= heights``, or why none.
+    """Return which rows are active at the shortest ``x`` with ``rows x >= heights``, and a status.
 
-    Two rows that are parallel but for rounding can both be in the solution, of which ``x`` needs
-    one: those with a share in a non-negative combination that makes ``x`` are independent.
+    The solution can contain two rows that are parallel up to rounding, of which ``x`` needs one.
+    The rows of a non-negative combination that yields ``x`` are independent.
     """
     tower = torch.cat([rows.T, heights.unsqueeze(0)])
     up = torch.zeros_like(tower[:, 0])
@@ -257,117 +255,3 @@ def _active_set(A: Tensor, b: Tensor, limit: int) -> tuple[Tensor, int, bool]:
             x = x + reach.min() * (z - x)
             free &= (x > 0) & (reach > reach.min())
             x = torch.where(free, x, 0.0)
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class BallPoint:
-    r"""The minimiser of a linear function over the part of the unit ball in a polyhedron.
-
-    Attributes:
-        y: the point, shape ``(n,)``, with :math:`\|y\| \le 1`.
-        multipliers: :math:`\mu \ge 0`, shape ``(m,)``, with :math:`c + \nu y = G'\mu`.
-        ball_multiplier: :math:`\nu \ge 0`.
-        status: ``CONVERGED``; ``INFEASIBLE`` where the ball misses the polyhedron, ``STAGNATED``
-            where rounding hides the minimiser or whether there is one; multipliers are then zero.
-
-    """
-
-    y: Tensor
-    multipliers: Tensor
-    ball_multiplier: float
-    status: Status
-
-
-def lowest_in_ball(c: Tensor, G: Tensor, h: Tensor, rounding: float) -> BallPoint:
-    r"""Minimise :math:`c'y` subject to :math:`\|y\| \le 1` and :math:`Gy \ge h`, in float64.
-
-    Args:
-        c: the gradient, of unit norm or zero, shape ``(n,)``.
-        G: the normals, of unit norm or zero, shape ``(m, n)``.
-        h: the bounds, shape ``(m,)``.
-        rounding: what is left of ``c`` along the active constraints is zero if not above this.
-
-    Returns:
-        The minimiser. Where there is none the shortest point of the polyhedron, cut to the ball; of
-        that with the least sum of squared violations, if the polyhedron is empty.
-
-    """
-    start, none = least_distance(G, h), torch.zeros_like(h)
-    size = norm(start.x)
-    if start.status is not Status.CONVERGED or size > 1 + TOUCHING:
-        exists = start.status is Status.CONVERGED
-        y = start.x if exists else _least_violation(G, h)
-        status = Status.INFEASIBLE if exists else start.status
-        return BallPoint(
-            y=y / max(norm(y), 1.0), multipliers=none, ball_multiplier=0.0, status=status
-        )
-    y = start.x / max(size, 1.0)
-    if not bool(c.any()):
-        return BallPoint(y=y, multipliers=none, ball_multiplier=0.0, status=Status.CONVERGED)
-    if size >= 1 - TOUCHING:  # one point, at which multipliers grow without bound
-        infinite = torch.where(start.active, math.inf, 0.0)
-        return BallPoint(
-            y=y, multipliers=infinite, ball_multiplier=math.inf, status=Status.CONVERGED
-        )
-    piece = _crossing(c, G, h, rounding)
-    if piece is None:
-        return BallPoint(y=y, multipliers=none, ball_multiplier=0.0, status=Status.STAGNATED)
-    active, y, weights, nu = piece
-    none[active] = weights.clamp(min=0.0)
-    return BallPoint(
-        y=y / max(norm(y), 1.0), multipliers=none, ball_multiplier=nu, status=Status.CONVERGED
-    )
-
-
-def _crossing(
-    c: Tensor, G: Tensor, h: Tensor, rounding: float
-) -> tuple[Tensor, Tensor, Tensor, float] | None:
-    """Return the active set, the minimiser, the active multipliers and that of the ball.
-
-    The minimiser at the ball multiplier ``1 / t`` is the point ``y(t)`` of the polyhedron nearest
-    to ``-t c``. On one active set it is ``foot - t flat``: the shortest point where the active
-    constraints are equations, and ``c`` without its part in the span of their normals. The two are
-    orthogonal, so that the ``t`` of norm 1 follows in closed form. The norm of ``y(t)`` grows with
-    ``t``, which brackets the crossing; ``t`` moves to that of the active set it is on.
-    """
-    low, high, t, aim = 0.0, math.inf, 1.0, 0.0
-    before = torch.zeros_like(h, dtype=torch.bool)
-    for _ in range(MOVES):
-        near = least_distance(G, h + t * (G @ c))
-        if near.status is not Status.CONVERGED:
-            return None
-        foot, pull = lowest_point(G[near.active], h[near.active])
-        along, lift = _shadow(G[near.active], c)
-        flat = c - along
-        slope, room = norm(flat), 1 - dot(foot, foot)
-        if slope <= rounding and room >= 0 and (t > 1 / EPS or bool((lift >= -rounding).all())):
-            return near.active, foot, lift, 0.0
-        settled = t == aim and torch.equal(near.active, before)
-        low, high = (t, high) if (t * slope) ** 2 <= room else (low, t)
-        if settled or high <= (1 + 4 * EPS) * low:
-            return near.active, foot - t * flat, lift + pull / t, 1 / t
-        aim = math.sqrt(max(room, 0.0)) / slope if slope > rounding else math.inf
-        t = aim if low < aim < high else 4 * t if high == math.inf else 0.5 * (low + high)
-        before = near.active
-    return None
-
-
-def _shadow(B: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the projection of ``c`` to the span of independent rows, and its coordinates."""
-    Q, R = torch.linalg.qr(B.T)
-    z = Q.T @ c
-    z = z + Q.T @ (c - Q @ z)
-    return Q @ z, torch.linalg.solve_triangular(R, z.unsqueeze(1), upper=True).squeeze(1)
-
-
-def _least_violation(G: Tensor, h: Tensor) -> Tensor:
-    r"""Return the shortest ``y`` with the least :math:`\|(h - Gy)_+\|`.
-
-    The violations are ``N (h + w)`` with the projector ``N`` to the complement of the range of
-    ``G`` and the ``w >= 0`` that makes them shortest: what is over where a bound is met.
-    """
-    bounds = h.clamp(-1 / EPS, 1 / EPS)
-    N = torch.eye(len(h), dtype=h.dtype) - G @ torch.linalg.pinv(G)
-    violation = (N @ (bounds + nnls(N, -N @ bounds).x)).clamp(min=0.0)
-    slack = math.sqrt(EPS) * violation.max()  # rounding must not empty the polyhedron again
-    return least_distance(G, bounds - violation - slack).x

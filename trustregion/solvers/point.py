@@ -1,4 +1,4 @@
-"""A point of a Krylov space with what its coefficients know about it."""
+"""A point of a Krylov space, with the numbers that follow from its coefficients."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from ..vector import dot
 
 @dataclass(frozen=True)
 class Point:
-    """A point of the space at unit scale, and what its coefficients know about it."""
+    """A point of the space at unit scale, with the numbers that follow from its coefficients."""
 
     x: Tensor
     y: Tensor
-    """``M^-1 x``; the tensor ``x`` itself without a preconditioner."""
+    """``M^-1 x``; without a preconditioner it is the tensor ``x`` itself."""
     shift: float
     size: float
     """The norm of ``x`` in the metric ``M^-1``."""
@@ -25,14 +25,14 @@ class Point:
     linear: float
     """``b'x``."""
     onward: float
-    """The norm of ``b - (A + shift M^-1) x``, by the coefficients."""
+    """The norm of ``b - (A + shift M^-1) x`` according to the coefficients."""
     rounding: float
-    """What the rounding of the products adds to it."""
+    """What the rounding of the products adds to that norm."""
 
     def stretched(self, radius: float) -> Point:
-        """Return the point at exactly the radius, from one there to rounding."""
+        """Return the point scaled to the radius exactly."""
         square = dot(self.x / radius, self.y / radius)
-        if not 0 < square < math.inf:  # M is not positive definite, which the residual will show
+        if not 0 < square < math.inf:  # M is not positive definite; the residual shows it
             return self
         factor = 1 / math.sqrt(square)
         x = self.x * factor
@@ -41,5 +41,5 @@ class Point:
 
     @property
     def residual(self) -> float:
-        """The norm of the residual with its rounding."""
+        """The norm of the residual, including rounding."""
         return math.hypot(self.onward, self.rounding)

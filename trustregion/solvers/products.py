@@ -1,7 +1,7 @@
-"""Who multiplies: a solve asks for products with ``A``, one vector at a time or in blocks.
+"""Products with ``A`` for the kernels, one vector at a time or in blocks.
 
-A kernel is a generator that yields a vector ``p`` in float64 and is sent ``A p``. It therefore does
-not know whether its product was computed alone or as one column of a block.
+A kernel is a generator that yields a float64 vector ``p`` and is sent ``A p``, whether the product
+was computed alone or as a column of a block.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ Asks = Generator[Tensor, Tensor, T]
 
 
 def answer(A: LinearOperator, asks: Asks[T]) -> T:
-    """Give a kernel the products it asks for, and return what it returns.
+    """Run a kernel, send it the products it asks for, and return what it returns.
 
-    ``A`` is given vectors of its own dtype. Its first product is checked; to check each would take
-    a tenth of an iteration at small n.
+    ``A`` receives vectors of its own dtype. Only the first product is checked: at small ``n`` the
+    check takes a tenth of an iteration.
     """
     try:
         p = next(asks)
@@ -40,8 +40,9 @@ def answer(A: LinearOperator, asks: Asks[T]) -> T:
 
 
 def answer_in_blocks(A: LinearOperator, kernels: Sequence[Asks[T]]) -> list[T]:
-    """Give several kernels their products in blocks, and return what each of them returns."""
+    """Run several kernels, compute their products in blocks, and return their results."""
     returned: dict[int, T] = {}
+    buffers: dict[int, Tensor] = {}  # the products in float64, as the kernels take them
     answers: dict[int, Tensor | None] = dict.fromkeys(range(len(kernels)))
     while answers:
         asked: dict[int, Tensor] = {}
@@ -52,13 +53,19 @@ def answer_in_blocks(A: LinearOperator, kernels: Sequence[Asks[T]]) -> list[T]:
                 returned[i] = end.value
         if not asked:
             break
-        P = torch.stack(list(asked.values()), dim=1).to(A.dtype)
+        P = torch.stack(list(asked.values()), dim=1)
+        wide = P.dtype
+        P = P if A.dtype is wide else P.to(A.dtype)
         AP = A.mm(P)
         if AP.shape != P.shape or AP.dtype is not P.dtype:
             raise ValueError(
                 f"the operator must map a block of shape {tuple(P.shape)} and dtype {P.dtype} to"
                 f" one alike, got shape {tuple(AP.shape)} and dtype {AP.dtype}"
             )
-        rows = (Ap.double() for Ap in AP.T.contiguous())
-        answers = dict(zip(asked, rows, strict=True))
+        rows = dict(zip(asked, AP.T.contiguous(), strict=True))
+        if A.dtype is not wide:
+            for i, Ap in rows.items():
+                buffers[i] = buffers[i] if i in buffers else torch.empty_like(Ap, dtype=wide)
+                rows[i] = buffers[i].copy_(Ap)
+        answers = dict(rows)
     return [returned[i] for i in range(len(kernels))]

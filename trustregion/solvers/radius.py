@@ -1,4 +1,4 @@
-"""How far to trust a model: the ratio of reductions, and what a radius or a damping does next."""
+"""Ratios of reductions, and the policies for radius and damping that follow them."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ from typing import overload
 import torch
 from torch import Tensor
 
+from ..arguments import as_count, as_not_negative, as_positive, check_radius, require
+
 LARGEST = sys.float_info.max
-SMALLEST = math.ulp(0.0)  # the smallest positive float
-GOOD, FAIR, TARGET = 0.35, 0.5, 0.25  # how far a ratio may be from 1, and where to interpolate
+SMALLEST = math.ulp(0.0)
+GOOD, FAIR, TARGET = 0.35, 0.5, 0.25  # distances of a ratio from 1; TARGET is interpolated to
 
 
 @overload
@@ -25,15 +27,15 @@ def reduction_ratio(
 ) -> float:
     r"""Return :math:`\rho`, the actual reduction of the loss over the predicted one.
 
-    Called as ``reduction_ratio(actual, predicted)`` or, better, as ``reduction_ratio(old, new,
-    predicted)`` with the losses themselves: floats, or tensors of per-sample losses of one shape.
-    The actual reduction is then the mean of the differences in float64, sample by sample, so that
-    the difference of two nearly equal means does not cancel. Where both reductions are within 10
-    eps of the mean absolute loss, in the precision of the losses, they are rounding and the ratio
-    is 1. A loss in float32 should therefore come as a tensor, not by ``.item()``.
+    Call ``reduction_ratio(actual, predicted)`` or, better, ``reduction_ratio(old, new, predicted)``
+    with the losses themselves: floats, or tensors of per-sample losses of one shape. The actual
+    reduction is then the mean of the per-sample differences in float64, so that the difference of
+    two nearly equal means does not cancel. If both reductions are within 10 eps of the mean
+    absolute loss, in the precision of the losses, they are rounding and the ratio is 1. A float32
+    loss should therefore be passed as a tensor, not by ``.item()``.
 
-    The ratio is never NaN. It is ``-inf``, on which every policy here shrinks, for a prediction
-    that is not positive, and for a loss or a reduction that is not finite.
+    The ratio is never NaN. It is ``-inf``, for which every policy below shrinks, if the prediction
+    is not positive, or a loss or a reduction is not finite.
 
     Raises:
         ValueError: ``old`` and ``new`` differ in shape or are empty.
@@ -64,13 +66,14 @@ def reduction_ratio(
 
 @torch.no_grad()
 def _mean_reduction(old: float | Tensor, new: float | Tensor) -> tuple[float, float]:
-    """Return the mean of ``old - new``, and how much of it rounding can explain."""
+    """Return the mean of ``old - new``, and a bound on its rounding."""
     before, after = (
-        x.double() if isinstance(x, Tensor) else torch.tensor(x, dtype=torch.float64)
+        x.double() if isinstance(x, Tensor) else torch.tensor(x, dtype=torch.float64, device="cpu")
         for x in (old, new)
     )
-    words = f"of one shape and not empty, got {tuple(before.shape)} and {tuple(after.shape)}"
-    _check(before.shape == after.shape and before.numel() > 0, f"old and new must be {words}")
+    if before.shape != after.shape or not before.numel():
+        words = f"of one shape and not empty, got {tuple(before.shape)} and {tuple(after.shape)}"
+        raise ValueError(f"old and new must be {words}")
     precisions = [torch.finfo(x.dtype).eps for x in (old, new) if isinstance(x, Tensor)]
     eps = max(precisions, default=sys.float_info.epsilon)
     return (before - after).mean().item(), 10 * eps * before.abs().mean().item()
@@ -92,20 +95,20 @@ def classic_radius(
     .. math:: \Delta_+ = \begin{cases} \Delta / 4 & \rho < 1/4 \\
         2 \Delta & \rho > 3/4 \text{ and } \|s\| = \Delta \\ \Delta & \text{otherwise} \end{cases}
 
-    at most ``largest``. A NaN ratio shrinks. The result is always positive and finite.
+    at most ``largest``. A NaN ratio shrinks it. The result is always positive and finite.
 
     Args:
         radius: the radius of the step, positive.
         rho: the ratio of reductions.
-        on_boundary: whether the step ended at the edge; inside it the radius did not matter.
-        shrink_below: ratio below which to shrink.
-        grow_above: ratio above which to grow.
-        shrink: in (0, 1).
-        grow: above 1.
+        on_boundary: whether the step ended at the edge. Inside, the radius had no effect.
+        shrink_below: ratio below which the radius shrinks.
+        grow_above: ratio above which the radius grows.
+        shrink: factor for shrinking, in (0, 1).
+        grow: factor for growing, above 1.
         largest: upper limit of the radius.
 
     Raises:
-        ValueError: an argument out of its range.
+        ValueError: an argument is out of range.
 
     Example:
         >>> classic_radius(1.0, 0.9, on_boundary=True), classic_radius(1.0, 0.1, on_boundary=True)
@@ -137,22 +140,22 @@ def gould_radius(
     .. math:: \Delta_+ = \begin{cases} \|s\| / 4 & \rho < 0.01 \\
         \max(3.5 \|s\|, \Delta) & \rho > 0.99 \\ \Delta & \text{otherwise} \end{cases}
 
-    at most ``largest``: it grows only on nearly perfect agreement, but then by much. A NaN ratio
-    shrinks. The result is always positive and finite.
+    at most ``largest``. The radius grows only for nearly perfect agreement, but then by much. A NaN
+    ratio shrinks it. The result is always positive and finite.
 
     Args:
         radius: the radius of the step, positive.
         rho: the ratio of reductions.
-        length: that of the step, in the norm of the radius. The radius takes its place in
-            shrinking where it is zero, which says nothing, or above the radius by rounding.
-        shrink_below: ratio below which to shrink.
-        grow_above: ratio above which to grow.
-        shrink: in (0, 1).
-        grow: above 1.
+        length: the length of the step in the norm of the radius. If it is zero, or rounding makes
+            it exceed the radius, the radius is used for shrinking instead.
+        shrink_below: ratio below which the radius shrinks.
+        grow_above: ratio above which the radius grows.
+        shrink: factor for shrinking, in (0, 1).
+        grow: factor for growing, above 1.
         largest: upper limit of the radius.
 
     Raises:
-        ValueError: an argument out of its range.
+        ValueError: an argument is out of range.
 
     Example:
         >>> gould_radius(1.0, 1.0, length=1.0), gould_radius(1.0, -2.0, length=0.5)
@@ -164,7 +167,7 @@ def gould_radius(
 
     """
     _check_rule(radius, shrink_below, grow_above, shrink, grow, largest)
-    _check(0 <= length < math.inf, f"length must be finite and not negative, got {length}")
+    as_not_negative("length", length)
     if not rho >= shrink_below:
         return _within(shrink * (min(length, radius) or radius), largest)
     return _within(max(grow * length, radius) if rho > grow_above else radius, largest)
@@ -189,16 +192,16 @@ def levenberg_marquardt_damping(
     ``smallest`` is above zero; any other stays positive and finite.
 
     Args:
-        damping: lambda, not negative.
+        damping: :math:`\lambda`, not negative.
         rho: the ratio of reductions.
-        raise_below: ratio below which to raise lambda.
-        lower_above: ratio above which to lower it.
-        factor: by which to raise it; it is lowered by the reciprocal.
+        raise_below: ratio below which the damping is raised.
+        lower_above: ratio above which the damping is lowered.
+        factor: factor for raising; the reciprocal lowers.
         smallest: lower limit.
         largest: upper limit.
 
     Raises:
-        ValueError: an argument out of its range.
+        ValueError: an argument is out of range.
 
     Example:
         >>> levenberg_marquardt_damping(3.0, 0.1), levenberg_marquardt_damping(3.0, 0.9)
@@ -208,12 +211,13 @@ def levenberg_marquardt_damping(
         Martens, Deep Learning via Hessian-free Optimization, 2010, section 4.1.
 
     """
-    ratios, limits = f"{raise_below} and {lower_above}", f"{smallest} and {largest}"
-    _check(0 <= damping < math.inf, f"damping must be finite and not negative, got {damping}")
-    _check(raise_below < lower_above, f"raise_below must be less than lower_above, got {ratios}")
-    _check(1 < factor < math.inf, f"factor must be finite and above 1, got {factor}")
-    fits = 0 <= smallest <= largest and smallest < math.inf
-    _check(fits, f"limits must satisfy 0 <= smallest <= largest, got {limits}")
+    as_not_negative("damping", damping)
+    if not raise_below < lower_above:
+        limits = f"{raise_below} and {lower_above}"
+        raise ValueError(f"raise_below must be less than lower_above, got {limits}")
+    require(1 < factor < math.inf, "factor", "be finite and above 1", factor)
+    if not (0 <= smallest <= largest and smallest < math.inf):
+        raise ValueError(f"0 <= smallest <= largest must hold, got {smallest} and {largest}")
     if not rho >= raise_below:
         damping = damping and _within(factor * damping, largest)
     elif rho > lower_above:
@@ -227,10 +231,11 @@ class InitialRadius:
 
     Attributes:
         radius: the radius, positive and finite.
-        agreed: the model was good there; else at no trial, and the last one asked for ``radius``.
-        best: the trial ``t`` of least value; zero where none was below ``f(theta)``.
-        best_value: the value there.
-        evaluations: how many trials were evaluated.
+        agreed: whether the model was good there. If not, it was good at no trial, and ``radius`` is
+            the next ``t`` after the last trial.
+        best: the trial ``t`` of least value; zero if none was below ``f(theta)``.
+        best_value: the value at ``best``.
+        evaluations: the number of trials.
 
     """
 
@@ -266,9 +271,9 @@ def initial_radius(
         slope: :math:`g'd`, negative; ``-|g|`` for steepest descent.
         curvature: :math:`d'Hd`, of either sign.
         evaluate: ``t`` -> :math:`f(\theta + t d)`.
-        start: the first ``t``; when None ``|slope / curvature|``, which minimises a convex model,
+        start: the first ``t``; if None ``|slope / curvature|``, which minimizes a convex model,
             or 1 where that is not positive and finite.
-        trials: how many ``t`` to try, at least 1.
+        trials: number of ``t`` to try, at least 1.
         largest: upper limit of the radius.
 
     Raises:
@@ -284,17 +289,16 @@ def initial_radius(
         1997, algorithm ITRR. The factors are the defaults of the solver NTR of TAO.
 
     """
-    given = f"value={value} and curvature={curvature}"
-    finite = math.isfinite(value) and math.isfinite(curvature)
-    _check(finite, f"value and curvature must be finite, got {given}")
-    _check(-math.inf < slope < 0, f"slope must be finite and negative (d descends), got {slope}")
-    whole = isinstance(trials, int) and trials >= 1
-    _check(whole, f"trials must be an integer of at least 1, got {trials}")
-    _check(largest > 0, f"largest must be positive, got {largest}")
+    if not (math.isfinite(value) and math.isfinite(curvature)):
+        given = f"value={value}, curvature={curvature}"
+        raise ValueError(f"value and curvature must be finite, got {given}")
+    require(-math.inf < slope < 0, "slope", "be finite and negative (d descends)", slope)
+    as_count("trials", trials, 1)
+    as_positive("largest", largest, infinite=True)
     if start is None:
         natural = abs(slope / curvature) if curvature else 0.0
         start = natural if 0 < natural < math.inf else 1.0
-    _check(0 < start < math.inf, f"start must be a positive finite number, got {start}")
+    check_radius("start", start)
     t, good, best, best_value, count = _within(start, largest), 0.0, 0.0, value, 0
     while count < trials and good < largest:
         trial = float(evaluate(t))
@@ -313,14 +317,12 @@ def initial_radius(
 def _compare(
     value: float, descent: float, curvature: float, t: float, trial: float
 ) -> tuple[float, float]:
-    """Return how far the ratio of reductions is from 1, and by what to multiply ``t``."""
-    # in units of the reduction t |g'd| of the linear model
-    actual = (value - trial) / descent / t
+    """Return the distance of the ratio of reductions from 1, and the factor for the next ``t``."""
+    actual = (value - trial) / descent / t  # both in units of t |g'd|
     predicted = 1 - 0.5 * t * (curvature / descent)
     if not (math.isfinite(actual) and math.isfinite(predicted)):
         return math.inf, 1 / 16
-    eps = 10 * sys.float_info.epsilon
-    rounding = eps * max(1.0, abs(predicted - 1), abs(value) / descent / t)
+    rounding = 10 * sys.float_info.epsilon * max(1.0, abs(predicted - 1), abs(value) / descent / t)
     gap = abs(actual - predicted)
     error = 0.0 if gap <= rounding else gap / abs(predicted) if predicted else math.inf
     low, high = sorted(_reach(actual, predicted, kappa) for kappa in (1 - TARGET, 1 + TARGET))
@@ -328,7 +330,7 @@ def _compare(
         return error, 2.0 if high < 1 else min(high, 5.0)
     if error <= FAIR:
         return error, min(max(high, 0.5), 2.0)
-    # Only one of the two can be in this range: both are only where the error is below 1/4.
+    # At most one of the two is in this range, as the error is at least 1/4.
     return error, next((tau for tau in (low, high) if 1 / 16 <= tau < 1), 1 / 16)
 
 
@@ -346,16 +348,13 @@ def _within(radius: float, largest: float) -> float:
     return min(max(radius, SMALLEST), LARGEST, largest)
 
 
-def _check(fits: bool, expected: str) -> None:
-    if not fits:
-        raise ValueError(expected)
-
-
 def _check_rule(
     radius: float, low: float, high: float, shrink: float, grow: float, largest: float
 ) -> None:
-    _check(0 < radius < math.inf, f"radius must be a positive finite number, got {radius}")
-    _check(low < high, f"shrink_below must be less than grow_above, got {low} and {high}")
-    words = f"factors must satisfy 0 < shrink < 1 < grow, got shrink={shrink} and grow={grow}"
-    _check(0 < shrink < 1 < grow < math.inf, words)
-    _check(largest > 0, f"largest must be positive, got {largest}")
+    check_radius("radius", radius)
+    if not low < high:
+        raise ValueError(f"shrink_below must be less than grow_above, got {low} and {high}")
+    if not 0 < shrink < 1 < grow < math.inf:
+        given = f"shrink={shrink} and grow={grow}"
+        raise ValueError(f"factors must satisfy 0 < shrink < 1 < grow, got {given}")
+    as_positive("largest", largest, infinite=True)

@@ -1,8 +1,8 @@
 """Solves whose ``CONVERGED`` is a statement on the true residual: iterative refinement.
 
-A run of ``cg`` or ``minres`` starts from zero on a system of unit scale and carries its residual by
-a recurrence. Where rounding leaves open whether the true residual is below the tolerance, it is
-measured by one product, and the next run solves for the correction. What is returned is in the
+A run of ``cg`` or ``minres`` starts from zero on a system of unit scale and computes its residual
+by a recurrence. If rounding leaves open whether the true residual is below the tolerance, one
+product measures it, and the next run solves for the correction. The solution is returned in the
 units of the caller.
 """
 
@@ -23,16 +23,16 @@ from .products import Asks
 from .solution import LinearSolution
 from .stopping import SAFETY, Tolerance, surely_below
 
-# An x' is taken as the x without its part in the null space where this is all that r changes by.
+# Removing the null-space part of x may change the residual by at most this fraction.
 NEARLY_NULL = 0.1
-# Ends whose true residual may turn out to be below the tolerance.
+# With these outcomes the true residual may turn out to be below the tolerance.
 MAY_BE_BELOW = (Status.CONVERGED, Status.STAGNATED, Status.MAX_ITER)
 
 Observer = Callable[[Tensor], object]
 
 
 class Line(NamedTuple):
-    """The line ``x + tau p`` that a run of conjugate gradients did not follow to its end."""
+    """The line ``x + tau p`` along which conjugate gradients did not reach a minimum."""
 
     p: Tensor
     w: Tensor  # M^-1 p
@@ -43,15 +43,15 @@ class Line(NamedTuple):
 
 
 class Shorter(NamedTuple):
-    """An iterate of minres less its part along ``M r``, which ``A`` maps to about zero."""
+    """A candidate of ``minres`` without its part along ``M r``, which ``A`` maps to nearly zero."""
 
     x: Tensor
     y: Tensor  # M^-1 x
-    change: float  # by this, relative to its size, r may be another
+    change: float  # a bound on the relative change of the residual
 
 
 class Trusted(NamedTuple):
-    """The last iterate of minres before its rounding could exceed its residual."""
+    """The last iterate of ``minres`` before its rounding could exceed its residual."""
 
     run: Run
     gap: float  # an estimate of that rounding
@@ -62,10 +62,10 @@ class Run:
     """The state of a run from ``x = 0`` on a system of unit scale; vectors in float64."""
 
     x: Tensor
-    y: Tensor  # M^-1 x; the tensor x itself without a preconditioner
+    y: Tensor  # M^-1 x; without M it is the tensor x itself
     r: Tensor
     rr: float  # r'r
-    metric_norm: float | None = None  # sqrt(r'Mr), where the method works in that norm
+    metric_norm: float | None = None  # sqrt(r'Mr), if the method minimizes it
     status: Status | None = None
     iterations: int = 0
     products: int = 0
@@ -73,7 +73,7 @@ class Run:
     direction: Tensor | None = None
     norm_A: float = 0.0  # the largest |Ap|/|p| seen: a lower bound of |A|
     reach: float = 0.0  # the sum of |alpha p|: an upper bound of |x|
-    removed: float = 0.0  # what reorthogonalization took off r, and the true residual still has
+    removed: float = 0.0  # by reorthogonalization from r; the true residual still has it
     trusted: Trusted | None = None
     shorter: Shorter | None = None
 
@@ -85,7 +85,7 @@ class Run:
         return cls(x=x, y=y, r=b.clone(), rr=dot(b, b))
 
     def ended(self, status: Status) -> Run:
-        """Return the run with the reason why it stops."""
+        """Set the reason why the run stops, and return the run."""
         self.status = status
         return self
 
@@ -105,35 +105,36 @@ class Run:
         return eps * self.norm_A * self.reach + self.removed
 
     def margin(self, rounding: Tensor, eps: float) -> float:
-        """Return a bound of ``|r - (b - Ax)|`` for an ``x`` that is returned less ``rounding``."""
+        """Return a bound of ``|r - (b - Ax)|`` for the returned ``x``, which lacks ``rounding``."""
         return SAFETY * (self.gap(eps) + self.norm_A * norm(rounding))
 
     def goes_on(self, tolerance: float, max_iter: int, eps: float) -> bool:
-        """Say whether another iteration is due, and set the status if not."""
+        """Return whether another iteration is needed, and set the status if not."""
         if self.status is None:
-            # Below a tenth of the gap to the true residual the recurred one means nothing.
-            if math.sqrt(self.rr) <= max(tolerance, 0.1 * self.gap(eps)):
+            # A residual below a tenth of its gap to the true one means nothing.
+            size = math.sqrt(self.rr)
+            if size <= tolerance or size <= 0.1 * self.gap(eps):
                 self.status = Status.CONVERGED
             elif self.iterations >= max_iter:
                 self.status = Status.MAX_ITER
         return self.status is None
 
 
-class Start(NamedTuple):
-    """The system ``A d = r`` of a run, whose ``d`` is a correction of an ``x`` found before."""
+class Correction(NamedTuple):
+    """The system ``A d = r`` of a run, whose solution corrects an earlier ``x``."""
 
     r: Tensor
     tolerance: float
     max_iter: int
     value: float = 0.0  # the value of the model at x
-    observe: Observer | None = None  # is shown each d
+    observe: Observer | None = None  # called with each d
 
 
 @dataclass(frozen=True, kw_only=True)
 class Refinement:
-    """What is asked of a solve, and the kernel whose runs it is made of."""
+    """The options of a solve, and the kernel whose runs it consists of."""
 
-    run: Callable[[Start], Asks[Run]]
+    run: Callable[[Correction], Asks[Run]]
     tolerance: Tolerance
     max_iter: int
     max_products: float = math.inf
@@ -172,15 +173,15 @@ class _Iterate:
 class _System:
     """A system of unit scale on the way to its solution."""
 
-    def __init__(self, b: Tensor, dtype: torch.dtype, e: int, asked: Refinement) -> None:
-        self.b, self.dtype, self.e, self.asked = b, dtype, e, asked
-        self.eps, self.tolerance = torch.finfo(dtype).eps, asked.tolerance.of(b, e)
+    def __init__(self, b: Tensor, dtype: torch.dtype, e: int, options: Refinement) -> None:
+        self.b, self.dtype, self.e, self.options = b, dtype, e, options
+        self.eps, self.tolerance = torch.finfo(dtype).eps, options.tolerance.of(b, e)
         self.first = _Iterate(torch.zeros_like(b), b, torch.zeros_like(b), measured=True)
         self.norm_A = 0.0
         self.iterations = self.products = 0
 
     def solve(self, x0: Tensor | None) -> Asks[LinearSolution]:
-        """Run, measure where it matters, and run again from there while that helps."""
+        """Run, measure the residual if in doubt, and restart from there as long as that helps."""
         if x0 is not None:
             self.first = replace(self.first, x=x0)
             r = yield from self._residual(x0)
@@ -190,7 +191,7 @@ class _System:
             self.norm_A = norm(self.b - r) / (norm(x0) or 1.0)
         best, aim, doubted = self.first, self.tolerance, False
         while True:
-            run = yield from self.asked.run(self._start(best, aim))
+            run = yield from self.options.run(self._correction(best, aim))
             self.iterations += run.iterations
             self.products += run.products
             self.norm_A = max(self.norm_A, run.norm_A)
@@ -199,32 +200,32 @@ class _System:
                 below = status is not Status.CONVERGED or self._surely_below(best)
                 return self.end(best, status if below else Status.STAGNATED)
             point, status, in_doubt = self._arrive(best, run)
-            if not (self.asked.verify or in_doubt):
+            if not (self.options.verify or in_doubt):
                 return self.end(point, status, run.direction)
-            if self.products >= self.asked.max_products:
+            if self.products >= self.options.max_products:
                 status = Status.MAX_ITER if in_doubt else status
                 return self.end(point, status, run.direction)
-            r = yield from self._residual(point.x)
-            if not finite(r):
+            measured = yield from self._measure(point, best, run, status)
+            if measured is None:
                 return self.end(point, Status.NONFINITE_OPERATOR, run.direction)
-            point = yield from self._improve(replace(point, r=r, measured=True), best, run, status)
+            point = measured
             if status in MAY_BE_BELOW and self._surely_below(point):
                 return self.end(point, Status.CONVERGED)
             if status is not Status.CONVERGED:
                 return self.end(point, status, run.direction)
             if doubted and norm(point.r) > 0.5 * norm(best.r):
                 return self.end(point, Status.STAGNATED)
-            # Lower than asked from now on, so that what is gained is more than the doubt.
+            # The next runs aim lower, so that their gain exceeds the doubt.
             best, aim, doubted = point, 0.25 * self.tolerance, True
 
-    def _start(self, at: _Iterate, tolerance: float) -> Start:
-        asked, e, dtype = self.asked, self.e, self.dtype
-        left = min(asked.max_iter - self.iterations, asked.max_products - self.products)
+    def _correction(self, at: _Iterate, tolerance: float) -> Correction:
+        options, e, dtype = self.options, self.e, self.dtype
+        left = min(options.max_iter - self.iterations, options.max_products - self.products)
         value = -0.5 * dot(at.x, self.b + at.r)
-        callback, observe = asked.callback, None
+        callback, observe = options.callback, None
         if callback is not None:
             observe = lambda d: callback(ldexp(at.x + d, e).to(dtype))  # noqa: E731
-        return Start(at.r, tolerance, int(max(left, 0)), value, observe)
+        return Correction(at.r, tolerance, int(max(left, 0)), value, observe)
 
     def _surely_below(self, at: _Iterate) -> bool:
         return surely_below(norm(at.r), self.eps * self.norm_A * norm(at.x), self.tolerance)
@@ -235,41 +236,56 @@ class _System:
         return self.b - Ax
 
     def _arrive(self, best: _Iterate, run: Run) -> tuple[_Iterate, Status, bool]:
-        """Return where the run ended, and how, and whether its residual is in doubt."""
+        """Return the last iterate of a run, its status, and whether its residual is in doubt."""
         status, size = run.status or Status.CONVERGED, math.sqrt(run.rr)
         if status is Status.LEAST_SQUARES:
             x, y, change = run.shorter or Shorter(run.x, run.y, 0.0)
             point, margin = self._at(best, run, x, y)
             if size > margin:
                 return point, status, change > NEARLY_NULL
-            # What is left is rounding, and shows nothing about A.
+            # The residual is rounding and proves nothing about A.
             return self._at(best, run, run.x, run.y)[0], Status.STAGNATED, True
         point, margin = self._at(best, run, run.x, run.y)
         if status is Status.CONVERGED:
-            # behind a preconditioner minres may not get to see the largest |Ap|/|p|
+            # With a preconditioner minres may never meet the largest |Ap|/|p|.
             sure = run.metric_norm is None and size + margin <= self.tolerance
             return point, status, not sure
-        return point, status, run.trusted is not None
+        # No product follows one that is not finite.
+        return point, status, run.trusted is not None and status is not Status.NONFINITE_OPERATOR
 
-    def _improve(self, point: _Iterate, best: _Iterate, run: Run, status: Status) -> Asks[_Iterate]:
-        """Return the end of a run as measured, or what rounding has made it worse than."""
-        size = norm(point.r)
+    def _measure(
+        self, point: _Iterate, best: _Iterate, run: Run, status: Status
+    ) -> Asks[_Iterate | None]:
+        """Measure the residual of the last iterate, and return it or a better earlier iterate.
+
+        Returns None if a product is not finite.
+        """
+        r = yield from self._residual(point.x)
+        point, size = replace(point, r=r, measured=True), norm(r)
+        if not math.isfinite(size):
+            return None
+        other = None
         if status is Status.LEAST_SQUARES and size > (1 + NEARLY_NULL) * math.sqrt(run.rr):
-            return self._at(best, run, run.x, run.y)[0]
-        if run.trusted is not None and status in MAY_BE_BELOW:
+            other = run
+        elif status in MAY_BE_BELOW and run.trusted is not None:
             former, gap = run.trusted
-            if size > SAFETY * (gap + self.eps * run.norm_A * norm(best.x)):
-                other, _ = self._at(best, former, former.x, former.y)
-                r = yield from self._residual(other.x)
-                if norm(r) < size:
-                    point = replace(other, r=r, measured=True)
-        lost = status in MAY_BE_BELOW and (status is not Status.MAX_ITER or run.trusted is not None)
-        return best if lost and norm(best.r) < norm(point.r) else point
+            drifted = size > 2 * gap + SAFETY * self.eps * run.norm_A * norm(best.x)
+            other = former if drifted else None
+        if other is not None:
+            earlier, _ = self._at(best, other, other.x, other.y)
+            r = yield from self._residual(earlier.x)
+            if not finite(r):
+                return None
+            point = replace(earlier, r=r, measured=True) if norm(r) < size else point
+        if status in (Status.CONVERGED, Status.STAGNATED) or run.trusted is not None:
+            return best if status in MAY_BE_BELOW and norm(best.r) < norm(point.r) else point
+        return point
 
     def _at(self, best: _Iterate, run: Run, x: Tensor, y: Tensor) -> tuple[_Iterate, float]:
-        """Return ``best + x``, and how far its residual may be from the one of the run."""
+        """Return ``best + x``, and a bound on the error of its recurred residual."""
         exact = best.x + x
-        x = ldexp(ldexp(exact, self.e).to(self.dtype).double(), -self.e)  # as it is returned
+        # Rounded as it is returned.
+        x = ldexp(ldexp(exact, self.e).to(self.dtype).double(), -self.e)
         margin = run.margin(exact - x, self.eps) + SAFETY * self.eps * run.norm_A * norm(best.x)
         at = _Iterate(
             x if finite(x) else exact,
@@ -281,6 +297,7 @@ class _System:
         return at, margin
 
     def end(self, at: _Iterate, status: Status, direction: Tensor | None = None) -> LinearSolution:
+        """Return the solution at an iterate, in the units of this system."""
         x, r = at.x, at.r
         size = norm(r)
         return LinearSolution(

@@ -1,4 +1,4 @@
-"""What the trust-region solvers share: the unit scale of a problem, and the account of a step."""
+"""A trust-region subproblem at unit scale, and its solution in the units of the caller."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Region:
     def with_radius(self, radius: float) -> Region:
         """Return the problem with a radius in the units of the caller.
 
-        Within float64, also where it is 1e300 times larger or smaller than the gradient.
+        The scaled radius stays in the range of float64 for any ratio of radius to gradient.
         """
         unit = min(max(scalar_ldexp(radius, -self.e), sys.float_info.min), sys.float_info.max)
         return replace(self, radius=unit)
@@ -43,7 +43,7 @@ class Region:
         return ldexp(s, self.e).to(self.dtype)
 
     def rounding(self, s: Tensor) -> Tensor:
-        """Return what the returned step lacks, in the units of this problem."""
+        """Return the rounding error of the returned step, in the units of this problem."""
         return s - ldexp(self.returned(s).double(), -self.e)
 
     def account(
@@ -62,7 +62,7 @@ class Region:
         hard_case: bool = False,
         direction: Tensor | None = None,
     ) -> SubproblemSolution:
-        """Return the solution from the numbers of a step at unit scale; see its attributes."""
+        """Return the solution from a step at unit scale and its numbers."""
         step = self.returned(s)
         if not finite(step):
             return no_step(step, Status.NONFINITE_OPERATOR, iterations, products)
@@ -83,9 +83,9 @@ class Region:
 
 
 def region(g: Tensor, radius: float) -> Region | SubproblemSolution:
-    """Bring a problem to unit scale; or return its solution, which is none if ``g`` is not finite.
+    """Return the problem at unit scale, or a solution without a step if ``g`` is not finite.
 
-    A zero gradient stays as it is.
+    A zero gradient is not scaled.
     """
     if not finite(g):
         return no_step(g, Status.NONFINITE_INPUT)
@@ -96,7 +96,7 @@ def region(g: Tensor, radius: float) -> Region | SubproblemSolution:
 def no_step(
     g: Tensor, status: Status, iterations: int = 0, products: int = 0
 ) -> SubproblemSolution:
-    """Return the zero step of a problem that asks for none, or whose answer is not finite."""
+    """Return the zero step, for a problem without a step or without a finite solution."""
     residual = 0.0 if status is Status.CONVERGED else math.inf
     return SubproblemSolution(
         s=torch.zeros_like(g),

@@ -13,7 +13,7 @@ EPS = torch.finfo(torch.float64).eps
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Minimizer:
-    """The solution ``h`` of shape ``(k,)`` in the eigenbasis, and how it was found."""
+    """The solution ``h`` of shape ``(k,)`` in the eigenbasis, with its multiplier."""
 
     h: Tensor
     multiplier: float
@@ -22,13 +22,13 @@ class Minimizer:
 
 
 def minimize_in_eigenbasis(theta: Tensor, c: Tensor, radius: float) -> Minimizer:
-    r"""Minimise :math:`\frac12 \sum \theta_i h_i^2 - c'h` over :math:`|h| \le \Delta`, globally.
+    r"""Minimize :math:`\frac12 \sum \theta_i h_i^2 - c'h` over :math:`|h| \le \Delta`, globally.
 
     The solution is :math:`h_i = c_i / (\theta_i + \lambda)` with the smallest
-    :math:`\lambda \ge \max(0, -\theta_1)` that brings it into the ball, or in the hard case, where
-    ``c`` has no part in the leftmost eigenvector and that :math:`h` is too short, completed by
-    this eigenvector. The unknown is :math:`\mu = \lambda + \theta_1`, so that no digit is lost
-    where :math:`\lambda` is close to :math:`-\theta_1`.
+    :math:`\lambda \ge \max(0, -\theta_1)` that brings it into the ball. In the hard case ``c`` is
+    orthogonal to the leftmost eigenvector and that :math:`h` is too short; the eigenvector then
+    completes it. The unknown is :math:`\mu = \lambda + \theta_1`, so that no digit is lost if
+    :math:`\lambda` is close to :math:`-\theta_1`.
 
     Args:
         theta: eigenvalues in ascending order, shape ``(k,)``, float64.
@@ -53,12 +53,12 @@ def minimize_in_eigenbasis(theta: Tensor, c: Tensor, radius: float) -> Minimizer
         size = _size(h)
         if size <= radius:
             return _complete(h, size, lowest, rounding, radius, c)
-    # No entry of h is longer than the radius, and at this mu one of them is as long.
+    # No entry of h may exceed the radius; at this mu one of them equals it.
     low = max(lowest, (c.abs() / radius - gaps).max().item(), math.ulp(0.0))
     mu = _root(gaps, c, radius, low)
     h = c / (gaps + mu)
     size = _size(h)
-    if size < radius * (1 - 1e-8):  # even at the smallest mu: what is left is the eigenvector's
+    if size < radius * (1 - 1e-8):  # even at the smallest mu: the eigenvector completes h
         return _complete(h, size, lowest, rounding, radius, c)
     return Minimizer(h=h * (radius / size), multiplier=max(mu - lowest, 0.0), on_boundary=True)
 
@@ -66,7 +66,7 @@ def minimize_in_eigenbasis(theta: Tensor, c: Tensor, radius: float) -> Minimizer
 def _complete(
     h: Tensor, size: float, lowest: float, rounding: float, radius: float, c: Tensor
 ) -> Minimizer:
-    """Return the solution where ``c`` does not see the leftmost eigenvector."""
+    """Return the solution if ``c`` is orthogonal to the leftmost eigenvector."""
     if lowest >= -rounding:  # a singular, consistent system: the shortest solution is inside
         return Minimizer(h=h, multiplier=0.0, on_boundary=size == radius)
     h[0] = math.copysign(radius * math.sqrt(1 - (size / radius) ** 2), c[0].item())
@@ -76,7 +76,7 @@ def _complete(
 def _root(gaps: Tensor, c: Tensor, radius: float, low: float) -> float:
     """Solve ``|c / (gaps + mu)| = radius`` for ``mu >= low``, by Newton on ``1/|h|``, guarded.
 
-    ``1/|h|`` is nearly linear in ``mu``: three or four steps are usual.
+    ``1/|h|`` is nearly linear in ``mu``: three or four iterations are usual.
     """
     high = max(_size(c) / radius, low)
     mu = low
@@ -94,7 +94,7 @@ def _root(gaps: Tensor, c: Tensor, radius: float, low: float) -> float:
         mu += (size / radius - 1) / mean
         if not low < mu < high:
             mu = low * math.sqrt(min(high / low, 1e300))  # exact under powers of two
-        if not low < mu < high:  # neighbours in float64
+        if not low < mu < high:  # neighbors in float64
             mu = high
             break
     return mu

@@ -1,4 +1,4 @@
-"""What the kernels return."""
+"""The results of the kernels."""
 
 from __future__ import annotations
 
@@ -13,33 +13,33 @@ from ..status import Status
 from ..vector import ldexp, scalar_ldexp
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)  # a tensor has no truth value to compare by
+@dataclass(frozen=True, kw_only=True, eq=False)  # == on tensors is elementwise
 class LinearSolution:
     r"""The result of solving ``A x = b``, or several such systems at once.
 
-    For a right-hand side of shape ``(n, k)`` each of :attr:`columns` is the account of one column;
-    the other numbers then sum them up: ``status`` is ``CONVERGED`` only if every column converged,
-    and that of the first other column if not; norms and iterations are the largest, products,
-    curvature and model value the sum.
+    For a right-hand side of shape ``(n, k)``, :attr:`columns` holds one solution per column, and
+    the other attributes summarize them. ``status`` is ``CONVERGED`` if every column converged, and
+    otherwise the status of the first column that did not. Norms and iterations are maxima;
+    products, curvature and model value are sums.
 
     Attributes:
-        x: the last finite iterate, of the shape of ``b``; never holds a NaN when ``x0`` holds none.
+        x: the solution, shaped like ``b``; it is finite if ``x0`` is.
         status: how the solve ended.
-        iterations: completed iterations.
-        products: products with ``A``: one an iteration, one more for a warm start, for a direction
-            that ended the solve, and each time the true residual was measured.
-        residual_norm: the norm of ``b - A x``: as measured by a product where
-            ``true_residual_norm`` is not None, as the recurrence carries it otherwise.
-        curvature: ``x'Ax``, computed from the residual, without a product.
-        direction: for ``NEGATIVE_CURVATURE`` and ``ZERO_CURVATURE`` the direction ``p`` found, with
-            ``p'Ap`` not positive to working precision; None otherwise.
-        model_value: :math:`\frac12 x'Ax - b'x`, without a product.
-        norm: the norm of ``x - x0`` in the metric :math:`M^{-1}` of the preconditioner, carried by
-            recurrence; the Euclidean norm without one.
-        true_residual_norm: the norm of ``b - A x`` by a product of its own, or None where none was
-            spent: the recurrence was accurate enough, and nobody asked.
-        preconditioned_residual_norm: :math:`\sqrt{r'Mr}`, where the kernel works in that norm.
-        columns: one solution for each column of ``b``; empty for a vector.
+        iterations: the number of completed iterations.
+        products: the number of products with ``A``: one per iteration, and one more for a warm
+            start, for a direction that ended the solve, and for each measurement of the residual.
+        residual_norm: the norm of ``b - A x``. It was measured by a product if
+            ``true_residual_norm`` is not None, and computed by the recurrence otherwise.
+        curvature: ``x'Ax``, computed from the residual without a product.
+        direction: for ``NEGATIVE_CURVATURE`` and ``ZERO_CURVATURE``, the direction ``p`` whose
+            ``p'Ap`` is not positive to working precision; None otherwise.
+        model_value: :math:`\frac12 x'Ax - b'x`, computed without a product.
+        norm: the norm of ``x - x0`` in the metric :math:`M^{-1}` of the preconditioner, by
+            recurrence; without a preconditioner, the Euclidean norm.
+        true_residual_norm: the norm of ``b - A x``, measured by a separate product; None if the
+            recurrence was accurate enough and ``verify`` was False.
+        preconditioned_residual_norm: :math:`\sqrt{r'Mr}`, if the kernel minimizes that norm.
+        columns: one solution per column of ``b``; empty for a vector.
 
     """
 
@@ -66,7 +66,7 @@ class LinearSolution:
         residual_norm: float = math.inf,
         direction: Tensor | None = None,
     ) -> LinearSolution:
-        """Return the account of a solve that ended before its first iteration, at ``x``."""
+        """Return the solution ``x`` of a solve that ended before its first iteration."""
         return LinearSolution(
             x=x,
             status=status,
@@ -77,7 +77,7 @@ class LinearSolution:
         )
 
     def in_units(self, e: int, dtype: torch.dtype) -> LinearSolution:
-        """Return the solution for ``2^e b``, its vectors in another dtype."""
+        """Return the solution for ``2^e b`` with vectors of another dtype."""
         measured, metric = self.true_residual_norm, self.preconditioned_residual_norm
         p = self.direction
         return replace(
@@ -94,7 +94,7 @@ class LinearSolution:
 
 
 def join(b: Tensor, columns: Sequence[LinearSolution]) -> LinearSolution:
-    """Return the solution for all columns of ``b``, shape ``(n, k)``, from those for each."""
+    """Return the solution for ``b`` of shape ``(n, k)`` from the solutions for its columns."""
     others = (c.status for c in columns if c.status is not Status.CONVERGED)
     measured = [c.true_residual_norm for c in columns if c.true_residual_norm is not None]
     return LinearSolution(
@@ -111,30 +111,30 @@ def join(b: Tensor, columns: Sequence[LinearSolution]) -> LinearSolution:
     )
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)  # a tensor has no truth value to compare by
+@dataclass(frozen=True, kw_only=True, eq=False)  # == on tensors is elementwise
 class SubproblemSolution:
-    r"""The result of minimising :math:`g's + \frac12 s'As` over :math:`\|s\| \le \Delta`.
+    r"""The result of minimizing :math:`g's + \frac12 s'As` over :math:`\|s\| \le \Delta`.
 
     The norm is :math:`\|s\|^2 = s'M^{-1}s` with a preconditioner ``M``, Euclidean without one.
 
     Attributes:
         s: the step, shape ``(n,)``; finite, and within the radius up to rounding.
-        status: ``CONVERGED`` where the optimality conditions hold to the tolerance; ``BOUNDARY`` or
-            ``NEGATIVE_CURVATURE`` where a truncated method stopped at the edge for that reason;
-            otherwise why it ended early, with the best step so far.
-        on_boundary: the step has the length of the radius.
+        status: ``CONVERGED`` if the optimality conditions hold to the tolerance; ``BOUNDARY`` or
+            ``NEGATIVE_CURVATURE`` if a truncated method stopped at the edge for that reason;
+            otherwise the reason for an early end, with the best step found.
+        on_boundary: whether the length of the step equals the radius.
         multiplier: :math:`\lambda \ge 0` with :math:`(A + \lambda M^{-1}) s = -g`; zero inside the
-            ball. NaN from a truncated method that stopped at the edge, which does not know it.
-        predicted_reduction: how much the model falls: :math:`-g's - \frac12 s'As \ge 0`.
-        iterations: completed iterations.
-        products: products with ``A``.
+            ball. NaN if a truncated method, which does not compute it, stopped at the edge.
+        predicted_reduction: the decrease of the model, :math:`-g's - \frac12 s'As \ge 0`.
+        iterations: the number of completed iterations.
+        products: the number of products with ``A``.
         norm: the length of the step in the norm above.
-        curvature: ``s'As``, without a product of its own.
-        residual_norm: the norm of :math:`(A + \lambda M^{-1}) s + g`, as the recurrence carries it;
-            of ``A s + g`` where the multiplier is unknown.
-        hard_case: the step was completed by an eigenvector of the leftmost eigenvalue, to which
-            the gradient is orthogonal.
-        direction: from :func:`steihaug`, the direction without positive curvature that ended it.
+        curvature: ``s'As``, computed without a separate product.
+        residual_norm: the norm of :math:`(A + \lambda M^{-1}) s + g`; if the multiplier is unknown,
+            the norm of ``A s + g``.
+        hard_case: whether the step was completed by an eigenvector of the leftmost eigenvalue, to
+            which the gradient is orthogonal.
+        direction: the direction without positive curvature at which :func:`steihaug` stopped.
 
     """
 

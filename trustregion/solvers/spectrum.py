@@ -1,4 +1,4 @@
-"""What products alone tell of an operator: diagonal, trace, largest eigenvalues."""
+"""Diagonal, trace and largest eigenvalues of an operator, from its products."""
 
 from __future__ import annotations
 
@@ -9,30 +9,30 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..arguments import check_count, check_tolerances
+from ..arguments import as_count, check_count, check_tolerances
 from ..operators.base import LinearOperator, product
 from ..status import Status
 from ..vector import exponent, ldexp, norm
 from .stopping import surely_below
 from .tridiagonal import Tridiagonalization
 
-_BLOCK = 64  # unit vectors at a time: memory of 64 n
-_CHECK = 5  # vectors from one look at the Ritz values to the next
+_BLOCK = 64  # unit vectors per block, which takes 64 n of memory
+_CHECK = 5  # vectors between two tests of the Ritz values
 
 
 @torch.no_grad()
 def diagonal(A: LinearOperator, *, probes: int | None = None, seed: int = 0) -> Tensor:
     r"""Return the diagonal of ``A``, shape ``(n,)``, exact or estimated.
 
-    Exact at n products. With ``probes`` it is Hutchinson's estimate, the mean of
-    :math:`z \odot A z` over vectors ``z`` of random signs: unbiased, with the variance
-    :math:`\sum_{j \ne i} A_{ij}^2` over the number of probes for entry *i*. An estimate can be
-    negative where the diagonal is not.
+    The exact diagonal costs ``n`` products. ``probes`` asks for Hutchinson's estimate, the mean of
+    :math:`z \odot A z` over vectors ``z`` of random signs. It is unbiased; entry *i* has the
+    variance :math:`\sum_{j \ne i} A_{ij}^2` over the number of probes. An estimate can be negative
+    even if the diagonal is not.
 
     Args:
         A: a symmetric operator.
-        probes: how many products to spend; n products and no noise when None.
-        seed: of the signs, from an own generator.
+        probes: number of products for an estimate; None for the exact value at ``n`` products.
+        seed: seed of the signs, which come from a separate generator.
 
     Raises:
         ValueError: ``probes`` is not a positive integer.
@@ -49,7 +49,7 @@ def diagonal(A: LinearOperator, *, probes: int | None = None, seed: int = 0) -> 
     """
     n = A.shape[0]
     if probes is not None:
-        _check_probes(probes)
+        as_count("probes", probes, 1)
         total = torch.zeros(n, dtype=torch.float64, device=A.device)
         for z in _signs(A, probes, seed):
             total += z.double() * product(A, z).double()
@@ -67,15 +67,16 @@ def diagonal(A: LinearOperator, *, probes: int | None = None, seed: int = 0) -> 
 def trace(A: LinearOperator, *, probes: int | None = None, seed: int = 0) -> float:
     r"""Return the trace of ``A``, exact or estimated.
 
-    Exact at n products. With ``probes`` it is Hutchinson's estimate, the mean of :math:`z'Az` over
-    vectors of random signs: unbiased, with a variance of twice the sum of squares off the diagonal
-    over the number of probes; its relative error for a positive semidefinite ``A`` is about
-    ``sqrt(2 / probes)`` at most, and far less where many eigenvalues make up the trace.
+    The exact trace costs ``n`` products. ``probes`` asks for Hutchinson's estimate, the mean of
+    :math:`z'Az` over vectors of random signs. It is unbiased; its variance is twice the sum of
+    squares off the diagonal over the number of probes. For a positive semidefinite ``A`` the
+    relative error is at most about ``sqrt(2 / probes)``, and far less if many eigenvalues
+    contribute to the trace.
 
     Args:
         A: a symmetric operator.
-        probes: how many products to spend; n products and no noise when None.
-        seed: of the signs, from an own generator.
+        probes: number of products for an estimate; None for the exact value at ``n`` products.
+        seed: seed of the signs, which come from a separate generator.
 
     Raises:
         ValueError: ``probes`` is not a positive integer.
@@ -92,19 +93,20 @@ def trace(A: LinearOperator, *, probes: int | None = None, seed: int = 0) -> flo
     return float(diagonal(A, probes=probes, seed=seed).double().sum())
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)  # a tensor has no truth value to compare by
+@dataclass(frozen=True, kw_only=True, eq=False)  # == on tensors is elementwise
 class Eigenvalues:
-    r"""The largest eigenvalues of an operator, as far as a Krylov space knows them.
+    r"""The largest eigenvalues of an operator, from a Krylov space.
 
     Attributes:
-        values: in falling order, shape ``(k,)``, float64.
-        vectors: of unit length, as columns, shape ``(n, k)``.
-        residuals: :math:`\|Av - \theta v\|` for each, measured, shape ``(k,)``, float64: an
-            eigenvalue lies within that distance of each value. Infinite where a product was not
+        values: the eigenvalues in descending order, shape ``(k,)``, float64.
+        vectors: the eigenvectors, of unit length, as columns, shape ``(n, k)``.
+        residuals: the measured :math:`\|Av - \theta v\|` of each pair, shape ``(k,)``, float64. An
+            eigenvalue lies within that distance of each value. Infinite if a product was not
             finite.
-        status: ``CONVERGED`` where every residual is within the tolerance; else ``MAX_ITER``,
-            ``STAGNATED`` or what stopped the space.
-        products: products with ``A``.
+        status: ``CONVERGED`` if every residual is within the tolerance; otherwise ``MAX_ITER``,
+            ``STAGNATED`` or the reason why the space could not grow.
+        products: the number of products with ``A``.
+
     """
 
     values: Tensor
@@ -118,26 +120,26 @@ class Eigenvalues:
 def largest_eigenvalues(
     A: LinearOperator, k: int = 1, *, rtol: float = 1e-3, max_iter: int | None = None, seed: int = 0
 ) -> Eigenvalues:
-    r"""Return the ``k`` largest eigenvalues of ``A`` with their vectors, by Lanczos' method.
+    r"""Return the ``k`` largest eigenvalues of ``A`` with their vectors, by the Lanczos method.
 
-    They are the Ritz values of a Krylov space of a random vector, whose basis is kept orthogonal.
-    The residuals are measured. A Krylov space holds one vector of each eigenspace: an eigenvalue
-    that occurs twice is found once, or a second time by rounding, and the next one takes its place.
-    Where a space ends before it has ``k`` dimensions, another goes on beside it. Values much
-    smaller than the operator, as the largest ones of a negative semidefinite one can be, are
-    rounding and end as ``STAGNATED``.
+    They are Ritz values of the Krylov space of a random vector, whose basis is kept orthogonal. The
+    residuals are measured. A Krylov space contains one vector of each eigenspace: a multiple
+    eigenvalue is found once, or again by rounding, and the next eigenvalue takes its place. If a
+    space ends before it has ``k`` dimensions, a second one continues it. Values much smaller than
+    the norm of the operator, such as the largest ones of a negative semidefinite operator, are
+    dominated by rounding and end as ``STAGNATED``.
 
     Cost: up to ``max_iter`` products for the space, and ``k`` to measure. Memory: the space.
 
     Args:
         A: a symmetric operator of any definiteness.
-        k: how many.
-        rtol: tolerance of the residuals, relative to the largest of the values in size.
-        max_iter: limit on the dimension of the space; ``10 k + 30`` when None.
-        seed: of the first vector, from an own generator.
+        k: number of eigenvalues.
+        rtol: tolerance on the residuals, relative to the largest absolute value.
+        max_iter: maximum dimension of the space; ``10 k + 30`` if None.
+        seed: seed of the first vector, which comes from a separate generator.
 
     Returns:
-        ``k`` values; fewer, or none, where the operator is not finite.
+        ``k`` values; fewer, or none, if the operator is not finite.
 
     Raises:
         ValueError: ``k`` or ``max_iter`` is not positive, or ``k`` is larger than ``n``.
@@ -161,15 +163,15 @@ def largest_eigenvalues(
     limit = min(n, 10 * k + 30 if max_iter is None else max_iter)
     if limit < k:
         raise ValueError(f"max_iter must be at least k = {k}, got {max_iter}")
-    generator = torch.Generator().manual_seed(seed)
-    start = torch.randn(n, generator=generator, dtype=torch.float64).to(A.device)
+    generator = torch.Generator("cpu").manual_seed(seed)
+    start = torch.randn(n, generator=generator, dtype=torch.float64, device="cpu").to(A.device)
     unit = _UnitScale(A)
     space = Tridiagonalization(unit, start, None, A.dtype)
     while space.size < limit and _too_small(space, k, rtol):
         if space.exhausted:
             if space.size >= k:
                 break
-            space.restart(generator)  # one generator, so that each goes another way
+            space.restart(generator)  # the one generator makes each start another
         if not space.grow():
             break
     theta, U = space.spectrum(space.size)
@@ -222,7 +224,7 @@ def _residuals(A: LinearOperator, theta: Tensor, vectors: Tensor) -> list[float]
 
 
 def _too_small(space: Tridiagonalization, k: int, rtol: float) -> bool:
-    """Whether a Ritz value has a residual above the tolerance, by the coupling to what is next."""
+    """Return whether a Ritz value has a residual above the tolerance, by the last coupling."""
     if space.size < k or (space.size % _CHECK and not space.exhausted):
         return True
     theta, U = space.spectrum(space.size)
@@ -230,15 +232,9 @@ def _too_small(space: Tridiagonalization, k: int, rtol: float) -> bool:
     return bool((bounds > rtol * theta[-k:].abs().max()).any())
 
 
-def _check_probes(probes: object) -> None:
-    check_count("probes", probes)
-    if not probes:
-        raise ValueError("probes must be a positive integer, got 0; None is exact")
-
-
 def _signs(A: LinearOperator, probes: int, seed: int) -> Iterator[Tensor]:
     """Yield vectors of random signs."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
     for _ in range(probes):
-        coins = torch.randint(2, (A.shape[0],), generator=generator)
+        coins = torch.randint(2, (A.shape[0],), generator=generator, device="cpu")
         yield (2 * coins - 1).to(A.device, A.dtype)

@@ -14,7 +14,7 @@ from ..status import Status
 from ..vector import dot, norm
 from .cg import conjugate_gradients
 from .products import answer
-from .refinement import Line, Run, Start
+from .refinement import Correction, Line, Run
 from .region import Region, region
 from .solution import SubproblemSolution
 from .stopping import Tolerance, surely_below, why_no_direction
@@ -31,36 +31,36 @@ def steihaug(
     atol: float = 0.0,
     max_iter: int | None = None,
 ) -> SubproblemSolution:
-    r"""Minimise :math:`g's + \frac12 s'As` over :math:`\|s\| \le \Delta`, approximately.
+    r"""Minimize :math:`g's + \frac12 s'As` over :math:`\|s\| \le \Delta`, approximately.
 
-    Conjugate gradients on :math:`As = -g` from zero, until the residual is small, the path leaves
-    the region, or a direction of no positive curvature turns up; in the last two cases the step
-    goes on to the edge, in the last to whichever end is lower. The norm is
-    :math:`\|s\|^2 = s'M^{-1}s`, in which the iterates grow, so that the first crossing is the last.
-    For a positive definite ``A`` the model falls by at least half of what the exact solution
-    gains. An indefinite ``A`` is better served by :func:`gltr`.
+    Conjugate gradients solve :math:`As = -g` from zero until the residual is small, the path leaves
+    the region, or a direction without positive curvature appears. In the second case the step ends
+    where the path crosses the edge; in the third it follows the direction to the edge, at the end
+    where the model is lower. The norm is :math:`\|s\|^2 = s'M^{-1}s`, in which the iterates grow,
+    so that the path crosses the edge only once. For a positive definite ``A`` the model decreases
+    by at least half of the optimal reduction. For an indefinite ``A`` prefer :func:`gltr`.
 
-    Cost: one product with ``A`` and one with ``M`` an iteration, one more where convergence in
-    this precision is in doubt; constant memory (five vectors in float64, seven with ``M``). The
-    model value and the norm cost none.
+    Cost: one product with ``A`` and one with ``M`` per iteration, and one more if convergence is in
+    doubt in this precision. Memory: five float64 vectors, seven with ``M``. The model value and the
+    norm cost no product.
 
     Args:
         A: a :class:`LinearOperator`, a square tensor or a callable; symmetric, may be indefinite.
         g: the gradient, shape ``(n,)``, float32 or float64.
         radius: :math:`\Delta`, positive.
-        M: preconditioner, an approximation of the inverse of ``A``, positive definite.
-        rtol: tolerance on the residual relative to the norm of ``g``, or a rule that makes it from
-            that norm, such as :func:`forcing_sequence`.
-        atol: absolute tolerance on the residual's norm.
-        max_iter: limit on iterations; ``10 n`` when None.
+        M: positive definite preconditioner, an approximation of the inverse of ``A``.
+        rtol: tolerance on the residual relative to the norm of ``g``, or a function
+            of that norm that returns it, such as :func:`forcing_sequence`.
+        atol: absolute tolerance on the norm of the residual.
+        max_iter: maximum number of iterations; ``10 n`` if None.
 
     Returns:
         The step: ``CONVERGED`` inside the region, ``BOUNDARY`` or ``NEGATIVE_CURVATURE`` (or
         ``ZERO_CURVATURE``) at its edge; see :class:`SubproblemSolution`.
 
     Raises:
-        TypeError: ``g`` is not a real floating vector, or ``A`` or ``M`` is not an operator.
-        ValueError: shapes or dtypes do not fit, the radius is not positive, or a tolerance is
+        TypeError: ``g`` is not a real floating-point vector, or ``A`` or ``M`` is not an operator.
+        ValueError: shapes or dtypes do not match, the radius is not positive, or a tolerance is
             negative.
 
     Example:
@@ -92,8 +92,8 @@ def steihaug(
             return True  # M is not positive definite
         return alpha >= to_the_edge(run.x, run.y, p, w, problem.radius)[0]
 
-    start = Start(problem.b, tolerance, limit)
-    run = answer(A, conjugate_gradients(start, g.dtype, M, leaves=leaves))
+    system = Correction(problem.b, tolerance, limit)
+    run = answer(A, conjugate_gradients(system, g.dtype, M, leaves=leaves))
     status, at_edge = run.status or Status.CONVERGED, False
     if run.line is not None:
         status, at_edge = _follow(run, run.line, status, problem.radius)
@@ -121,7 +121,7 @@ EDGE = (Status.BOUNDARY, Status.NEGATIVE_CURVATURE, Status.ZERO_CURVATURE)
 
 
 def _follow(run: Run, line: Line, status: Status, radius: float) -> tuple[Status, bool]:
-    """End on a line whose minimum is outside, or which has none; say whether that is the edge."""
+    """Move along the line to the edge, or to its minimum; return the status and if at the edge."""
     p, w, Ap, rz, pAp, _ = line
     if status is Status.BOUNDARY:
         run.direction = None
@@ -131,7 +131,7 @@ def _follow(run: Run, line: Line, status: Status, radius: float) -> tuple[Status
     forth, back = to_the_edge(run.x, run.y, p, w, radius)
     taus = [forth]
     if status is not Status.BOUNDARY:
-        # a curvature that is positive, if only by rounding, has its minimum before the edge
+        # A curvature that is positive, if only by rounding, has a minimum before the edge.
         taus += [back, rz / pAp] if 0 < rz < forth * pAp else [back]
     tau = min(taus, key=lambda t: t * (0.5 * t * pAp - rz))  # the change of the model
     run.move(p, w, tau)
@@ -156,7 +156,7 @@ def to_the_edge(x: Tensor, y: Tensor, p: Tensor, w: Tensor, radius: float) -> tu
 
 
 def _measure(A: LinearOperator, problem: Region, run: Run, tolerance: float) -> Status:
-    """Put the true residual in place of the recurred one."""
+    """Replace the recurred residual by the true one, and return the status that it proves."""
     run.products += 1
     r = problem.b - product(A, run.x.to(problem.dtype)).double()
     if not finite(r):

@@ -1,4 +1,4 @@
-"""When a solve stops: its tolerance, forcing sequences, the progress of the model, breakdowns."""
+"""Stopping rules: tolerances, breakdowns, the progress of the model, forcing sequences."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from ..arguments import as_number_in
 from ..status import Status
 from ..vector import norm, scalar_ldexp
 
-# The estimate of the gap between the recurred and the true residual holds within a factor of 3 on
-# all systems that were tried (dense ones up to n = 3000). This factor leaves room.
+# The estimate of the gap between the recurred and the true residual is correct to a factor of 3 on
+# all systems tried (dense ones up to n = 3000). This factor leaves a margin.
 SAFETY = 8.0
 
 
@@ -33,9 +34,9 @@ class Tolerance:
 
 
 def surely_below(size: float, rounding: float, tolerance: float) -> bool:
-    """Say whether a measured residual shows that the true one is below the tolerance.
+    """Return whether a measured residual proves that the true one is below the tolerance.
 
-    ``rounding`` is the rounding of the product that measured it, about ``eps |A| |x|``.
+    ``rounding`` is the error of the product that measured it, about ``eps |A| |x|``.
     """
     return size + rounding <= tolerance
 
@@ -54,8 +55,8 @@ class Progress:
 
     .. math:: i > k, \quad \phi_i < 0, \quad \frac{\phi_i - \phi_{i-k}}{\phi_i} < k \epsilon
 
-    so that an iteration has to earn the fraction ``tol`` of what was gained so far, on average over
-    the last ``k``.
+    so that the last ``k`` iterations must on average each have gained the fraction ``tol`` of the
+    total gain.
 
     Args:
         tol: epsilon; 5e-4 in the paper.
@@ -71,31 +72,31 @@ class Progress:
         self.values = [start]
 
     def satisfied(self, value: float) -> bool:
-        """Take in the model value of the next iterate, and say whether to stop there."""
+        """Append the model value of the next iterate, and return whether to stop there."""
         self.values.append(value)
         i = len(self.values) - 1
         k = max(10, -(-i // 10))
         return i > k and value < 0 and (value - self.values[i - k]) / value < k * self.tol
 
     def stops_after(self, gain: float) -> bool:
-        """The same, for an iterate whose model value is lower by ``gain``."""
+        """Append a model value that is lower by ``gain``, and return whether to stop there."""
         return self.satisfied(self.values[-1] - gain)
 
 
 def forcing_sequence(kappa: float = 0.5, theta: float = 0.5) -> Callable[[float], float]:
     r"""Return the rule :math:`\|b\| \mapsto \min(\kappa, \|b\|^\theta)`, to be passed as ``rtol``.
 
-    In Newton's method ``b`` is minus the gradient: far from a solution the systems are solved
-    roughly, near it ever more exactly, and the method converges with order ``1 + theta``. The
-    norm enters as it is, so the loss should be of order one; divide by a reference norm where it
-    is not: ``rtol=lambda size: rule(size / first)``.
+    In Newton's method ``b`` is minus the gradient. The systems are solved roughly far from a
+    solution and more exactly near it, and the method converges with order ``1 + theta``. The rule
+    depends on the scale of the loss, which should be of order one. If it is not, divide by a
+    reference norm: ``rtol=lambda size: rule(size / first)``.
 
     Args:
         kappa: upper limit of the relative tolerance, in (0, 1).
         theta: in (0, 1]: 1/2 gives superlinear, 1 quadratic convergence.
 
     Raises:
-        ValueError: an argument out of its range.
+        ValueError: an argument is out of range.
 
     Example:
         >>> rule = forcing_sequence()
@@ -107,10 +108,8 @@ def forcing_sequence(kappa: float = 0.5, theta: float = 0.5) -> Callable[[float]
         Trust-Region Methods, 2000, section 7.5.1.
 
     """
-    if not 0 < kappa < 1:
-        raise ValueError(f"kappa must be between 0 and 1, got {kappa}")
-    if not 0 < theta <= 1:
-        raise ValueError(f"theta must be in (0, 1], got {theta}")
+    as_number_in("kappa", kappa, "(0, 1)")
+    as_number_in("theta", theta, "(0, 1]")
     return lambda size: min(kappa, size**theta)
 
 
@@ -123,16 +122,16 @@ def eisenstat_walker(
     alpha: float = (1 + 5**0.5) / 2,
     largest: float = 0.9,
 ) -> float:
-    r"""Return the next relative tolerance of an inexact Newton method, from how fast ``g`` falls.
+    r"""Return the next relative tolerance of an inexact Newton method, from the decrease of ``g``.
 
-    :math:`\eta_k = \gamma (\|g_k\| / \|g_{k-1}\|)^\alpha`, kept from falling faster than
-    :math:`\gamma \eta_{k-1}^\alpha` as long as that is above 0.1, and at most ``largest``. Unlike
-    :func:`forcing_sequence` it does not depend on the scale of the loss.
+    :math:`\eta_k = \gamma (\|g_k\| / \|g_{k-1}\|)^\alpha`, but at least
+    :math:`\gamma \eta_{k-1}^\alpha` if that is above 0.1, and at most ``largest``. Unlike
+    :func:`forcing_sequence`, the rule does not depend on the scale of the loss.
 
     Args:
-        size: the norm of the gradient now.
+        size: the norm of the current gradient.
         previous_size: the norm of the gradient one step earlier.
-        previous_rtol: the tolerance used there.
+        previous_rtol: the relative tolerance of that step.
         gamma: in (0, 1].
         alpha: order of convergence, in (1, 2].
         largest: upper limit.

@@ -1,4 +1,4 @@
-"""The three-term recurrence of Lanczos, with a preconditioner, of which two vectors are kept."""
+"""The preconditioned three-term recurrence of Lanczos, which stores two vectors."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from ..vector import dot, exponent, ldexp, norm, scalar_ldexp
 class ThreeTerm:
     r"""The process ``A v_k = beta_k u_{k-1} + alfa_k u_k + beta_{k+1} u_{k+1}``, ``v = M u``.
 
-    ``u`` is in the space of residuals and ``v`` in that of ``x``; ``u_i'v_j`` is 1 for ``i = j``
-    and otherwise 0. Products with ``A`` and ``M`` are brought to unit scale by powers of two.
+    ``u`` lies in the space of the residuals and ``v`` in the space of ``x``; ``u_i'v_j`` is 1 if
+    ``i = j`` and 0 otherwise. Powers of two bring products with ``A`` and ``M`` to unit scale.
     """
 
     def __init__(self, b: Tensor, dtype: torch.dtype, M: LinearOperator | None) -> None:
@@ -59,14 +59,14 @@ class ThreeTerm:
         return alfa, found[1], z
 
     def turn(self) -> None:
-        """Go on to the next vectors, if there are any."""
+        """Advance to the next vectors if there are any."""
         z, Mz, beta = self.next
         if beta > 0:
             self.u_old, self.u, self.beta = self.u, z / beta, beta
             self.v = self.u if self.M is None else Mz / beta
 
     def _length(self, z: Tensor) -> tuple[Tensor, float] | Status:
-        """Return ``M z`` and ``sqrt(z'Mz)``, or why there is none."""
+        """Return ``M z`` and ``sqrt(z'Mz)``, or a status if ``M`` fails."""
         if self.M is None:
             size = norm(z)
             return (z, size) if math.isfinite(size) else Status.NONFINITE_OPERATOR

@@ -1,4 +1,4 @@
-"""Lanczos' process: an orthonormal basis of a Krylov space, and the tridiagonal matrix in it."""
+"""The Lanczos process with a stored orthonormal basis, in which ``A`` is tridiagonal."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from .stopping import why_no_direction
 class Tridiagonalization:
     r"""Rows ``Q``, ``W`` with :math:`QW' = I` and :math:`AQ' = W'T + \beta_k w_{k+1} e_k'`.
 
-    ``W`` is :math:`M^{-1}Q`, the same rows without a preconditioner. Every new vector is
-    orthogonalized against all the others, twice, in float64: the basis then behaves as in exact
-    arithmetic, also for an operator in float32.
+    ``W`` is :math:`M^{-1}Q`; without a preconditioner it is ``Q`` itself. Every new vector is
+    orthogonalized twice against all others in float64, so that the basis behaves as in exact
+    arithmetic, also for a float32 operator.
     """
 
     def __init__(
@@ -33,7 +33,7 @@ class Tridiagonalization:
         self.products = 0
         self.alphas: list[float] = []
         self.betas: list[float] = []  # betas[j] couples the vectors j and j + 1
-        # what T does not hold: rounding, and all that A and M lack to symmetry
+        # What T does not contain: rounding, and any asymmetry of A and M.
         self.removed: list[float] = []
         self.norm_A = 0.0  # largest |Aq|/|q|
         self._spectra: dict[int, tuple[Tensor, Tensor]] = {}
@@ -48,14 +48,14 @@ class Tridiagonalization:
 
     def matrix(self, k: int) -> Tensor:
         """Return ``T`` of the first ``k`` vectors."""
-        T = torch.diag(torch.tensor(self.alphas[:k], dtype=torch.float64))
+        T = torch.diag(torch.tensor(self.alphas[:k], dtype=torch.float64, device="cpu"))
         if k > 1:
-            off = torch.tensor(self.betas[: k - 1], dtype=torch.float64)
+            off = torch.tensor(self.betas[: k - 1], dtype=torch.float64, device="cpu")
             T += torch.diag(off, 1) + torch.diag(off, -1)
         return T.to(self.Q.rows.device)
 
     def spectrum(self, k: int) -> tuple[Tensor, Tensor]:
-        """Return eigenvalues and eigenvectors of ``T``; of unit size in between, kept for later."""
+        """Return the eigenvalues and eigenvectors of ``T``, computed at unit scale and cached."""
         if k not in self._spectra:
             T = self.matrix(k)
             e = exponent(T) or 0
@@ -66,8 +66,8 @@ class Tridiagonalization:
     def eliminate(self, k: int, damping: float) -> tuple[int, float]:
         r"""Eliminate in :math:`(T + \lambda I) h = |b| e_1` from the top, as ``cg`` does.
 
-        Returns how many pivots, the curvatures that ``cg`` would meet, are positive to working
-        precision, and the size of the last entry of the ``h`` of that size. Cost: O(k).
+        Returns the number of pivots that are positive to working precision (they are the curvatures
+        that ``cg`` would meet), and the last entry of the ``h`` of that size. Cost: O(k).
         """
         floor = self.eps * max(map(abs, [*self.alphas, *self.betas, damping]))
         pivot, before, right, last = math.inf, 0.0, self.start, 0.0
@@ -80,9 +80,9 @@ class Tridiagonalization:
         return k, last
 
     def onward(self, k: int, last: float) -> float:
-        """Return the norm of what ``A`` takes out of the first ``k`` vectors.
+        """Return the residual of a point of the first ``k`` vectors with last coefficient ``last``.
 
-        For a point with the last coefficient ``last`` it is the norm of its residual.
+        It is the norm of the part of ``A x`` outside of their span.
         """
         if k == 0:
             return self.start * norm(self.W.rows[0]) if self.start else 0.0
@@ -90,7 +90,7 @@ class Tridiagonalization:
         return beta * abs(last) * norm(self.W.rows[k]) if beta else 0.0
 
     def grow(self) -> bool:
-        """Add a vector at one product, and say whether there was one to add."""
+        """Add a vector, at one product, and return whether one was added."""
         if self.exhausted or self.status is not None:
             return False
         k = self.size
@@ -115,19 +115,20 @@ class Tridiagonalization:
         return True
 
     def restart(self, generator: torch.Generator) -> None:
-        """Go on in a new Krylov space, from a random vector orthogonal to an exhausted one."""
+        """Continue in a new Krylov space, from a random vector orthogonal to the exhausted one."""
         rows = self.W.rows
         if len(rows) == rows.shape[1]:
             return
-        r = torch.randn(rows.shape[1], generator=generator, dtype=torch.float64).to(rows.device)
+        n, wide = rows.shape[1], torch.float64
+        r = torch.randn(n, generator=generator, dtype=wide, device="cpu").to(rows.device)
         self.exhausted = False
         self._append(orthogonalize(r, rows, self.Q.rows), norm(r))  # its coupling stays 0
 
     def _append(self, r: Tensor, before: float) -> float:
-        """Add ``Mr`` over its length and return the length, or 0 where nothing is left of ``r``.
+        """Add ``Mr`` over its length, and return the length; return 0 if ``r`` is only rounding.
 
-        ``before`` is the size of what ``r`` was made from: a remainder below ``eps`` times that is
-        rounding.
+        ``before`` is the norm of the vector that ``r`` is the remainder of. A remainder below
+        ``eps`` times that norm is rounding.
         """
         size = norm(r)
         if len(self.Q) == r.numel() or size <= self.eps * before * (len(self.Q) > 0):

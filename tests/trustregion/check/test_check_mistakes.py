@@ -110,7 +110,7 @@ def test_a_wrong_gradient(dtype, seed, mistake):
 
 
 class OwnNormal(td.Normal):
-    """A Normal, registered anew in each test."""
+    """A Normal that each test registers for itself."""
 
 
 def regression(family, dtype=torch.float64):

@@ -186,7 +186,7 @@ def test_moving_the_parameters_of_a_linear_model_is_noticed_too(backend):
     J = linearise([model(torch.randn(ROWS))], ParameterVector(model.parameters()), backend)
     with torch.no_grad():
         model.weight.mul_(2)
-    with pytest.raises(RuntimeError, match="Build the operator anew"):
+    with pytest.raises(RuntimeError, match="Build the operator again"):
         J.jvp(torch.ones(10))
 
 

@@ -226,7 +226,7 @@ p = torch.zeros(2, requires_grad=True)
         ({"damping": -1e-3}, "damping must be"),
         ({"cg_max_iter": 0}, "cg_max_iter must be an integer of at least 1"),
         ({"cg_rtol": 1.0}, r"cg_rtol must lie in \[0, 1\)"),
-        ({"backtrack_factor": 1.0}, "backtrack_factor must lie between"),
+        ({"backtrack_factor": 1.0}, r"backtrack_factor must lie in \(0, 1\)"),
         ({"max_backtracks": -1}, "max_backtracks must be an integer and not negative"),
         ({"max_backtracks": 2.5}, "max_backtracks must be an integer"),
         ({"cg_max_iter": 2.5}, "cg_max_iter must be an integer"),

@@ -163,10 +163,10 @@ def test_dropout_draws_one_mask_a_step():
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"scales": ()}, "scales must hold positive numbers"),
-        ({"scales": (1.0, 0.0)}, "scales must hold positive numbers"),
+        ({"scales": ()}, "scales must be a tuple of numbers"),
+        ({"scales": (1.0, 0.0)}, "scales must be positive and finite, got 0.0"),
         ({"scales": 1.0}, "scales must be a tuple of numbers"),
-        ({"damping": ()}, "damping must be finite"),
+        ({"damping": ()}, "damping must be a tuple of numbers"),
         ({"damping": (1e-3, -1.0)}, "damping must be finite"),
         ({"damping": (1e-3, 1e-2), "damping_factor": 1.5}, "give one of the two"),
         ({"damping": "big"}, "damping must be a number"),

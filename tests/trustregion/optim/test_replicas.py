@@ -313,4 +313,5 @@ print(sys.getrefcount(dist.group.WORLD) - before)
 dist.destroy_process_group()
 """
     ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert (ended.returncode, ended.stdout) == (0, "0\n"), ended.stderr
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.splitlines()[-1] == "0", ended.stderr  # gloo may report its peers before

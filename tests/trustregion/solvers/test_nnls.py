@@ -12,7 +12,8 @@ from scipy.optimize import nnls as scipy_nnls
 
 from strategies import DTYPES
 from trustregion import Status
-from trustregion.solvers.nnls import least_distance, lowest_in_ball, nnls
+from trustregion.solvers.lowest import lowest_in_ball
+from trustregion.solvers.nnls import least_distance, nnls
 
 EPS = torch.finfo(torch.float64).eps
 

@@ -1,4 +1,4 @@
-"""A fixture that writes and loads a file of presets."""
+"""A fixture that writes a file of presets and loads it."""
 
 import pytest
 import yaml

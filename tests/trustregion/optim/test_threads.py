@@ -1,0 +1,97 @@
+"""Steps in several threads: process-wide settings, random numbers and trials do not mix."""
+
+import threading
+
+import pytest
+import torch
+from torch import nn
+from torch.distributions import Distribution
+
+from optimizers import natural, newton
+from problems import closure_of, network
+from trustregion import Status
+
+
+def settings():
+    cuda = torch.backends.cuda
+    return (
+        Distribution._validate_args,
+        torch.backends.mha.get_fastpath_enabled(),
+        cuda.flash_sdp_enabled(),
+        cuda.mem_efficient_sdp_enabled(),
+        cuda.math_sdp_enabled(),
+        cuda.cudnn_sdp_enabled(),
+        str(torch._dynamo.eval_frame._stance),
+    )
+
+
+class Interrupted(Exception):
+    pass
+
+
+def steps(index, failing, outcomes):
+    """Ten steps of an optimizer of this thread's own, whose 7th call may fail."""
+    model = network(4, 16, 3, nn.Dropout(0.5))
+    compute = closure_of(model, X, Y)
+    calls = []
+
+    def closure():
+        calls.append(1)
+        if failing and len(calls) == 7:
+            raise Interrupted
+        return compute()
+
+    optimizer = (natural if index % 2 else newton)(model.parameters())
+    try:
+        for _ in range(10):
+            optimizer.step(closure)
+            outcomes.append(optimizer.info.status)
+    except Interrupted as error:
+        outcomes.append(error)
+
+
+DRAW = torch.Generator().manual_seed(0)
+X, Y = torch.randn(64, 4, generator=DRAW), torch.randint(3, (64,), generator=DRAW)
+
+
+@pytest.mark.parametrize("failing", [(), (3,), (0, 1, 2, 3)])
+def test_steps_in_four_threads_leave_the_settings_and_repeat_their_calls(failing):
+    before = settings()
+    outcomes = [[] for _ in range(4)]
+    threads = [
+        threading.Thread(target=steps, args=(i, i in failing, outcomes[i])) for i in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert settings() == before
+    for index, outcome in enumerate(outcomes):
+        assert Status.NOT_REPRODUCIBLE not in outcome
+        if index in failing:
+            assert isinstance(outcome[-1], Interrupted)
+        else:
+            assert len(outcome) == 10
+            assert Status.ACCEPTED in outcome
+
+
+@pytest.mark.parametrize("kind", [natural, newton])
+def test_inside_a_closure_the_settings_are_those_of_a_step_and_outside_they_are_back(kind):
+    before, seen = settings(), []
+    model = network(4, 8, 3)
+    compute = closure_of(model, X, Y)
+
+    def closure():
+        seen.append(settings())
+        return compute()
+
+    kind(model.parameters()).step(closure)
+    first, *trials = seen
+    assert first[0] is before[0]  # The first call validates the arguments of distributions.
+    assert trials
+    for now in trials:
+        assert now[0] is False
+        assert now[1:] == first[1:]
+    assert first[1:4] == (False, False, False)
+    assert first[4] is True
+    assert settings() == before
