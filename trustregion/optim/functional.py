@@ -203,7 +203,7 @@ def _jacobian(point: Point, loss: Tensor, r: Tensor) -> Tensor | None:
 
 
 def _judged(end: _End, J: Tensor | None, g: Tensor, cost: float) -> _End:
-    """Return the end of a fit, converged if only the rounding of the cost rejected its last step.
+    """Return the end of a fit, as converged if only rounding rejected its last step.
 
     This is assumed if a Gauss-Newton step predicts a relative reduction of at most the square root
     of the machine epsilon, below which an optimizer takes the losses of two calls for equal.
