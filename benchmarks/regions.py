@@ -18,6 +18,8 @@ import torch
 from scipy.optimize._trlib import get_trlib_quadratic_subproblem
 from scipy.optimize._trustregion_exact import IterativeSubproblem
 from scipy.optimize._trustregion_ncg import CGSteihaugSubproblem
+from torch import Tensor
+
 from tests.trustregion.test_region_cases import (
     CASES,
     HARD,
@@ -29,8 +31,6 @@ from tests.trustregion.test_region_cases import (
     numbers,
     random_entry,
 )
-from torch import Tensor
-
 from trustregion import SubproblemSolution, gltr, steihaug
 from trustregion.solvers import trust_region_dense
 
