@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..operators.base import OperatorLike
+from ..operators.base import LinearOperator, OperatorLike
 from ..preconditioners import Gated, Preconditioner
 from ..solvers.radius import classic_radius, gould_radius, levenberg_marquardt_damping
 from ..solvers.stopping import forcing_sequence
 from ..status import Status
 from .closure import NewtonClosure, read_newton
 from .derivatives import (
+    Counted,
     FisherMetric,
     fisher_metric,
     is_finite,
@@ -206,22 +207,23 @@ class NewtonTrustRegion(TrustRegionOptimizer):
             with without_autocast(objective):
                 raw, A = quadratic(objective, self.curvature)  # linearized once
                 g = slope(objective, raw, o.gtol)  # in the units of the learning rates
-                if g is None:
+                if g is None:  # info.status says why
                     return objective.returned
-                if self.metric == "fisher":
-                    M = fisher_metric(objective, o)
-                else:
-                    M = preconditioned(objective, A, self._gated(), o.damping)
-            rtol = forcing_sequence() if o.rtol is None else o.rtol
-            model = Model(A=objective.units.operator(A), g=g, M=M, rtol=rtol, max_iter=o.max_iter)
+                M = self._metric(objective, A, o)  # the region is s'M^-1 s <= radius^2
+            DAD, rtol = objective.units.operator(A), o.rtol
+            rtol = forcing_sequence() if rtol is None else rtol
+            model = Model(A=DAD, g=g, M=M, rtol=rtol, max_iter=o.max_iter)  # g's + s'As / 2
             last = self._last_solution(objective.vector, o)
-            minimize = minimizer(
-                model, self.solver, o, last
-            )  # region -> its minimizer of the model
-            self._try(objective, minimize, o)  # rho = actual / predicted reduction, region follows
-            inner = M.count if isinstance(M, FisherMetric) else 0
-            objective.note(products=A.count + inner)
+            minimize = minimizer(model, self.solver, o, last)  # size of the region -> step
+            self._try(objective, minimize, o)  # rho = actual / predicted, and the region follows
+            objective.note(products=A.count + (M.count if isinstance(M, FisherMetric) else 0))
         return objective.returned
+
+    def _metric(self, objective: Objective, A: Counted, o: NewtonOptions) -> LinearOperator | None:
+        """Return the inverse of the metric of the region; None for the Euclidean one."""
+        if self.metric == "fisher":
+            return fisher_metric(objective, o)
+        return preconditioned(objective, A, self._gated(), o.damping)
 
     def _try(self, objective: Objective, minimize: Minimizer, o: NewtonOptions) -> None:
         """Keep a step that reduces the loss as the model predicts, and let the region follow."""
