@@ -85,6 +85,15 @@ class Calls:
         with torch.enable_grad(), _turn:
             return self._replayed(call)
 
+    def first_again(self, call: Callable[[], T]) -> T:
+        """Make the first call once more, from where the last call left the buffers."""
+        self.count += 1
+        with torch.enable_grad(), _turn:
+            self._before = self._after = self.left
+            result = self._replayed(call)
+            self.leave(self.left)
+            return result
+
     def leave(self, buffers: Buffers) -> None:
         """Leave the buffers as the call at the accepted parameters left them."""
         self._after = buffers

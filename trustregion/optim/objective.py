@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Self, TypeVar
 from weakref import WeakSet
 
@@ -19,35 +19,9 @@ from .closure import Evaluation
 from .info import StepInfo
 from .processes import Processes
 from .units import Units
+from .values import Values, agree, difference, have_settled
 
 SETTLING = 100  # The most repetitions of a call whose values move with its buffers.
-
-
-@dataclass(frozen=True, kw_only=True)
-class Values:
-    """The values of an objective at some parameters, over the samples of all processes.
-
-    Attributes:
-        loss: The closure's loss.
-        kl: KL(old || new) in nats, from float64; 0 without a prediction.
-        largest_kl: The KL of the sample where it is largest, if it was asked for.
-        constraints: The closure's constraint values.
-        moved: The call moved buffers, in some process.
-        buffers: The buffers that the call moved in this process, as it left them.
-
-    """
-
-    loss: float
-    kl: float
-    largest_kl: float | None = None
-    constraints: tuple[float, ...] = ()
-    moved: bool = False
-    buffers: Buffers
-
-    @property
-    def violation(self) -> float:
-        """The sum of the positive constraint values."""
-        return sum(max(c, 0.0) for c in self.constraints)
 
 
 T = TypeVar("T")
@@ -121,7 +95,9 @@ class Objective:
 
         def look() -> tuple[tuple[Tensor, Evaluation], Tensor]:
             theta = finite_values(self.vector)
-            here = self._calls.first(lambda: self._read(self._closure()))
+            here = self._calls.first(self._call)
+            if self._calls.left and not self.repeats:
+                here = self._settled_start(here)
             total, m = here.total, len(here.constraints)
             sums = [total, m, m * m, total * here.loss.item()]
             return (theta, here), here.loss.new_tensor(sums, dtype=torch.float64)
@@ -153,6 +129,23 @@ class Objective:
             maximize=self.sign < 0,
             constraints=tuple(constraints.tolist()),
         )
+
+    def _call(self) -> Evaluation:
+        return self._read(self._closure())
+
+    def _settled_start(self, here: Evaluation) -> Evaluation:
+        """Let the buffers of a model settle before the first step of an optimizer.
+
+        The power iteration of a new spectral norm moves the prediction from call to call. The first
+        evaluation is repeated until it does not, and then taken again with its graph.
+        """
+        last = here
+        for _ in range(SETTLING):
+            again = self.evaluate(self._calls.left)
+            if have_settled(last, again):
+                break
+            last = again
+        return here if last is here else self._calls.first_again(self._call)
 
     @property
     def here(self) -> Evaluation:
@@ -192,7 +185,7 @@ class Objective:
 
         """
         try:
-            return self._calls.again(lambda: self._read(self._closure()), buffers)
+            return self._calls.again(self._call, buffers)
         except RuntimeError as error:
             if "does not require grad" not in str(error):
                 raise
@@ -233,7 +226,7 @@ class Objective:
         """
         for repetition in range(SETTLING if self._buffers_matter else 0):
             again = self._measure(values.buffers, largest_kl=largest_kl)
-            if _settle(values, again, self.info.delta):
+            if agree(values, again, self.info.delta):
                 self._buffers_matter = repetition > 0
                 break
             values = again
@@ -283,7 +276,7 @@ class Objective:
 
         """
         if not self.repeats:
-            different = self._compare(values, self.at(theta), promised)
+            different = self._difference(values, self.at(theta), promised)
             if different:
                 self.note(status=Status.NOT_REPRODUCIBLE, detail=different)
                 return False
@@ -303,29 +296,13 @@ class Objective:
 
         """
         start = Values(loss=self.loss, kl=0.0, buffers=[])
-        different = self._compare(start, self.at(self.theta, settle=False), promised)
+        different = self._difference(start, self.at(self.theta, settle=False), promised)
         if different:
             self.note(status=Status.NOT_REPRODUCIBLE, detail=different)
 
-    def _compare(self, one: Values, other: Values, promised: float) -> str:
-        """Say what differs between two calls at the same parameters; empty if nothing does.
-
-        A loss may differ by its rounding, or by too little to mislead a search.
-        """
-        rounding = math.sqrt(torch.finfo(self.theta.dtype).eps) * max(
-            abs(one.loss), abs(other.loss)
-        )
-        if not abs(other.loss - one.loss) <= max(rounding, 0.01 * abs(promised)):
-            return f"the loss was {one.loss} in the first call and {other.loss} in another"
-        if not abs(other.kl - one.kl) <= 0.01 * min(self.info.delta or math.inf, 1.0):
-            return f"the KL was {one.kl} in the first call and {other.kl} in another"
-        return ""
-
-
-def _settle(one: Values, other: Values, delta: float) -> bool:
-    """Say whether the values of two calls agree so well that their buffers do not matter."""
-    near = abs(other.loss - one.loss) <= 1e-6 * abs(one.loss)
-    return near and abs(other.kl - one.kl) <= 1e-4 * min(delta or 1.0, 1.0)
+    def _difference(self, one: Values, other: Values, promised: float) -> str:
+        unit = math.sqrt(torch.finfo(self.theta.dtype).eps)
+        return difference(one, other, unit, promised, self.info.delta or math.inf)
 
 
 def finite_values(vector: ParameterVector) -> Tensor:

@@ -130,7 +130,8 @@ class TrustRegionOptimizer(torch.optim.Optimizer):
             objective.first(self._settled(options))
             yield objective
         if objective.info.status is Status.NOT_REPRODUCIBLE and not self._repeats:
-            warnings.warn(DIFFERS.format(objective.info.detail), stacklevel=4)
+            # Torch's wrappers stand between this frame and the line of the user.
+            warnings.warn(DIFFERS.format(objective.info.detail), stacklevel=8)
         self._repeats, self._modules = objective.repeats, objective.modules
         self.info = replace(objective.info, evaluations=objective.evaluations)
         self._count_step()

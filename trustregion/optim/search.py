@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from ..solvers.line_search import BallSearch, BallTrial, ball_search
 from ..status import Status
 from .candidates import Candidate
-from .objective import Objective, Values
+from .objective import Objective
 from .options import NaturalOptions
+from .values import Values
 
 
 @dataclass(frozen=True)

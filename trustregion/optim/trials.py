@@ -10,8 +10,9 @@ from ..solvers.line_search import backtracking
 from ..solvers.radius import reduction_ratio
 from ..status import Status
 from .derivatives import without_autocast
-from .objective import Objective, Values
+from .objective import Objective
 from .quadratic import Minimizer, TrialStep
+from .values import Values
 
 ACCEPT = 0.01  # The least rho of an accepted step; every radius rule shrinks below it.
 SHORTER = 0.8  # The factor between the trials of Hessian-free optimization.
@@ -91,7 +92,11 @@ def shrink(
             trial = measure(objective, step)
             done = trial.fits or trial.within_rounding  # No other size would show more.
             rho = trial.rho if done else -math.inf
-            _report(objective, step, trial, rejections)
+            objective.note(predicted_reduction=trial.predicted, scale=1.0)
+            if trial.fits:
+                _accept(objective, step, trial)
+            else:
+                _reject(objective, trial)
         else:
             objective.note(status=step.status)
             if step.status is not Status.NEGATIVE_CURVATURE:  # which a larger damping removes
@@ -116,7 +121,14 @@ def shorten(objective: Objective, step: TrialStep, limit: int) -> float:
         return measured[-1]
 
     search = backtracking(evaluate, lambda trial: trial.fits, factor=SHORTER, max_backtracks=limit)
-    _report(objective, step, search.trial, search.backtracks, search.scale)
+    trial = search.trial
+    objective.note(
+        predicted_reduction=trial.predicted, backtracks=search.backtracks, scale=search.scale
+    )
+    if search.accepted:
+        _accept(objective, step, trial, search.scale)
+    else:
+        _reject(objective, trial)
     return measured[0].rho
 
 
@@ -124,16 +136,10 @@ def _report_solve(objective: Objective, step: TrialStep) -> None:
     objective.note(cg_status=step.status, cg_iterations=step.iterations, cg_residual=step.residual)
 
 
-def _report(
-    objective: Objective, step: TrialStep, trial: Trial, rejections: int, scale: float = 1.0
-) -> None:
-    """Report a trial, and keep it if it fits."""
-    values = trial.values
-    objective.note(predicted_reduction=trial.predicted, backtracks=rejections, scale=scale)
-    if trial.fits:
-        theta = objective.theta + scale * objective.units.step(step.s)
-        if not objective.keep(theta, values, trial.predicted):
-            return
+def _accept(objective: Objective, step: TrialStep, trial: Trial, scale: float = 1.0) -> None:
+    """Keep the parameters of a trial, and report it."""
+    theta, values = objective.theta + scale * objective.units.step(step.s), trial.values
+    if objective.keep(theta, values, trial.predicted):
         objective.note(
             status=Status.ACCEPTED,
             new_loss=values.loss,
@@ -141,10 +147,13 @@ def _report(
             actual_reduction=objective.sign * (objective.loss - values.loss),
             detail="",
         )
-        return
-    detail = f"at the last trial the loss was {values.loss} and rho {trial.rho:.3g}"
+
+
+def _reject(objective: Objective, trial: Trial) -> None:
+    """Report a trial that does not fit; its parameters are not kept."""
+    detail = f"at the last trial the loss was {trial.values.loss} and rho {trial.rho:.3g}"
     status = Status.REJECTED_RATIO
-    if not math.isfinite(values.loss):
+    if not math.isfinite(trial.values.loss):
         status = Status.NONFINITE_TRIAL
     elif trial.within_rounding:
         status = Status.CONVERGED if trial.minimal else Status.REJECTED_RATIO

@@ -36,12 +36,26 @@ def test_every_scheduler_of_torch_is_there():
     assert set(SCHEDULERS) == found - {"LRScheduler", "_LRScheduler"}
 
 
-@pytest.mark.parametrize("subject", OURS.values(), ids=OURS.keys())
-@pytest.mark.parametrize("number", CHECKS)
-def test_the_contract_is_kept(number, subject):
-    CHECKS[number](subject)  # NotApplicable would be a failure too: ours offer all of it
+# Checks of hundreds of steps run for one setting of each optimizer, and for all in make slow.
+LONG, PLAIN = (39, 40), ("NaturalTrustRegion", "NewtonTrustRegion")
+KEPT = [
+    pytest.param(
+        number,
+        name,
+        id=f"{number}-{name}",
+        marks=[pytest.mark.slow] if number in LONG and name not in PLAIN else [],
+    )
+    for number in CHECKS
+    for name in OURS
+]
 
 
+@pytest.mark.parametrize(("number", "name"), KEPT)
+def test_the_contract_is_kept(number, name):
+    CHECKS[number](OURS[name])  # NotApplicable would be a failure too: ours offer all of it
+
+
+@pytest.mark.slow
 def test_the_entries_of_torchs_own_database_hold():
     pytest.importorskip("expecttest", reason="torch's database of optimizers needs expecttest")
     program = Path(__file__).parents[2] / "torch_database.py"

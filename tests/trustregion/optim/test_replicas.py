@@ -274,6 +274,7 @@ def test_a_process_that_is_late_for_a_trial_finds_the_step_ended(own_pair):
 # -- the example
 
 
+@pytest.mark.slow
 def test_torchrun_takes_the_steps_of_one_process(capsys):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
     run = subprocess.run(
