@@ -29,9 +29,8 @@ class Interrupted(Exception):
     pass
 
 
-def steps(index, failing, outcomes):
+def steps(index, model, failing, outcomes):
     """Ten steps of an optimizer of this thread's own, whose 7th call may fail."""
-    model = network(4, 16, 3, nn.Dropout(0.5))
     compute = closure_of(model, X, Y)
     calls = []
 
@@ -60,8 +59,11 @@ X, Y = torch.randn(64, 4, generator=DRAW), torch.randint(3, (64,), generator=DRA
 def test_steps_in_four_threads_leave_the_settings_and_repeat_their_calls(failing):
     before = settings()
     outcomes = [[] for _ in range(4)]
+    # Only steps take turns: a model that is initialized meanwhile would draw between their calls.
+    models = [network(4, 16, 3, nn.Dropout(0.5)) for _ in outcomes]
     threads = [
-        threading.Thread(target=steps, args=(i, i in failing, outcomes[i])) for i in range(4)
+        threading.Thread(target=steps, args=(i, models[i], i in failing, outcomes[i]))
+        for i in range(4)
     ]
     for thread in threads:
         thread.start()
