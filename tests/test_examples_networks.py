@@ -66,6 +66,7 @@ def test_kfac_shortens_its_solves(hessian_free: Any) -> None:
     assert last[0] < 0.8 * last[1]  # 85 against 131
 
 
+@pytest.mark.slow
 def test_the_autoencoder_saves_its_plot_and_prints_its_table(tmp_path: Path) -> None:
     check_output(run("autoencoder", tmp_path, steps=1, seeds=1))
 
@@ -94,6 +95,7 @@ def ours(tuned: Outcome) -> Any:
     return found
 
 
+@pytest.mark.slow
 def test_fine_tuning_raises_the_reward(tuned: Outcome) -> None:
     found = ours(tuned)
     assert found.rows[0][3] == pytest.approx(0, abs=1e-6)  # float32

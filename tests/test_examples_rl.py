@@ -3,6 +3,7 @@
 import ast
 from pathlib import Path
 
+import pytest
 import torch
 
 import trustregion
@@ -42,6 +43,7 @@ def test_its_advantages_are_those_of_the_package() -> None:
     torch.testing.assert_close(example.advantages_of(rollout, values), expected, atol=1e-5, rtol=0)
 
 
+@pytest.mark.slow
 def test_it_learns() -> None:
     means = load("trpo_single_file").main(updates=8)
     assert means[-1] > 2 * means[0]
@@ -51,12 +53,14 @@ def test_boxes_work_too() -> None:
     assert len(load("trpo_single_file").main(env="Pendulum-v1", updates=1)) == 1
 
 
+@pytest.mark.slow
 def test_custom_parts_learn() -> None:
     after = load("own_parts").main(steps=14_000, quiet=True)
     assert after.mean > 12  # of 16; a policy that does not look earns nothing
     assert set(after.lengths) == {16}
 
 
+@pytest.mark.slow
 def test_all_algorithms_run_side_by_side(tmp_path: Path) -> None:
     plot = tmp_path / "plot.png"
     results = load("algorithms").main(steps=2048, seeds=2, plot=plot, quiet=True)

@@ -137,6 +137,7 @@ def test_what_agreed_by_one_library_is_compared_again_by_the_other(monkeypatch):
     assert linearise(*product()).backend == "graph"
 
 
+@pytest.mark.slow
 def test_the_choice_is_the_same_in_each_process():
     code = (
         "from trustregion.linearise import onednn;"

@@ -357,6 +357,7 @@ def test_a_subsample_is_that_of_the_positions_it_names(kind):
 
 
 @each_kind
+@pytest.mark.slow
 def test_a_subsample_is_unbiased(kind):
     params = small()
     exact = to_dense(SUBSAMPLED[kind](params))

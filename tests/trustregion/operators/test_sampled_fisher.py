@@ -92,6 +92,7 @@ def test_monte_carlo_fisher_is_the_mean_of_outer_products_at_its_draws(name, sam
 
 
 @pytest.mark.parametrize("name", list(CASES))
+@pytest.mark.slow
 def test_monte_carlo_fisher_is_unbiased(name):
     case = CASES[name]
     exact = to_dense(FisherOperator(case.predict(case.params), case.params))

@@ -36,14 +36,13 @@ def test_every_scheduler_of_torch_is_there():
     assert set(SCHEDULERS) == found - {"LRScheduler", "_LRScheduler"}
 
 
-# Checks of hundreds of steps run for one setting of each optimizer, and for all in make slow.
-LONG, PLAIN = (39, 40), ("NaturalTrustRegion", "NewtonTrustRegion")
+LONG = (39, 40)  # These checks take hundreds of steps.
 KEPT = [
     pytest.param(
         number,
         name,
         id=f"{number}-{name}",
-        marks=[pytest.mark.slow] if number in LONG and name not in PLAIN else [],
+        marks=[pytest.mark.slow] if number in LONG else [],
     )
     for number in CHECKS
     for name in OURS

@@ -37,6 +37,7 @@ def minimum(model, x, targets):
         {"delta": math.inf, "penalty": 1.0, "kl_target": 1e-2},
     ],
 )
+@pytest.mark.slow
 def test_they_recover_after_convergence(options):
     """Of a converged loss every step is rejected; then the task changes."""
     torch.manual_seed(0)

@@ -263,6 +263,7 @@ def test_a_process_that_does_not_come_is_waited_for_as_long_as_the_group_says(ow
     assert GONE in left.words
 
 
+@pytest.mark.slow
 def test_a_process_that_is_late_for_a_trial_finds_the_step_ended(own_pair):
     both = own_pair.run(suffer, SEARCHED, Mishap("late", "closure", 2))
     for result in both:

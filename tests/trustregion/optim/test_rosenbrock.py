@@ -33,6 +33,7 @@ THEIRS = [name for name in METHODS if name.startswith("scipy")]
         (OURS[2], {2: 46, 10: 247, 100: 1915}),
     ],
 )
+@pytest.mark.slow
 def test_products_from_the_origin_stay_below_those_of_scipy(name, limits):
     for n, limit in limits.items():
         run = METHODS[name](np.zeros(n))
@@ -54,6 +55,7 @@ def theirs():
 
 
 @pytest.mark.parametrize("name", OURS)
+@pytest.mark.slow
 def test_random_starts_are_all_solved_for_fewer_products(name, theirs):
     ours = [METHODS[name](x) for x in starting_points(10)]
     assert all(run.solved for run in ours)

@@ -48,6 +48,7 @@ def unflatten(F, flat):
 
 
 @pytest.mark.parametrize("name", list(CASES))
+@pytest.mark.slow
 def test_drawn_cotangents_have_the_metric_as_their_covariance(name):
     F = FisherOperator(CASES[name].predict(CASES[name].params), CASES[name].params)
     draws = list(cotangents(F, 4000, torch.Generator().manual_seed(0)))
