@@ -1,5 +1,6 @@
 """Symmetric linear maps on flat vectors."""
 
+from ..linearise import prefer_onednn
 from ..subsample import subsample
 from ..vector import ParameterVector
 from .base import (
@@ -22,6 +23,7 @@ from .sampled import EmpiricalFisherOperator, MonteCarloFisherOperator
 from .scipy import to_scipy
 
 __all__ = [
+    "prefer_onednn",
     "DenseOperator",
     "FunctionOperator",
     "Identity",
