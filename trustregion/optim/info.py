@@ -100,9 +100,10 @@ class StepInfo:
         if self.radius == 0:
             bound = f" of {self.delta:.3g}" if self.delta < math.inf else ""
             return f"kl {self.kl:.3g}{bound}, rho {self.rho:.3g}"
-        bounded = self.radius < math.inf
-        bound = f"radius {self.radius:.3g}" if bounded else f"damping {self.damping:.3g}"
-        return f"rho {self.rho:.3g}, {bound}"
+        parts = [f"rho {self.rho:.3g}"]
+        parts += [f"radius {self.radius:.3g}"] if self.radius < math.inf else []
+        parts += [f"damping {self.damping:.3g}"] if self.damping > 0 else []
+        return ", ".join(parts)
 
     def _work(self) -> str:
         return f"cg {self.cg_iterations}, backtracks {self.backtracks}"
