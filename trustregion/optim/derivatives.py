@@ -108,10 +108,9 @@ def slope(objective: Objective, g: Tensor, gtol: float = 0.0) -> Tensor | None:
     largest = g.abs().max().item() if g.numel() else 0.0
     objective.note(gradient_norm=norm(g), largest_gradient=largest)
     scaled = objective.units.gradient(g)
-    violated = any(c > 0 for c in objective.info.constraints)
     if objective.units.lr == 0:
         objective.note(status=Status.ZERO_LENGTH)
-    elif not violated and not bool(scaled.any()):
+    elif objective.violation == 0 and not bool(scaled.any()):
         objective.note(status=Status.STATIONARY)
     elif 0 < largest <= gtol:
         detail = f"the largest entry of the gradient is {largest:.3g}, and gtol is {gtol:.3g}"

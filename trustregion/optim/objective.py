@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any, Self, TypeVar
 from weakref import WeakSet
 
@@ -45,8 +44,6 @@ class Objective:
         modules: The modules that the closure calls; None to find them in the first call.
 
     """
-
-    info: StepInfo
 
     def __init__(
         self,
@@ -122,13 +119,14 @@ class Objective:
         if m:
             constraints = self.processes.mean(lambda: constraints, constraints, self.share)
         self.constraints = constraints
-        self.info = StepInfo(
-            status=Status.NONFINITE_LOSS,
-            loss=self.loss,
-            new_loss=self.loss,
-            maximize=self.sign < 0,
-            constraints=tuple(constraints.tolist()),
-        )
+        self.violation = sum(max(c, 0.0) for c in constraints.tolist())
+        self._report = {
+            "status": Status.NONFINITE_LOSS,
+            "loss": self.loss,
+            "new_loss": self.loss,
+            "maximize": self.sign < 0,
+            "constraints": tuple(constraints.tolist()),
+        }
 
     def _call(self) -> Evaluation:
         return self._read(self._closure())
@@ -165,7 +163,12 @@ class Objective:
 
     def note(self, **changes: Any) -> None:
         """Add to the report of the step."""
-        self.info = replace(self.info, **changes)
+        self._report.update(changes)
+
+    @property
+    def info(self) -> StepInfo:
+        """The report of the step so far."""
+        return StepInfo(**self._report)
 
     def beside(self, call: Callable[[], T]) -> T:
         """Run something else, with a graph, under the random numbers of the closure's calls."""

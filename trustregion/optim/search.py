@@ -91,8 +91,7 @@ def _goal(objective: Objective, o: NaturalOptions) -> float:
 
 
 def _start_value(objective: Objective, o: NaturalOptions) -> float:
-    violation = sum(max(c, 0.0) for c in objective.info.constraints)
-    return violation if violation > 0 else o.sign * objective.loss
+    return objective.violation if objective.violation > 0 else o.sign * objective.loss
 
 
 def _measure(objective: Objective, candidate: Candidate, scale: float, o: NaturalOptions) -> _Trial:
@@ -110,7 +109,7 @@ def _value(objective: Objective, measured: Values, o: NaturalOptions) -> float:
     loss = o.sign * measured.loss
     if not math.isfinite(loss):
         return math.nan
-    if any(c > 0 for c in objective.info.constraints):
+    if objective.violation > 0:
         return measured.violation
     if any(not c <= 0 for c in measured.constraints):
         return math.inf
@@ -118,7 +117,7 @@ def _value(objective: Objective, measured: Values, o: NaturalOptions) -> float:
 
 
 def _report_accepted(objective: Objective, measured: Values) -> None:
-    recovering = any(c > 0 for c in objective.info.constraints)
+    recovering = objective.violation > 0
     objective.note(
         status=Status.RECOVERING if recovering else Status.ACCEPTED,
         new_loss=measured.loss,
@@ -139,6 +138,6 @@ def _report_rejected(objective: Objective, trial: _Trial) -> None:
     elif trial.size > 1:
         status = Status.REJECTED_KL
     else:
-        kept = measured.violation <= 0 and not any(c > 0 for c in before)
+        kept = measured.violation <= 0 and objective.violation == 0
         status = Status.REJECTED_LOSS if kept else Status.REJECTED_CONSTRAINT
     objective.note(status=status, detail=detail)
