@@ -86,7 +86,7 @@ def check_closure(
     alone, units = Processes(None), Units(lr=1.0)
     objective = Objective(closure, read_natural, vector, alone, units)
     with restored(vector), objective:
-        return ClosureReport(tuple(_checks(Subject(objective), seed)))
+        return ClosureReport(checks=tuple(_checks(Subject(objective), seed)))
 
 
 def _checks(subject: Subject, seed: int) -> Iterator[ClosureCheck]:

@@ -26,7 +26,7 @@ class ClosureCheck:
     advice: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ClosureReport:
     """The report of :func:`check_closure`; ``print(report)`` shows it as a table.
 

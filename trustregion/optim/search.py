@@ -14,7 +14,7 @@ from .options import NaturalOptions
 from .values import Values
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class _Trial(BallTrial):
     """The value and the size of a trial, and everything that was measured there."""
 

@@ -13,7 +13,7 @@ from ..operators.base import OperatorLike, as_operator, product
 from ..status import Status
 from ..vector import dot, norm, scalar_ldexp
 from .point import Point
-from .region import Region, no_step, region
+from .region import Ball, no_step, region
 from .secular import EPS, minimize_in_eigenbasis
 from .solution import LinearSolution, SubproblemSolution
 from .stopping import SAFETY, Tolerance, surely_below
@@ -47,7 +47,7 @@ class KrylovSpace:
         b = b.detach()
         self._A, M = as_operator(A, b), None if M is None else as_operator(M, b)
         self._given = region(-b, 1.0)
-        unit = self._given.b if isinstance(self._given, Region) else torch.zeros_like(b).double()
+        unit = self._given.b if isinstance(self._given, Ball) else torch.zeros_like(b).double()
         self._zero = torch.zeros_like(b)
         self._process = Tridiagonalization(self._A, unit, M, b.dtype)
         self.restarted = False
@@ -130,7 +130,7 @@ class KrylovSpace:
         check_number("damping", damping)
         check_tolerances(rtol, atol)
         k = self._checked(size)
-        if not isinstance(self._given, Region) or not self._process.start:
+        if not isinstance(self._given, Ball) or not self._process.start:
             return self._nothing(self.status or Status.CONVERGED)
         definite, lowest, direction = self._definite(k, damping)
         theta, U = self._process.spectrum(definite)
@@ -180,7 +180,7 @@ class KrylovSpace:
         check_number("damping", damping)
         check_tolerances(rtol, atol)
         k = self._checked(size)
-        if not isinstance(self._given, Region):
+        if not isinstance(self._given, Ball):
             return no_step(self._zero, self._given.status)
         if k == 0:
             rest = Status.MAX_ITER if self._process.start else Status.CONVERGED
@@ -222,7 +222,7 @@ class KrylovSpace:
         The test is cheaper, as it does not pass over the basis.
         """
         process, k, tolerance = self._process, self.size, Tolerance(rtol, atol)
-        if not isinstance(self._given, Region) or (self.status is not None):
+        if not isinstance(self._given, Ball) or (self.status is not None):
             return False
         if not process.start:  # b = 0, whose tolerance is relative to the step
             if radius is None:
@@ -281,7 +281,7 @@ class KrylovSpace:
         if not any(A is other for other in known) or b.dtype is not self._zero.dtype:
             return False
         other = region(-b, 1.0)
-        if not (isinstance(other, Region) and isinstance(self._given, Region)):
+        if not (isinstance(other, Ball) and isinstance(self._given, Ball)):
             return type(other) is type(self._given)  # both are not finite
         return other.e == self._given.e and torch.equal(other.b, self._given.b)
 
@@ -329,7 +329,7 @@ class KrylovSpace:
         linear = process.start * h[0].item() if k else 0.0
         return Point(x, y, shift, size, curvature, linear, onward, rounding)
 
-    def _judge(self, point: Point, problem: Region, tolerance: Tolerance) -> Status:
+    def _judge(self, point: Point, problem: Ball, tolerance: Tolerance) -> Status:
         """Return whether the coefficients prove that the residual is below the tolerance."""
         bound = self._bound(point, problem, tolerance)
         if point.onward > bound:
@@ -338,13 +338,13 @@ class KrylovSpace:
         sure = point.onward + SAFETY * (point.rounding + lost) <= bound
         return Status.CONVERGED if sure else Status.STAGNATED
 
-    def _bound(self, point: Point, problem: Region, tolerance: Tolerance) -> float:
+    def _bound(self, point: Point, problem: Ball, tolerance: Tolerance) -> float:
         """Return the tolerance at unit scale; if ``b = 0`` it is relative to ``shift M^-1 x``."""
         if self._process.start or callable(tolerance.rtol):
             return tolerance.of(problem.b, problem.e)
         return max(tolerance.rtol * abs(point.shift) * norm(point.y), tolerance.atol)
 
-    def _measure(self, point: Point, problem: Region, tolerance: Tolerance) -> tuple[Status, float]:
+    def _measure(self, point: Point, problem: Ball, tolerance: Tolerance) -> tuple[Status, float]:
         """Measure the true residual; return the status and its norm. Cost: one product."""
         process = self._process
         x = point.x - problem.rounding(point.x)  # as it is returned

@@ -61,7 +61,7 @@ def backtracking(
         j += 1
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class BallTrial:
     """One evaluation of a search within a ball.
 

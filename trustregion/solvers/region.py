@@ -16,7 +16,7 @@ from .solution import SubproblemSolution
 
 
 @dataclass(frozen=True)
-class Region:
+class Ball:
     r"""The problem ``min 1/2 s'As - b's, |s| <= radius`` with ``b`` and ``radius`` over ``2^e``."""
 
     b: Tensor
@@ -30,7 +30,7 @@ class Region:
         """The relative rounding error of the products."""
         return torch.finfo(self.dtype).eps
 
-    def with_radius(self, radius: float) -> Region:
+    def with_radius(self, radius: float) -> Ball:
         """Return the problem with a radius in the units of the caller.
 
         The scaled radius stays in the range of float64 for any ratio of radius to gradient.
@@ -82,7 +82,7 @@ class Region:
         )
 
 
-def region(g: Tensor, radius: float) -> Region | SubproblemSolution:
+def region(g: Tensor, radius: float) -> Ball | SubproblemSolution:
     """Return the problem at unit scale, or a solution without a step if ``g`` is not finite.
 
     A zero gradient is not scaled.
@@ -90,7 +90,7 @@ def region(g: Tensor, radius: float) -> Region | SubproblemSolution:
     if not finite(g):
         return no_step(g, Status.NONFINITE_INPUT)
     e = exponent(g) or 0
-    return Region(ldexp(-g.double(), -e), math.inf, e, g.dtype).with_radius(radius)
+    return Ball(ldexp(-g.double(), -e), math.inf, e, g.dtype).with_radius(radius)
 
 
 def no_step(

@@ -15,7 +15,7 @@ from ..vector import dot, norm
 from .cg import conjugate_gradients
 from .products import answer
 from .refinement import Correction, Line, Run
-from .region import Region, region
+from .region import Ball, region
 from .solution import SubproblemSolution
 from .stopping import Tolerance, surely_below, why_no_direction
 
@@ -155,7 +155,7 @@ def to_the_edge(x: Tensor, y: Tensor, p: Tensor, w: Tensor, radius: float) -> tu
     return forth * radius / unit, back * radius / unit
 
 
-def _measure(A: LinearOperator, problem: Region, run: Run, tolerance: float) -> Status:
+def _measure(A: LinearOperator, problem: Ball, run: Run, tolerance: float) -> Status:
     """Replace the recurred residual by the true one, and return the status that it proves."""
     run.products += 1
     r = problem.b - product(A, run.x.to(problem.dtype)).double()

@@ -38,7 +38,7 @@ class Valley:
     def __call__(self, scale):
         self.tried.append(scale)
         value = -self.slope * scale + self.curve * scale**2
-        return BallTrial(value, (scale / self.edge) ** self.power)
+        return BallTrial(value=value, size=(scale / self.edge) ** self.power)
 
 
 @given(st.floats(0.3, 3.5), st.floats(1.2, 5), st.floats(1e-3, 1e3))
@@ -92,7 +92,7 @@ def test_the_minimum_of_a_parabola_is_found_by_interpolation(curve, factor):
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_trials_that_are_not_finite_are_followed_by_shorter_ones(bad):
     def evaluate(scale):
-        return BallTrial(bad if scale > 0.4 else -scale, scale**2)
+        return BallTrial(value=bad if scale > 0.4 else -scale, size=scale**2)
 
     search = ball_search(evaluate, 0.0, 1.0, factor=0.5, max_backtracks=30, goal=0.0)
     assert (search.accepted, search.scale, search.backtracks) == (True, 0.25, 2)
@@ -100,7 +100,7 @@ def test_trials_that_are_not_finite_are_followed_by_shorter_ones(bad):
 
 def test_an_infinite_kl_is_outside_and_never_taken():
     def evaluate(scale):
-        return BallTrial(-scale, math.inf if scale > 0.3 else scale)
+        return BallTrial(value=-scale, size=math.inf if scale > 0.3 else scale)
 
     search = ball_search(evaluate, 0.0, 1.0, factor=0.5, max_backtracks=30)
     assert search.accepted
