@@ -22,7 +22,7 @@ WIDTH, HEADS, LENGTH, BLOCKS = 64, 4, 32, 2
 
 @dataclass(frozen=True)
 class Model:
-    """A network, what its outputs mean, and the batch it is looked at on."""
+    """A network, the meaning of its outputs, and the batch that it is measured on."""
 
     kind: str
     """Which network, for those that write it again: mlp tanh, mlp relu, conv or transformer."""

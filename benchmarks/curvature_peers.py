@@ -126,7 +126,7 @@ def _curvlinops(kind: Callable[..., Any], model: Model, **options: int) -> Any:
 
 
 def curvlinops(model: Model) -> Product:
-    """The generalised Gauss-Newton matrix: forward mode and reverse mode anew each time."""
+    """The generalised Gauss-Newton matrix: forward and reverse mode in each product."""
     A = _curvlinops(GGNLinearOperator, model)
     return Product(lambda v: cast("Tensor", A @ v), scales=False, factor=mean_scale(model))
 

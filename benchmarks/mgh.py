@@ -34,7 +34,7 @@ class Counted:
 
     Attributes:
         values: evaluations of the loss.
-        products: of the Hessian; a dense one counts as ``n``.
+        products: Products with the Hessian; a dense Hessian counts as ``n``.
 
     """
 

@@ -217,7 +217,7 @@ class Agent(abc.ABC):
         Args:
             obs: one observation, or a batch of them.
             deterministic: take the most likely action instead of drawing one.
-            action_masks: of the allowed actions, where the environment gives them in its infos.
+            action_masks: The allowed actions, if the environment gives them in its infos.
 
         Returns:
             The action or actions, and None: there is no recurrent state.

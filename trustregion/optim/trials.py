@@ -16,7 +16,7 @@ from .values import Values
 
 ACCEPT = 0.01  # The least rho of an accepted step; every radius rule shrinks below it.
 SHORTER = 0.8  # The factor between the trials of Hessian-free optimization.
-FAILED = (Status.REJECTED_RATIO, Status.REJECTED_LOSS, Status.NONFINITE_TRIAL)
+FAILED = (Status.REJECTED_RATIO, Status.NONFINITE_TRIAL)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,6 +156,6 @@ def _reject(objective: Objective, trial: Trial) -> None:
     if not math.isfinite(trial.values.loss):
         status = Status.NONFINITE_TRIAL
     elif trial.within_rounding:
-        status = Status.CONVERGED if trial.minimal else Status.REJECTED_RATIO
+        status = Status.CONVERGED if trial.minimal else status
         detail = f"the model predicts a reduction of {trial.predicted:.3g}, which is rounding"
     objective.note(status=status, detail=detail)
