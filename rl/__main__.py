@@ -10,7 +10,6 @@ from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, Generic, TypeVar
 
-import torch
 import tyro
 
 from .agent import Agent
@@ -61,9 +60,6 @@ class Train(Configured[C]):
 
     log_every: int = 1
     """Updates a row of the table."""
-
-    threads: int = 1
-    """Threads of torch; more pay off only for wide networks or large batches."""
 
     progress: bool = True
     """Show a progress bar where the terminal can."""
@@ -124,11 +120,10 @@ class Check(Configured[C]):
 
 def train(command: Train[Any], algorithm: type[Agent]) -> int:
     """Run ``train``; return the exit code."""
-    for name in ("total_timesteps", "eval_episodes", "log_every", "threads"):
+    for name in ("total_timesteps", "eval_episodes", "log_every"):
         if getattr(command, name) < 1:
             option = name.replace("_", "-")
             raise ValueError(f"--{option} must be at least 1, got {getattr(command, name)}")
-    torch.set_num_threads(command.threads)
     agent = algorithm(command.env_id, **command.config.to_dict())
     out = _make_run_folder(command, algorithm.name)
     options = {

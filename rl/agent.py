@@ -23,6 +23,7 @@ from .normalisation import RewardScale
 from .policies import Policy
 from .rollout import Collector, Rollout
 from .spaces import MASK, as_batch
+from .threads import few_threads
 from .value import FITS, Critic, explained_variance
 
 Log: TypeAlias = dict[str, Any]
@@ -177,8 +178,9 @@ class Agent(abc.ABC):
         with tqdm(total=total_timesteps, unit="step", disable=not progress, leave=False) as bar:
             while self.num_timesteps < first + total_timesteps:
                 rows = self.config.steps_per_update // self.envs.num_envs
-                rollout = self._collector.collect(self.policy, rows)
-                log = self.update(rollout)
+                with few_threads(self.policy, self.critic):
+                    rollout = self._collector.collect(self.policy, rows)
+                    log = self.update(rollout)
                 steps = int(rollout.valid.sum())
                 self.num_timesteps += steps
                 self.iterations += 1

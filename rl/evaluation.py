@@ -8,10 +8,12 @@ from typing import Any, Protocol
 import gymnasium
 import numpy as np
 from gymnasium.vector import VectorEnv
+from torch import nn
 
 from .environments import EnvSource, Stepper, Vectorization, make_envs
 from .pool import PoolVectorEnv
 from .spaces import MASK
+from .threads import few_threads
 
 
 class Predictor(Protocol):
@@ -82,8 +84,10 @@ def evaluate(
             " rollout: evaluate in others, for example by id"
         )
     envs = make_envs(env, min(episodes, 32), _vectorization(agent, env))
+    networks = [policy] if isinstance(policy := getattr(agent, "policy", None), nn.Module) else []
     try:
-        return _play(agent, envs, episodes, seed, deterministic)
+        with few_threads(*networks):
+            return _play(agent, envs, episodes, seed, deterministic)
     finally:
         if envs is not env:
             envs.close()
