@@ -22,8 +22,9 @@ from threadpoolctl import threadpool_limits
 
 from rl import TRPO
 from rl.agent import Log
-from rl.batch import Batch
-from rl.value import FITS, Critic
+from rl.experience.path import Batch
+from rl.fits import FITS
+from rl.networks.critic import Critic
 
 ENVIRONMENTS = ("CartPole-v1", "Pendulum-v1", "Hopper-v5", "HalfCheetah-v5")
 SETTINGS: dict[str, dict[str, Any]] = {

@@ -23,8 +23,8 @@ from torch.distributions import Categorical
 from torch.func import functional_call, jacrev, vmap
 
 from rl import TRPO
-from rl.batch import Batch as Transitions
-from rl.objectives import normalise, surrogate
+from rl.experience.path import Batch as Transitions
+from rl.experience.surrogate import normalise, surrogate
 from trustregion import FisherOperator, Identity, LinearOperator, Status, cg, lanczos
 
 STATES, UPDATES = 2048, 5

@@ -37,7 +37,7 @@ from benchmarks.quality import (
     recorded,
     row,
 )
-from rl.batch import Batch as Transitions
+from rl.experience.path import Batch as Transitions
 from trustregion import KFAC, FisherOperator, Identity, Jacobi, LinearOperator, Nystrom, Status, cg
 from trustregion.preconditioners import Preconditioner, Recycled
 

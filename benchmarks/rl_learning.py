@@ -33,7 +33,7 @@ from gymnasium import spaces
 from benchmarks.rl_speed import FAST
 from rl import evaluate, load_preset
 from rl.algorithms import ALGORITHMS
-from rl.plots import bootstrap_interval, iqm
+from rl.run.plots import bootstrap_interval, iqm
 
 EPISODES, EVALUATION_SEED = 100, 10_000
 STEPS = {

@@ -30,10 +30,10 @@ from torch import nn
 
 from benchmarks.allocator import keep_freed_memory
 from rl import TRPO
-from rl.batch import Batch
-from rl.heads import GaussianHead
-from rl.policies import HeadPolicy
-from rl.value import Critic
+from rl.experience.path import Batch
+from rl.networks.critic import Critic
+from rl.networks.heads import GaussianHead
+from rl.networks.policy import HeadPolicy
 
 N_ENVS, STEPS, DELTA = 8, 2048, 0.01
 AT = (1, 4, 8)  # updates that are timed

@@ -14,17 +14,19 @@ import torch
 from gymnasium.vector import VectorEnv
 from torch import Tensor, nn
 
-from . import checkpoint
-from .batch import Batch, make_batch
 from .config import Config
-from .environments import EnvSource, Stepper, make_envs
-from .model import make_networks, observation_layout, observation_norm
-from .normalisation import RewardScale
-from .policies import Policy
-from .rollout import Collector, Rollout
-from .spaces import MASK, as_batch
+from .envs.layout import MASK, as_batch
+from .envs.make import EnvSource, make_envs
+from .envs.stepper import Stepper
+from .experience.collector import Collector, Rollout
+from .experience.path import Batch, make_batch
+from .experience.reward_scale import RewardScale
+from .fits import FITS, explained_variance
+from .networks.build import make_networks, observation_layout, observation_norm
+from .networks.critic import Critic
+from .networks.policy import Policy
+from .run import checkpoint
 from .threads import few_threads
-from .value import FITS, Critic, explained_variance
 
 Log: TypeAlias = dict[str, Any]
 Callback: TypeAlias = "Callable[[Agent, Log], bool | None]"

@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from . import checkpoint
 from .agent import Agent
-from .environments import EnvSource
+from .envs.make import EnvSource
 from .kl_penalty import KLPenalty
 from .npg import NPG
 from .ppo import PPO
+from .run import checkpoint
 from .trpo import TRPO
 from .vpg import VPG
 

@@ -10,7 +10,7 @@ from typing import Any, Literal, Self, TypeAlias, get_args
 
 import torch
 
-from .environments import Vectorization
+from .envs.make import Vectorization
 
 AdvantageName: TypeAlias = Literal["gae", "n_step", "monte_carlo"]
 CriticFitName: TypeAlias = Literal["adam", "trust_region", "lbfgs"]

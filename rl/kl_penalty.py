@@ -11,9 +11,9 @@ from trustregion import NaturalTrustRegion
 from trustregion.optim import Adapt
 
 from .agent import Agent, Log
-from .batch import Batch
 from .config import NaturalConfig
-from .objectives import normalise, step_log, surrogate_closure
+from .experience.path import Batch
+from .experience.surrogate import normalise, step_log, surrogate_closure
 
 
 @dataclass(frozen=True, kw_only=True)

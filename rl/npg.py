@@ -10,9 +10,9 @@ from trustregion import FisherOperator, Identity, cg, kl_ball_step, mean_kl
 from trustregion.operators import ParameterVector
 
 from .agent import Agent, Log
-from .batch import Batch
 from .config import NaturalConfig
-from .objectives import normalise, old_distribution, surrogate
+from .experience.path import Batch
+from .experience.surrogate import normalise, old_distribution, surrogate
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,9 +13,9 @@ from torch.distributions import Distribution
 from trustregion import mean_kl
 
 from .agent import Agent, Log
-from .batch import Batch
 from .config import Config
-from .objectives import clipped_surrogate, normalise, old_distribution
+from .experience.path import Batch
+from .experience.surrogate import clipped_surrogate, normalise, old_distribution
 from .undo import Undo
 
 

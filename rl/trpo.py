@@ -11,9 +11,9 @@ from torch.distributions import Distribution
 from trustregion import NaturalTrustRegion, subsample
 
 from .agent import Agent, Log
-from .batch import Batch
 from .config import NaturalConfig
-from .objectives import step_log, surrogate_closure
+from .experience.path import Batch
+from .experience.surrogate import step_log, surrogate_closure
 
 
 @dataclass(frozen=True, kw_only=True)

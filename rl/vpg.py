@@ -9,9 +9,9 @@ import torch
 from trustregion import mean_kl
 
 from .agent import Agent, Log
-from .batch import Batch
 from .config import Config
-from .objectives import normalise, old_distribution, surrogate
+from .experience.path import Batch
+from .experience.surrogate import normalise, old_distribution, surrogate
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from rl import CSVLog, evaluate
 from rl.algorithms import ALGORITHMS
-from rl.plots import plot_runs
+from rl.run.plots import plot_runs
 
 OPTIONS: dict[str, dict[str, Any]] = {"vpg": {"policy_lr": 0.03}}
 PLOT = Path(__file__).with_suffix(".png")

@@ -14,7 +14,7 @@ from typing import Any
 
 from gymnasium import spaces
 
-from ..environments import make_envs
+from ..envs.make import make_envs
 from .values import convert, parse_literal
 
 # a key that sets one option: the first of these that the algorithm has

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 import oracles
 from rl import gae, n_step, td_lambda
-from rl.objectives import normalise, surrogate
+from rl.experience.surrogate import normalise, surrogate
 
 
 @st.composite

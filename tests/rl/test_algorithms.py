@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from rl import NPG, PPO, TRPO, VPG, KLPenalty, KLPenaltyConfig, NPGConfig, PPOConfig, evaluate
 from rl.algorithms import load
-from rl.objectives import clipped_surrogate, normalise, surrogate
+from rl.experience.surrogate import clipped_surrogate, normalise, surrogate
 from toys import Bandit, Clock, vector
 
 ALGORITHMS = (TRPO, NPG, KLPenalty, PPO, VPG)

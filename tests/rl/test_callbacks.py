@@ -16,7 +16,7 @@ from rl import (
     evaluate,
     load,
 )
-from rl.reporting import read_csv
+from rl.run.logs import read_csv
 from toys import Bandit, Clock, vector
 
 SMALL = {"n_envs": 4, "steps_per_update": 64, "hidden": (8,)}

@@ -12,8 +12,8 @@ import pytest
 from PIL import Image
 
 from rl import TRPO
-from rl.__main__ import main
 from rl.algorithms import ALGORITHMS
+from rl.run.cli import main
 from toys import Clock
 
 TINY = ["--n-envs", "4", "--steps-per-update", "128", "--hidden", "8", "--no-progress"]
@@ -241,7 +241,7 @@ class Wrong(Clock):
 
 
 def test_record_writes_a_video(run, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("rl.recording.gymnasium.make", lambda *_, **__: Film())
+    monkeypatch.setattr("rl.run.video.gymnasium.make", lambda *_, **__: Film())
     out = tmp_path / "film.gif"
     assert main(["record", str(run), "--out", str(out), "--episodes", "2"]) == 0
     with Image.open(out) as film:

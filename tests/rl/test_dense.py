@@ -10,10 +10,11 @@ from hypothesis import strategies as st
 from torch import nn
 
 from rl import ObservationLayout
-from rl.dense import DenseNetwork
-from rl.networks import Encoder
-from rl.normalisation import ObservationNorm
-from rl.value import Critic, squared_error
+from rl.networks.critic import Critic
+from rl.networks.encoders import Encoder
+from rl.networks.moments import ObservationNorm
+from rl.networks.numpy_twin import DenseNetwork
+from rl.networks.squared_error import squared_error
 
 
 def network_of(widths, tanh, seed=0):

@@ -30,11 +30,11 @@ from rl import (
     evaluate,
     load,
 )
-from rl.normalisation import ObservationNorm
-from rl.plots import plot_runs
-from rl.recording import record
-from rl.reporting import plot_learning_curve
-from rl.value import FITS
+from rl.fits import FITS
+from rl.networks.moments import ObservationNorm
+from rl.run.logs import plot_learning_curve
+from rl.run.plots import plot_runs
+from rl.run.video import record
 from toys import Bandit, Clock, vector
 
 ALGORITHMS = (TRPO, NPG, KLPenalty, PPO, VPG)
@@ -327,7 +327,7 @@ def test_the_interval_of_a_callback_starts_over_with_another_agent():
 def test_a_video_that_is_full_reports_the_episodes_that_ended(tmp_path, monkeypatch):
     env = Clock(length=4)
     env.render = lambda: np.zeros((8, 8, 3), np.uint8)
-    monkeypatch.setattr("rl.recording.gymnasium.make", lambda *_, **__: env)
+    monkeypatch.setattr("rl.run.video.gymnasium.make", lambda *_, **__: env)
     returns = record(TRPO(Clock, **SMALL), "x", tmp_path / "x.gif", episodes=5, max_frames=10)
     assert returns == [4.0, 4.0]
     assert env.episode == 2

@@ -8,9 +8,9 @@ import pytest
 from gymnasium.spaces import Box, Dict, Discrete
 
 from rl import TRPO, Collector, ObservationLayout, Stepper, evaluate, load, make_envs
-from rl.__main__ import main
-from rl.environments import describe, env_id
-from rl.pool import PoolVectorEnv
+from rl.envs.make import describe, env_id
+from rl.envs.pool import PoolVectorEnv
+from rl.run.cli import main
 from toys import Clock
 
 SMALL = {"n_envs": 4, "steps_per_update": 512, "hidden": (8,), "vectorization": "envpool"}
@@ -266,7 +266,7 @@ def test_pools_are_made_when_they_are_seeded(stand_in):
 
 def test_threads_are_bounded_by_copies_and_cores(stand_in, monkeypatch):
     stand_in()
-    monkeypatch.setattr("rl.pool._available_cores", lambda: 4)
+    monkeypatch.setattr("rl.envs.pool._available_cores", lambda: 4)
     assert [PoolVectorEnv("Taxi-v3", n).threads for n in (1, 3, 64)] == [1, 3, 4]
 
 

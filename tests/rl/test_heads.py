@@ -5,7 +5,7 @@ import pytest
 import torch
 from gymnasium import spaces
 
-from rl.heads import GaussianHead, make_head
+from rl.networks.heads import GaussianHead, make_head
 from trustregion import FisherOperator, mean_kl, to_dense
 
 HEADS = {

@@ -3,7 +3,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rl.normalisation import ObservationNorm, RewardScale, RunningMoments
+from rl.experience.reward_scale import RewardScale
+from rl.networks.moments import ObservationNorm, RunningMoments
 
 
 @st.composite

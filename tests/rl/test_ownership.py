@@ -7,7 +7,7 @@ from gymnasium.spaces import Text
 from gymnasium.vector import SyncVectorEnv
 
 from rl import TRPO, EvaluateBest, evaluate, make_envs
-from rl.recording import record
+from rl.run.video import record
 from toys import Clock, vector
 
 SMALL = {"n_envs": 2, "steps_per_update": 8, "hidden": (4,)}
@@ -94,7 +94,7 @@ def test_an_agent_that_cannot_be_made_closes_what_it_made():
 def test_a_video_that_fails_closes_what_it_made(agent, monkeypatch, tmp_path):
     env = Closable()
     monkeypatch.setattr(env, "render", lambda: 1 / 0)
-    monkeypatch.setattr("rl.recording.gymnasium.make", lambda *_, **__: env)
+    monkeypatch.setattr("rl.run.video.gymnasium.make", lambda *_, **__: env)
     with pytest.raises(ZeroDivisionError):
         record(agent, "Clock-v0", tmp_path / "film.gif")
     assert env.closed == 1

@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import trim_mean
 
-from rl.plots import bootstrap_interval, iqm, plot_runs
+from rl.run.plots import bootstrap_interval, iqm, plot_runs
 
 
 @given(st.lists(st.floats(-1e3, 1e3), min_size=4, max_size=40).filter(lambda x: len(x) % 4 == 0))

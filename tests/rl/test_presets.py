@@ -9,8 +9,8 @@ import pytest
 import yaml
 
 from rl import TRPO, PPOConfig, Preset, TRPOConfig, load_preset
-from rl.__main__ import main
 from rl.algorithms import ALGORITHMS
+from rl.run.cli import main
 
 PACKAGED = [
     (file.name.removesuffix(".yml"), env_id)

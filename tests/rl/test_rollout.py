@@ -5,10 +5,10 @@ from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, Text, Tuple
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
 from rl import TRPO, Collector, Stepper, TRPOConfig, evaluate, make_envs
-from rl.environments import describe
-from rl.model import make_networks, observation_norm
-from rl.policies import Policy
-from rl.spaces import ObservationLayout
+from rl.envs.layout import ObservationLayout
+from rl.envs.make import describe
+from rl.networks.build import make_networks, observation_norm
+from rl.networks.policy import Policy
 from toys import Clock, vector
 
 

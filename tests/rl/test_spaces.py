@@ -6,7 +6,7 @@ from gymnasium.vector.utils import batch_space
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rl.spaces import ObservationLayout
+from rl.envs.layout import ObservationLayout
 
 leaves = st.one_of(
     st.builds(

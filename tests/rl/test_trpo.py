@@ -13,9 +13,9 @@ from rl import (
     CheckpointError,
     Collector,
     TRPOConfig,
-    checkpoint,
     evaluate,
 )
+from rl.run import checkpoint
 from toys import Bandit, Clock, vector
 
 SMALL = {"n_envs": 4, "steps_per_update": 256, "hidden": (16,)}

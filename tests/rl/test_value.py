@@ -7,8 +7,9 @@ from gymnasium.spaces import Box
 from torch import nn
 
 from rl import ObservationLayout, TRPOConfig
-from rl.networks import Encoder
-from rl.value import FITS, Critic, explained_variance
+from rl.fits import FITS, explained_variance
+from rl.networks.critic import Critic
+from rl.networks.encoders import Encoder
 
 
 def critic_of(width, hidden=(32,)):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .reporting import read_csv
+from .logs import read_csv
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .environments import Stepper
-from .policies import Policy
-from .spaces import ObservationLayout
+from ..envs.layout import ObservationLayout
+from ..envs.stepper import Stepper
+from ..networks.policy import Policy
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .dense import DenseNetwork
-from .normalisation import ObservationNorm
-from .spaces import ObservationLayout, Part
+from ..envs.layout import ObservationLayout, Part
+from .moments import ObservationNorm
+from .numpy_twin import DenseNetwork
 
 ArrayFunction: TypeAlias = "Callable[[np.ndarray], np.ndarray]"
 

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeAlias
 
-from .agent import Agent, Callback, Log
-from .environments import EnvSource
+from ..agent import Agent, Callback, Log
+from ..envs.make import EnvSource
 from .evaluation import evaluate
 
 Callbacks: TypeAlias = "Callback | Sequence[Callback]"

@@ -9,13 +9,13 @@ from gymnasium import Space
 from gymnasium.vector import VectorEnv
 from torch import nn
 
-from .config import Config
+from ..config import Config
+from ..envs.layout import MASK, ObservationLayout
+from ..networks.critic import Critic
+from .encoders import Encoder
 from .heads import make_head
-from .networks import Encoder
-from .normalisation import ObservationNorm
-from .policies import HeadPolicy, Policy
-from .spaces import MASK, ObservationLayout
-from .value import Critic
+from .moments import ObservationNorm
+from .policy import HeadPolicy, Policy
 
 
 def observation_layout(envs: VectorEnv) -> ObservationLayout:

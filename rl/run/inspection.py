@@ -8,10 +8,10 @@ import warnings
 import gymnasium
 from gymnasium.utils.env_checker import check_env
 
-from .config import Config
-from .environments import describe, make_envs
-from .model import make_networks, observation_layout
-from .pool import PoolVectorEnv
+from ..config import Config
+from ..envs.make import describe, make_envs
+from ..envs.pool import PoolVectorEnv
+from ..networks.build import make_networks, observation_layout
 
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")  # gymnasium's warnings are yellow
 

@@ -11,8 +11,8 @@ from torch.distributions import Distribution
 
 from trustregion import StepInfo
 
-from .batch import Batch
-from .policies import Policy
+from ..networks.policy import Policy
+from .path import Batch
 
 
 def normalise(advantages: Tensor) -> Tensor:

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..config import Config
+from ..networks.policy import Policy
 from .advantages import gae, n_step, td_lambda
-from .config import Config
-from .policies import Policy
-from .rollout import Rollout
+from .collector import Rollout
 
 
 @dataclass(frozen=True)

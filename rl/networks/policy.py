@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
+from ..envs.layout import Part
+from .encoders import Encoder, mlp
 from .heads import ActionHead, Actor
-from .networks import Encoder, mlp
-from .spaces import Part
 
 
 class Policy(nn.Module, abc.ABC):

@@ -6,7 +6,7 @@ import csv
 import math
 from pathlib import Path
 
-from .agent import Agent, Log
+from ..agent import Agent, Log
 
 _COLUMNS = (  # title, key, width, format
     ("steps", "time/total_timesteps", 9, ",d"),

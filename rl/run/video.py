@@ -8,7 +8,7 @@ from pathlib import Path
 import gymnasium
 import numpy as np
 
-from .agent import Agent
+from ..agent import Agent
 
 _FPS = 30
 

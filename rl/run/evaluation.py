@@ -10,10 +10,11 @@ import numpy as np
 from gymnasium.vector import VectorEnv
 from torch import nn
 
-from .environments import EnvSource, Stepper, Vectorization, make_envs
-from .pool import PoolVectorEnv
-from .spaces import MASK
-from .threads import few_threads
+from ..envs.layout import MASK
+from ..envs.make import EnvSource, Vectorization, make_envs
+from ..envs.pool import PoolVectorEnv
+from ..envs.stepper import Stepper
+from ..threads import few_threads
 
 
 class Predictor(Protocol):

@@ -1,0 +1,1 @@
+"""Environments: made from ids, functions and objects, and stepped alike."""

@@ -1,0 +1,1 @@
+"""Experience: what a policy lived through, as time-major tensors, and what is made of it."""

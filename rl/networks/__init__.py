@@ -1,0 +1,1 @@
+"""Policies and critics, and their arithmetic in numpy where they are small."""

@@ -1,0 +1,1 @@
+"""Around a training: files, callbacks, logs, plots, films and the command line."""
