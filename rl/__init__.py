@@ -17,17 +17,27 @@ if _util.find_spec("gymnasium") is None:
 
 from .agent import Agent as Agent
 from .algorithms import load as load
+from .checkpoint import CheckpointError as CheckpointError
 from .config import Config as Config
 from .envs.layout import ObservationLayout as ObservationLayout
 from .envs.make import make_envs as make_envs
 from .envs.stepper import Stepper as Stepper
+from .experience.advantages import GAE as GAE
+from .experience.advantages import Advantages as Advantages
+from .experience.advantages import MonteCarlo as MonteCarlo
+from .experience.advantages import NStep as NStep
 from .experience.advantages import gae as gae
 from .experience.advantages import n_step as n_step
 from .experience.advantages import td_lambda as td_lambda
 from .experience.collector import Collector as Collector
-from .experience.collector import Rollout as Rollout
+from .experience.collector import EnvCollector as EnvCollector
+from .experience.path import Path as Path
 from .experience.surrogate import clipped_surrogate as clipped_surrogate
 from .experience.surrogate import surrogate as surrogate
+from .fits import AdamFit as AdamFit
+from .fits import CriticFit as CriticFit
+from .fits import LBFGSFit as LBFGSFit
+from .fits import TrustRegionFit as TrustRegionFit
 from .kl_penalty import KLPenalty as KLPenalty
 from .kl_penalty import KLPenaltyConfig as KLPenaltyConfig
 from .networks.critic import Critic as Critic
@@ -43,7 +53,6 @@ from .run.callbacks import EvaluateBest as EvaluateBest
 from .run.callbacks import Every as Every
 from .run.callbacks import SaveCheckpoint as SaveCheckpoint
 from .run.callbacks import StopOnReward as StopOnReward
-from .run.checkpoint import CheckpointError as CheckpointError
 from .run.evaluation import Evaluation as Evaluation
 from .run.evaluation import evaluate as evaluate
 from .run.logs import CSVLog as CSVLog
@@ -91,7 +100,16 @@ __all__ = [
     "clipped_surrogate",
     "make_envs",
     "Collector",
-    "Rollout",
+    "EnvCollector",
+    "Advantages",
+    "GAE",
+    "NStep",
+    "MonteCarlo",
+    "CriticFit",
+    "AdamFit",
+    "LBFGSFit",
+    "TrustRegionFit",
+    "Path",
     "Policy",
     "HeadPolicy",
     "ObservationLayout",

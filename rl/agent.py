@@ -3,47 +3,71 @@
 from __future__ import annotations
 
 import abc
+import copy
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import replace
-from pathlib import Path
-from typing import Any, ClassVar, Self, TypeAlias
+from functools import cached_property
+from pathlib import Path as FilePath
+from typing import Any, ClassVar, NamedTuple, Self, TypeAlias, cast
 
 import numpy as np
 import torch
+from gymnasium import Space
 from gymnasium.vector import VectorEnv
 from torch import Tensor, nn
 
+from . import checkpoint
+from .build import make_networks, observation_layout, observation_norm
 from .config import Config
-from .envs.layout import MASK, as_batch
+from .envs.layout import MASK, ObservationLayout, as_batch
 from .envs.make import EnvSource, make_envs
+from .envs.spaces_json import space_from_json, space_to_json
 from .envs.stepper import Stepper
-from .experience.collector import Collector, Rollout
-from .experience.path import Batch, make_batch
+from .experience.advantages import Advantages, td_lambda
+from .experience.collector import Collector, EnvCollector
+from .experience.path import Path
 from .experience.reward_scale import RewardScale
-from .fits import FITS, explained_variance
-from .networks.build import make_networks, observation_layout, observation_norm
-from .networks.critic import Critic
+from .experience.surrogate import Objective, surrogate_closure
+from .fits import CriticFit, explained_variance
+from .networks.modes import evaluating
+from .networks.numpy_twin import actor, value_function
 from .networks.policy import Policy
-from .run import checkpoint
 from .threads import few_threads
 
 Log: TypeAlias = dict[str, Any]
 Callback: TypeAlias = "Callable[[Agent, Log], bool | None]"
 
 
+class Estimates(NamedTuple):
+    """What an update learns from, each ``(T, N)``.
+
+    Attributes:
+        advantages: not normalised.
+        returns: what the critic is to predict.
+        values: by the critic before its update.
+
+    """
+
+    advantages: Tensor
+    returns: Tensor
+    values: Tensor
+
+
 class Agent(abc.ABC):
-    """A policy and a critic trained by rollouts; an algorithm is a way to :meth:`improve` them.
+    """A policy and a critic trained on paths of experience; an algorithm is an :meth:`update`.
 
     Args:
         env: an environment id, a function that makes an environment, an environment, or a gymnasium
             vector environment.
         policy: a policy of your own, from rows of :attr:`layout` to a distribution.
         critic: a critic of your own, from rows to values.
+        collector: what makes paths of a policy's steps, instead of :class:`rl.EnvCollector`.
         options: fields of the algorithm's config, by name.
 
     Attributes:
         layout: what lies where in a row of observations.
+        action_space: of one environment.
 
     Raises:
         ValueError: an option that is unknown or out of range, an unknown environment, an
@@ -57,96 +81,164 @@ class Agent(abc.ABC):
     def __init__(
         self,
         env: EnvSource,
-        *,
+        *others: Any,
         policy: Policy | None = None,
         critic: nn.Module | None = None,
+        collector: Callable[..., Collector] = EnvCollector,
         **options: Any,
     ) -> None:
+        if others:
+            raise TypeError(
+                f"{type(self).__name__} takes the environment as its only positional argument, and"
+                f" options by name; got {(env, *others)!r}. There is no policy name: networks"
+                " follow from the spaces, or pass policy= a module of your own"
+            )
         config = self.config_class.from_dict(options)
-        self.envs = make_envs(env, config.n_envs, config.vectorization)
-        self.env_id = env if isinstance(env, str) else None
+        envs = make_envs(env, config.n_envs, config.vectorization)
         try:
-            self._build(config, policy, critic)
+            n = envs.num_envs
+            if options.get("n_envs", n) != n:
+                raise ValueError(
+                    f"n_envs={config.n_envs}, but the environment that was passed is {n}: pass an"
+                    " id, or a function that makes one environment"
+                )
+            config = replace(config, n_envs=n)
+            layout = observation_layout(envs, _environment_seed(config, 0))
+            self._build(config, layout, envs.single_action_space, policy, critic)
         except Exception:
             if not isinstance(env, VectorEnv):
-                self.envs.close()
+                envs.close()
             raise
+        self._source, self._make_collector = env, collector
+        vars(self)["envs"] = envs  # otherwise made when first asked for
 
-    def _build(self, config: Config, policy: Policy | None, critic: nn.Module | None) -> None:
-        self.config = config = replace(config, n_envs=self.envs.num_envs)
+    def _build(
+        self,
+        config: Config,
+        layout: ObservationLayout,
+        action_space: Space[Any],
+        policy: Policy | None,
+        critic: nn.Module | None,
+    ) -> None:
         config.check_batch()
         config.check_device()
-        self.num_timesteps = 0
-        self.iterations = 0
+        self.config, self.layout, self.action_space = config, layout, action_space
+        self.advantages = cast("Advantages", config.advantages)  # the config made them objects
+        self.critic_fit = cast("CriticFit", config.critic_fit)
+        self.num_timesteps = self.iterations = 0
         self._progress_made = 0.0  # of the call of learn()
-        self.generator = torch.Generator().manual_seed(config.seed)
-        self._predict_generator = torch.Generator().manual_seed(config.seed)
-        self._stepper = Stepper(self.envs)
+        self.generator = torch.Generator().manual_seed(config.seed or 0)
+        self._predict_generator = torch.Generator().manual_seed(config.seed or 0)
         self._collector: Collector | None = None
-        self.layout = observation_layout(self.envs)
-        self.observation_norm = observation_norm(self.layout, config)
-        self.reward_scale = (
-            RewardScale(config.n_envs, config.gamma) if config.normalise_rewards else None
-        )
+        norm = self.observation_norm = observation_norm(layout, config)
         with torch.random.fork_rng(devices=[]):  # leave the user's random state alone
-            torch.manual_seed(config.seed)
-            networks = make_networks(
-                self.layout,
-                self.envs.single_action_space,
-                self.observation_norm,
-                config,
-                policy,
-                critic,
-            )
+            torch.manual_seed(config.seed or 0)
+            networks = make_networks(layout, action_space, norm, config, policy, critic)
         self.policy, self.critic = networks[0].to(config.device), networks[1].to(config.device)
+        self.reward_scale = (
+            RewardScale(config.n_envs, config.gamma).to(config.device)
+            if config.normalise_rewards
+            else None
+        )
         self.setup()
+
+    @cached_property
+    def envs(self) -> VectorEnv:
+        """The environments; those of an agent that was loaded are made when first asked for."""
+        if self._source is None:
+            raise ValueError(
+                "this agent was loaded without an environment, which predict does not need: pass"
+                " env= to load"
+            )
+        return make_envs(self._source, self.config.n_envs, self.config.vectorization)
+
+    @property
+    def has_envs(self) -> bool:
+        """Whether the environments were made."""
+        return "envs" in self.__dict__
+
+    @property
+    def env_id(self) -> str | None:
+        """The id that the environments are made from, or None."""
+        return self._source if isinstance(self._source, str) else None
+
+    def close(self) -> None:
+        """Close the environments, unless a vector environment was passed in."""
+        if self.has_envs and not isinstance(self._source, VectorEnv):
+            self.envs.close()
 
     def setup(self) -> None:
         """Make the optimizers: here the critic's, of what the policy does not share with it."""
         learnt = {id(p) for p in self.policy.parameters()}
-        own = [p for p in self.critic.parameters() if id(p) not in learnt]
-        if not own:
+        self.critic_parameters = [
+            p for p in self.critic.parameters() if id(p) not in learnt and p.requires_grad
+        ]
+        if not self.critic_parameters:
             raise ValueError("the critic has no parameters of its own to fit")
-        self.critic_fit = FITS[self.config.critic_fit](self.critic, own, self.config)
+        self.critic_optimizer = self.critic_fit.optimizer(self.critic_parameters)
 
     @abc.abstractmethod
-    def improve(self, batch: Batch) -> Log:
-        """Improve the policy; return what to log."""
+    def update(self, path: Path) -> Log:
+        """Improve policy and critic from one path; return what to log."""
 
-    def optimizers(self) -> dict[str, torch.optim.Optimizer]:
-        """Return the optimizers, whose state a checkpoint keeps."""
-        return {"critic_optimizer": self.critic_fit.optimizer}
+    def estimate(self, path: Path) -> Estimates:
+        """Estimate advantages and returns with the critic, by the option ``advantages``.
 
-    def fit_critic(self, batch: Batch) -> Log:
-        """Regress the critic on the returns; return what to log."""
-        value_loss = self.critic_fit.fit(batch.observations, batch.returns, self.generator)
-        return {"train/value_loss": value_loss}
+        Raises:
+            ValueError: they are not finite, or not one per step.
 
-    def update(self, rollout: Rollout) -> Log:
-        """Improve policy and critic from one rollout; return what to log.
-
-        The moments of observations move afterwards, so that the surrogate sees those that the
-        actions were chosen from. Those of rewards move first: the critic is to know their scale
-        from its first fit on.
         """
-        scaled = rollout
-        if self.reward_scale is not None:
-            self.reward_scale.update(rollout.rewards, rollout.done, rollout.valid)
-            scaled = replace(rollout, rewards=self.reward_scale(rollout.rewards))
-        critic = self.critic.function() if isinstance(self.critic, Critic) else self.critic
-        batch = make_batch(scaled.to(self.config.device), self.policy, critic, self.config)
-        log = self.improve(batch) | self.fit_critic(batch)
-        if self.observation_norm is not None:
-            self.observation_norm.update(batch.observations[:, self.layout.vector_columns])
-        return log | {
-            "train/explained_variance": explained_variance(batch.values, batch.returns),
+        c = self.config
+        with torch.no_grad(), evaluating(self.critic):
+            values = path.values(value_function(self.critic))
+            advantages, returns = self.advantages(path, values, c.gamma)
+            if c.td_lambda is not None:
+                ends = path.terminated, path.truncated
+                decay = {"gamma": c.gamma, "trace": c.td_lambda}
+                returns = td_lambda(path.rewards, values.following, *ends, **decay)
+        for name, x in (("advantages", advantages), ("returns", returns)):
+            if x.shape != path.mask.shape:
+                raise ValueError(
+                    f"{name} must be one per step, shape {tuple(path.mask.shape)}, got"
+                    f" {tuple(x.shape)}"
+                )
+            if not bool(x.isfinite().all()):
+                raise ValueError(
+                    f"{name} are not finite, as the critic's values are: nothing was updated"
+                )
+        return Estimates(advantages, returns, values.now)
+
+    def objective(self, path: Path, advantages: Tensor) -> Objective:
+        """Return the closure of what the policy maximises, and of its distribution.
+
+        Args:
+            path: T steps of N environments.
+            advantages: normalised, ``(T, N)``.
+
+        """
+        return surrogate_closure(self.policy, path, advantages)
+
+    def fit_critic(self, path: Path, estimates: Estimates) -> Log:
+        """Regress the critic on the returns, by the option ``critic_fit``; return what to log."""
+        returns = path.flat(estimates.returns)
+        value_loss = self.critic_fit(
+            self.critic,
+            self.critic_parameters,
+            self.critic_optimizer,
+            path.rows,
+            returns,
+            self.generator,
+        )
+        return {
+            "train/value_loss": value_loss,
+            "train/explained_variance": explained_variance(path.flat(estimates.values), returns),
         }
 
     def learn(
         self,
         total_timesteps: int,
         progress: bool = True,
-        callback: Callback | Sequence[Callback] = (),
+        callback: Callback | Iterable[Callback | None] | None = None,
     ) -> Self:
         """Train until ``total_timesteps`` more environment steps are done.
 
@@ -156,52 +248,76 @@ class Agent(abc.ABC):
             total_timesteps: environment steps to add; resets do not count.
             progress: show a progress bar.
             callback: called with the agent and the log after each update; False stops. Of several,
-                all are called: see :mod:`rl.callbacks`.
+                all are called: see :mod:`rl.run.callbacks`.
 
         Returns:
             The agent itself.
 
         Raises:
             ValueError: ``total_timesteps`` is not positive, or an environment gave a NaN.
+            TypeError: a callback cannot be called.
 
         """
         from tqdm import tqdm
 
         if total_timesteps <= 0:
             raise ValueError(f"total_timesteps must be positive, got {total_timesteps}")
-        callbacks = [callback] if callable(callback) else callback
-        if self._collector is None:
-            seed = _environment_seed(self.config.seed, self.num_timesteps)
-            self._collector = Collector(
-                self._stepper, self.layout, seed=seed, generator=self.generator
-            )
+        callbacks = _as_callbacks(callback)
+        collector = self._collector = self._collector or self._new_collector()
+        rows = self.config.steps_per_update // self.config.n_envs
         first, started = self.num_timesteps, time.perf_counter()
         self._progress_made = 0.0
         with tqdm(total=total_timesteps, unit="step", disable=not progress, leave=False) as bar:
             while self.num_timesteps < first + total_timesteps:
-                rows = self.config.steps_per_update // self.envs.num_envs
                 with few_threads(self.policy, self.critic):
-                    rollout = self._collector.collect(self.policy, rows)
-                    log = self.update(rollout)
-                steps = int(rollout.valid.sum())
-                self.num_timesteps += steps
+                    path = collector.collect(self.policy, rows, version=self.iterations)
+                    log = self._learn_from(path)
+                self.num_timesteps += path.steps
                 self.iterations += 1
                 self._progress_made = min((self.num_timesteps - first) / total_timesteps, 1.0)
-                bar.update(min(steps, total_timesteps - bar.n))
+                bar.update(min(path.steps, total_timesteps - bar.n))
                 elapsed = time.perf_counter() - started
-                log = self._progress(self.num_timesteps - first, elapsed) | log
+                log = self._progress(collector, self.num_timesteps - first, elapsed) | log
                 answers = [call(self, log) for call in callbacks]
                 if any(isinstance(answer, bool | np.bool_) and not answer for answer in answers):
                     break
         return self
 
+    def _new_collector(self) -> Collector:
+        return self._make_collector(
+            Stepper(self.envs),
+            self.layout,
+            seed=_environment_seed(self.config, self.num_timesteps),
+            generator=self.generator,
+        )
+
+    def _learn_from(self, path: Path) -> Log:
+        """Update, with the scale of rewards and the moments of observations.
+
+        The moments of observations move afterwards, so that the surrogate sees those that the
+        actions were chosen from. The scale of rewards moves first: the critic is to know it from
+        its first fit on.
+        """
+        kept = copy.deepcopy(self.reward_scale)
+        try:
+            scaled = path
+            if self.reward_scale is not None:
+                self.reward_scale.update(path)
+                scaled = self.reward_scale(path)
+            log = self.update(scaled)
+        except BaseException:
+            self.reward_scale = kept
+            raise
+        if self.observation_norm is not None:
+            self.observation_norm.update(path.rows[:, self.layout.vector_columns])
+        return log
+
     def scheduled(self, start: float, end: float | None) -> float:
         """Return an option that moves linearly over :meth:`learn`; its start where it does not."""
         return start if end is None else start + (end - start) * self._progress_made
 
-    def _progress(self, steps: int, elapsed: float) -> Log:
-        assert self._collector is not None
-        returns, lengths = self._collector.returns, self._collector.lengths
+    def _progress(self, collector: Collector, steps: int, elapsed: float) -> Log:
+        returns, lengths = collector.episodes.returns, collector.episodes.lengths
         return {
             "time/steps": steps,  # of this call of learn()
             "time/iterations": self.iterations,
@@ -221,115 +337,189 @@ class Agent(abc.ABC):
         Args:
             obs: one observation, or a batch of them.
             deterministic: take the most likely action instead of drawing one.
-            action_masks: The allowed actions, if the environment gives them in its infos.
+            action_masks: the allowed actions, if the environment gives them in its infos.
 
         Returns:
             The action or actions, and None: there is no recurrent state.
 
         Raises:
-            ValueError: the shape is not that of the observation space, or a mask lacks.
+            ValueError: the shape is not that of the observation space, or the mask is missing.
 
         """
-        batch, single = as_batch(self.envs.single_observation_space, obs)
+        batch, single = as_batch(self.layout.space, obs)
         if action_masks is not None and self.layout.info_mask is None:
             raise ValueError(
                 "action_masks are for environments that give them in their infos, and this one does"
                 " not: forbidden actions could not be told apart in training"
             )
         masks = [action_masks] if single else action_masks
-        infos = None if action_masks is None else {MASK: masks}
-        rows = self.layout.flat(batch, infos)
-        if deterministic:
-            actions = self.policy.mode(torch.from_numpy(rows).to(self.config.device)).cpu().numpy()
-        else:
-            noise = self.policy.noise(1, len(rows), self._predict_generator)
-            actions = self.policy.actor(noise)(0, rows)
+        rows = self.layout.flat(batch, None if action_masks is None else {MASK: masks})
+        with evaluating(self.policy):
+            if deterministic:
+                on_device = torch.from_numpy(rows).to(self.config.device)
+                actions = self.policy.mode(on_device).cpu().numpy()
+            else:
+                noise = self.policy.noise(1, len(rows), self._predict_generator)
+                actions = actor(self.policy, noise)(0, rows)
         chosen = self.policy.to_env(actions)
         return (chosen[0] if single else chosen), None
 
-    def modules(self) -> dict[str, nn.Module]:
-        """Return the modules whose weights a checkpoint keeps."""
-        modules: dict[str, nn.Module] = {"policy": self.policy, "critic": self.critic}
-        return modules | ({"reward_scale": self.reward_scale} if self.reward_scale else {})
+    def optimizers(self) -> dict[str, torch.optim.Optimizer]:
+        """Return the optimizers, whose state a checkpoint keeps."""
+        return {"critic_optimizer": self.critic_optimizer}
 
-    def save(self, path: str | Path) -> None:
-        """Write weights, optimizers, counters and random state to one file, atomically."""
-        tensors: dict[str, Tensor] = {"generator": self.generator.get_state()}
-        scalars: dict[str, Any] = {}
-        for name, module in self.modules().items():
-            tensors |= {f"{name}.{key}": t for key, t in module.state_dict().items()}
-        for name, optimizer in self.optimizers().items():
-            state, groups = checkpoint.flatten_optimizer(optimizer)
-            tensors |= {f"{name}.{key}": t for key, t in state.items()}
-            scalars[name] = groups
-        manifest = {
+    def _parts(self) -> dict[str, Any]:
+        """Return what has a ``state_dict``."""
+        modules = {"policy": self.policy, "critic": self.critic, "reward_scale": self.reward_scale}
+        return {k: m for k, m in modules.items() if m is not None} | self.optimizers()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return weights, optimizers, counters and random state, as plain values and tensors."""
+        return {
+            "parts": {name: part.state_dict() for name, part in self._parts().items()},
+            "generator": self.generator.get_state(),
+            "num_timesteps": self.num_timesteps,
+            "iterations": self.iterations,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what :meth:`state_dict` returned.
+
+        Raises:
+            ValueError: names or shapes do not fit.
+
+        """
+        try:
+            for name, part in self._parts().items():
+                if isinstance(part, torch.optim.Optimizer):
+                    _check_optimizer(name, part, state["parts"][name])
+                part.load_state_dict(state["parts"][name])
+        except (RuntimeError, KeyError, ValueError) as error:
+            reason = " ".join(str(error).split())
+            raise ValueError(f"the state does not fit this agent: {reason}") from error
+        self.generator.set_state(state["generator"])
+        self.num_timesteps, self.iterations = state["num_timesteps"], state["iterations"]
+
+    def save(self, path: str | FilePath, notes: dict[str, Any] | None = None) -> None:
+        """Write weights, optimizers, counters and random state to one file, atomically.
+
+        Args:
+            path: the file.
+            notes: plain values to keep with them.
+
+        """
+        description = {
             "algorithm": self.name,
             "env_id": self.env_id,
             "config": self.config.to_dict(),
-            "num_timesteps": self.num_timesteps,
-            "iterations": self.iterations,
-            "optimizers": scalars,
+            "layout": {
+                "space": space_to_json(self.layout.space),
+                "mask": 0 if self.layout.info_mask is None else self.layout.info_mask.shape[0],
+            },
+            "action_space": space_to_json(self.action_space),
+            "notes": notes or {},
         }
-        checkpoint.write(Path(path), manifest, tensors)
+        checkpoint.write(FilePath(path), description | {"agent": self.state_dict()})
 
     @classmethod
     def load(
         cls,
-        path: str | Path,
+        path: str | FilePath,
         env: EnvSource | None = None,
         *,
-        device: str | None = None,
-        **networks: Any,
+        policy: Policy | None = None,
+        critic: nn.Module | None = None,
+        collector: Callable[..., Collector] = EnvCollector,
+        **options: Any,
     ) -> Self:
         """Return the agent of a file written by :meth:`save`.
 
         The environments start new episodes, and draws of ``predict`` start over; everything else
-        continues where it was.
+        continues where it was. Environments are made by the first call that needs them, which
+        ``predict`` does not.
 
         Args:
             path: the file.
             env: environments to use instead of those of the saved id.
-            device: one to use instead of the agent's.
-            networks: ``policy`` and ``critic``, where the agent was made with its own.
+            policy: the policy, where the agent was made with one of its own; likewise ``critic``.
+            critic: see there.
+            collector: as for the agent.
+            options: options to change, for example ``device`` or ``delta``.
 
         Raises:
             CheckpointError: the file is truncated, damaged, of another format or algorithm.
             FileNotFoundError: there is no such file.
-            ValueError: no ``env`` for an agent that was not made from an id.
+            ValueError: an unknown option, or environments with other spaces.
 
         """
-        manifest, tensors = checkpoint.read(Path(path))
+        saved = checkpoint.read(FilePath(path))
         try:
-            if device is not None:
-                manifest["config"]["device"] = device
-            return cls._from_checkpoint(path, env, manifest, tensors, networks)
+            if saved["algorithm"] != cls.name:
+                raise checkpoint.CheckpointError(
+                    f"{path} holds an agent of {saved['algorithm']!r}, not {cls.name!r}"
+                )
+            agent = cls.__new__(cls)
+            agent._source = saved["env_id"] if env is None else env
+            agent._make_collector = collector
+            agent._restore(path, saved, options, policy, critic)
         except KeyError as error:
             raise checkpoint.CheckpointError(f"{path} is incomplete: no {error}") from error
-
-    @classmethod
-    def _from_checkpoint(
-        cls,
-        path: str | Path,
-        env: EnvSource | None,
-        manifest: dict[str, Any],
-        tensors: dict[str, Tensor],
-        networks: dict[str, Any],
-    ) -> Self:
-        if manifest["algorithm"] != cls.name:
-            raise checkpoint.CheckpointError(
-                f"{path} holds an agent of {manifest['algorithm']!r}, not {cls.name!r}"
-            )
-        env = env if env is not None else manifest["env_id"]
-        if env is None:
-            raise ValueError(f"{path} does not name its environment: pass env=")
-        agent = cls(env, **networks, **cls.config_class.from_dict(manifest["config"]).to_dict())
-        checkpoint.restore(path, agent.modules(), agent.optimizers(), manifest, tensors)
-        agent.generator.set_state(tensors["generator"])
-        agent.num_timesteps = manifest["num_timesteps"]
-        agent.iterations = manifest["iterations"]
         return agent
 
+    def _restore(
+        self,
+        path: str | FilePath,
+        saved: dict[str, Any],
+        options: dict[str, Any],
+        policy: Policy | None,
+        critic: nn.Module | None,
+    ) -> None:
+        config = self.config_class.from_dict({**saved["config"], **options})
+        space = space_from_json(saved["layout"]["space"])
+        action_space = space_from_json(saved["action_space"])
+        if self._source is not None and not isinstance(self._source, str):
+            self.config = config
+            envs = self.envs
+            for name, mine, other in (
+                ("observations", space, envs.single_observation_space),
+                ("actions", action_space, envs.single_action_space),
+            ):
+                if mine != other:
+                    raise ValueError(f"{path} has {name} of {mine}, the environment of {other}")
+            config = replace(config, n_envs=envs.num_envs)
+        layout = ObservationLayout(space, mask=saved["layout"]["mask"])
+        self._build(config, layout, action_space, policy, critic)
+        state = saved["agent"]
+        if "critic_fit" in options and "critic_optimizer" in state["parts"]:
+            state["parts"]["critic_optimizer"] = self.critic_optimizer.state_dict()
+        try:
+            self.load_state_dict(state)
+        except ValueError as error:
+            raise checkpoint.CheckpointError(f"{path}: {error}") from error
+        optimizers = [o for k, o in self.optimizers().items() if k != "critic_optimizer"]
+        for group in (group for o in optimizers for group in o.param_groups):
+            group.update({name: getattr(config, name) for name in options if name in group})
 
-def _environment_seed(*entropy: int) -> int:
+
+def _as_callbacks(callback: Any) -> list[Callback]:
+    """Return callbacks as a list; raise a TypeError, before anything is spent, for others."""
+    several = callback if isinstance(callback, list | tuple) else [callback]
+    for call in several:
+        if call is not None and (not callable(call) or isinstance(call, type)):
+            raise TypeError(
+                "callback must be a function of the agent and the log, None, or a list of them, got"
+                f" {call!r}"
+            )
+    return [call for call in several if call is not None]
+
+
+def _check_optimizer(name: str, optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
+    count = sum(len(group["params"]) for group in optimizer.param_groups)
+    if set(saved["state"]) not in (set(), set(range(count))):  # empty before the first step
+        raise KeyError(f"the state of {name} is not that of {count} parameters")
+
+
+def _environment_seed(config: Config, num_timesteps: int) -> int:
     """Return a seed that is unrelated between runs, and between the parts of a resumed run."""
+    entropy = config.seed or 0, num_timesteps
     return int(np.random.SeedSequence(entropy).generate_state(1)[0])

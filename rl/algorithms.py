@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from . import checkpoint
 from .agent import Agent
 from .envs.make import EnvSource
 from .kl_penalty import KLPenalty
 from .npg import NPG
 from .ppo import PPO
-from .run import checkpoint
 from .trpo import TRPO
 from .vpg import VPG
 
@@ -24,7 +24,7 @@ def load(path: str | Path, env: EnvSource | None = None, **options: Any) -> Agen
         CheckpointError: the file is truncated, damaged, of another format or algorithm.
 
     """
-    name = checkpoint.read(Path(path))[0].get("algorithm")
+    name = checkpoint.read(Path(path)).get("algorithm")
     if name not in ALGORITHMS:
         raise checkpoint.CheckpointError(
             f"{path} holds an agent of {name!r}, which is none of {', '.join(ALGORITHMS)}"

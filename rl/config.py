@@ -2,41 +2,85 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from difflib import get_close_matches
-from numbers import Integral
-from typing import Any, Literal, Self, TypeAlias, get_args
+from typing import Any, Self
 
+import numpy as np
 import torch
 
 from .envs.make import Vectorization
+from .experience.advantages import ADVANTAGES, Advantages
+from .fits import FITS, CriticFit
+from .networks.encoders import Activation
+from .options import (
+    check_counts,
+    check_fractions,
+    check_not_negative,
+    convert_fields,
+    record_from_text,
+    record_to_text,
+)
 
-AdvantageName: TypeAlias = Literal["gae", "n_step", "monte_carlo"]
-CriticFitName: TypeAlias = Literal["adam", "trust_region", "lbfgs"]
+# names of other libraries, and what they are called here
+_ELSEWHERE = {
+    "n_steps": "steps_per_update, which counts the steps of all environments: n_steps * n_envs",
+    "learning_rate": "lr of PPO, policy_lr of VPG, and critic_fit=AdamFit(lr=...)",
+    "target_kl": "delta of TRPO, kl_limit of PPO; joint over action dimensions",
+    "cg_max_steps": "cg_max_iter",
+    "cg_damping": "damping; joint over action dimensions",
+    "n_critic_updates": "critic_fit=AdamFit(epochs=...)",
+    "n_epochs": "epochs of PPO",
+    "clip_range": "clip",
+    "ent_coef": "entropy_coef",
+    "vf_coef": "value_coef",
+    "policy_kwargs": "hidden, critic_hidden, activation, shared_encoder, state_dependent_std",
+    "net_arch": "hidden and critic_hidden",
+    "activation_fn": "activation",
+    "verbose": "learn(progress=True, callback=Table())",
+    "tensorboard_log": "learn(callback=TensorBoardLog(folder))",
+    "normalize_advantage": "nothing: advantages are always normalised",
+    "n_step": "advantages=NStep(n)",
+    "critic_lr": "critic_fit=AdamFit(lr=...)",
+    "critic_epochs": "critic_fit=AdamFit(epochs=...)",
+    "critic_batch_size": "critic_fit=AdamFit(batch_size=...)",
+    "critic_steps": "critic_fit=LBFGSFit(steps=...) or TrustRegionFit(steps=...)",
+    "critic_delta": "critic_fit=TrustRegionFit(delta=...)",
+    "critic_damping": "critic_fit=TrustRegionFit(damping=...)",
+    "critic_cg_max_iter": "critic_fit=TrustRegionFit(cg_max_iter=...)",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Options every algorithm has."""
+    """Options that every algorithm has."""
 
-    seed: int = 0
-    """Seed of weights, actions and environments; torch's global random state is not used."""
+    seed: int | None = 0
+    """Seed of weights, actions and environments; None to draw one. torch's global random state is
+    not used."""
 
     n_envs: int = 8
     """Number of copies of the environment."""
 
     device: str = "cpu"
-    """Where networks and updates are: cpu, cuda, ...; the environments stay on the CPU."""
+    """Where networks and updates are: cpu, cuda, ..., or auto for an accelerator where there is
+    one. The environments stay on the CPU."""
 
     steps_per_update: int = 2048
-    """Environment steps an update, over all copies."""
+    """Environment steps per update, over all copies."""
 
     vectorization: Vectorization = "auto"
     """How copies of the environment are stepped: see make_envs."""
 
     hidden: tuple[int, ...] = (64, 64)
     """Widths of the hidden layers of policy and critic."""
+
+    critic_hidden: tuple[int, ...] | None = None
+    """Widths of the hidden layers of the critic, if they differ from those of the policy."""
+
+    activation: Activation = "tanh"
+    """Nonlinearity of the hidden layers."""
 
     shared_encoder: bool = False
     """Policy and critic share all layers but the last."""
@@ -48,85 +92,62 @@ class Config:
     """Let the policy's network give the standard deviations of Box actions."""
 
     normalise_observations: bool = False
-    """Observations in units of their running spread."""
+    """Give the networks observations in units of their running spread."""
 
     normalise_rewards: bool = False
-    """Rewards in units of the running spread of their discounted sums."""
+    """Learn from rewards in units of the running spread of their discounted sums."""
 
     gamma: float = 0.99
     """Discount."""
 
-    advantages: AdvantageName = "gae"
-    """Advantage estimates."""
-
     gae_lambda: float = 0.98
-    """Trace decay of gae."""
+    """Trace decay of advantages="gae"."""
 
-    n_step: int = 5
-    """Rewards of n_step."""
+    advantages: Advantages | str = "gae"
+    """Advantage estimates: gae, n_step, as in n_step:n=5, or monte_carlo. In Python also GAE(0.98),
+    NStep(5), MonteCarlo(), or a function of your own."""
 
     td_lambda: float | None = None
     """Trace decay of the returns that the critic is fitted to; by default they are values plus
     advantages."""
 
-    critic_fit: CriticFitName = "adam"
-    """How the critic is fitted."""
-
-    critic_lr: float = 1e-3
-    """Learning rate of the critic's Adam."""
-
-    critic_epochs: int = 10
-    """Passes over the rollout of the critic's Adam."""
-
-    critic_batch_size: int = 128
-    """Minibatch size of the critic's Adam."""
-
-    critic_steps: int = 20
-    """Trust-region steps, or iterations of L-BFGS."""
-
-    critic_delta: float = 0.1
-    """KL radius of a trust-region step: E[(V - V_old)^2] over twice the error before the fit."""
-
-    critic_damping: float = 1e-3
-    """Tikhonov term of a trust-region step."""
-
-    critic_cg_max_iter: int = 10
-    """Limit on the conjugate-gradient iterations of a trust-region step."""
+    critic_fit: CriticFit | str = "adam"
+    """How the critic is fitted: adam, as in adam:lr=0.001,epochs=10,batch_size=128, lbfgs:steps=20
+    or trust_region:steps=20. In Python also AdamFit(lr=1e-3), LBFGSFit(), TrustRegionFit(), or an
+    object of your own."""
 
     def __post_init__(self) -> None:
-        """Check the ranges."""
-        self.check_counts(
-            "n_envs",
-            "steps_per_update",
-            "n_step",
-            "critic_epochs",
-            "critic_batch_size",
-            "critic_steps",
-            "critic_cg_max_iter",
+        """Convert and check the values."""
+        convert_fields(self)
+        check_counts(self, "n_envs", "steps_per_update")
+        check_fractions(self, "gamma", "gae_lambda", "td_lambda")
+        if self.seed is None:
+            object.__setattr__(self, "seed", int(np.random.SeedSequence().generate_state(1)[0]))
+        check_not_negative(self, "seed")
+        for name in ("hidden", "critic_hidden"):
+            widths = getattr(self, name)
+            if widths is not None and not all(width > 0 for width in widths):
+                raise ValueError(
+                    f"{name} must be widths of at least 1, such as (64, 64), got {widths!r}"
+                )
+        if self.device == "auto":
+            found = torch.accelerator.current_accelerator(check_available=True)
+            object.__setattr__(self, "device", "cpu" if found is None else found.type)
+        own: tuple[tuple[str, Mapping[str, type[Any]], dict[str, Any]], ...] = (
+            ("advantages", ADVANTAGES, {"gae_lambda": self.gae_lambda}),
+            ("critic_fit", FITS, {}),
         )
-        for name in ("gamma", "gae_lambda", "td_lambda"):
+        for name, kinds, defaults in own:
             value = getattr(self, name)
-            if value is not None and not 0 <= value <= 1:
-                raise ValueError(f"{name} must lie in [0, 1], got {value}")
-        for name, kind in (
-            ("advantages", AdvantageName),
-            ("vectorization", Vectorization),
-            ("critic_fit", CriticFitName),
-        ):
-            value, choices = getattr(self, name), get_args(kind)
-            if value not in choices:
-                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
-        self.check_positive("critic_lr", "critic_delta")
-        self.check_not_negative("critic_damping")
-        if not isinstance(self.seed, Integral):
-            raise ValueError(f"seed must be a whole number, got {self.seed!r}")
-        if self.seed < 0:
-            raise ValueError(f"seed must not be negative, got {self.seed}")
-        widths = self.hidden if isinstance(self.hidden, tuple) else (0,)
-        if not all(isinstance(width, Integral) and width > 0 for width in widths):
-            raise ValueError(
-                f"hidden must be widths of at least 1, such as (64, 64), got {self.hidden!r}"
-            )
+            if isinstance(value, str):
+                value = record_from_text(name, value, kinds, **defaults)
+            elif not callable(value) or isinstance(value, type):
+                raise ValueError(
+                    f"{name} must be one of {', '.join(kinds)}, an object such as"
+                    f" {next(iter(kinds.values())).__name__}(), or a callable of your own, got"
+                    f" {value!r}"
+                )
+            object.__setattr__(self, name, value)
 
     def check_device(self) -> None:
         """Raise a ValueError unless the device can be computed on."""
@@ -138,31 +159,8 @@ class Config:
                 f"cannot compute on device={self.device!r}: {reason}; take another, such as 'cpu'"
             ) from error
 
-    def check_counts(self, *names: str) -> None:
-        """Raise a ValueError where one of the options is not a whole number from 1 on."""
-        for name in names:
-            value = getattr(self, name)
-            if not isinstance(value, Integral):
-                raise ValueError(f"{name} must be a whole number, got {value!r}")
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
-
-    def check_not_negative(self, *names: str) -> None:
-        """Raise a ValueError where one of the options is neither None nor finite and at least 0."""
-        for name in names:
-            value = getattr(self, name)
-            if value is not None and not 0 <= value < math.inf:
-                raise ValueError(f"{name} must be finite and not negative, got {value}")
-
-    def check_positive(self, *names: str) -> None:
-        """Raise a ValueError where one of the options is neither None nor positive and finite."""
-        for name in names:
-            value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
-                raise ValueError(f"{name} must be a positive, finite number, got {value}")
-
     def check_batch(self) -> None:
-        """Raise a ValueError unless an update is some whole steps of each environment."""
+        """Raise a ValueError unless an update is a number of whole steps of each environment."""
         rows, rest = divmod(self.steps_per_update, self.n_envs)
         if rest:
             near = sorted({max(2, rows) * self.n_envs, max(2, rows + 1) * self.n_envs})
@@ -170,32 +168,52 @@ class Config:
                 f"steps_per_update={self.steps_per_update} does not divide by {self.n_envs}"
                 f" environments: try {' or '.join(map(str, near))}"
             )
-        if rows < 2:  # one step an environment can be all resets
+        if rows < 2:  # one step per environment can be all resets
             raise ValueError(
                 f"steps_per_update={self.steps_per_update} is too few for {self.n_envs}"
                 f" environments: at least {2 * self.n_envs} are needed"
             )
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the options as plain values."""
-        return asdict(self)
+        """Return the options as plain values; objects of your own as the names of their types."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        for name, kinds in (("advantages", ADVANTAGES), ("critic_fit", FITS)):
+            text = record_to_text(values[name], kinds)
+            values[name] = _OWN + _name(values[name]) if text is None else text
+        return values
 
     @classmethod
-    def from_dict(cls, options: dict[str, Any]) -> Self:
-        """Return the config of options read from a file.
+    def from_dict(cls, options: Mapping[str, Any]) -> Self:
+        """Return the config of options, perhaps read from a file.
 
         Raises:
-            ValueError: an option this version does not know.
+            ValueError: an option that this version does not know, or one that was an object.
 
         """
         known = [field.name for field in fields(cls)]
-        for name in options:
+        for name, value in options.items():
             if name not in known:
-                near = get_close_matches(name, known, n=1)
-                hint = f": did you mean {near[0]!r}?" if near else f". There are {', '.join(known)}"
-                raise ValueError(f"{cls.__name__} has no option {name!r}{hint}")
-        lists = {key: tuple(v) for key, v in options.items() if isinstance(v, list)}
-        return cls(**{**options, **lists})
+                raise ValueError(f"{cls.__name__} has no option {name!r}{_hint(name, known)}")
+            if isinstance(value, str) and value.startswith(_OWN):
+                raise ValueError(
+                    f"{name} was an object of your own, {value.removeprefix(_OWN)}, which a file"
+                    f" cannot hold: pass {name}="
+                )
+        return cls(**options)
+
+
+_OWN = "own:"
+
+
+def _name(value: Any) -> str:
+    return getattr(value, "__qualname__", type(value).__qualname__)
+
+
+def _hint(name: str, known: list[str]) -> str:
+    if name in _ELSEWHERE:
+        return f": here it is {_ELSEWHERE[name]}"
+    near = get_close_matches(name, known, n=1)
+    return f": did you mean {near[0]!r}?" if near else f". There are {', '.join(known)}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,5 +229,5 @@ class NaturalConfig(Config):
     def __post_init__(self) -> None:
         """Check the ranges."""
         super().__post_init__()
-        self.check_not_negative("damping")
-        self.check_counts("cg_max_iter")
+        check_not_negative(self, "damping")
+        check_counts(self, "cg_max_iter")

@@ -12,8 +12,10 @@ from trustregion.optim import Adapt
 
 from .agent import Agent, Log
 from .config import NaturalConfig
-from .experience.path import Batch
-from .experience.surrogate import normalise, step_log, surrogate_closure
+from .experience.path import Path
+from .experience.surrogate import normalise
+from .options import check_positive
+from .reports import step_log
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,16 +31,16 @@ class KLPenaltyConfig(NaturalConfig):
     def __post_init__(self) -> None:
         """Check the ranges."""
         super().__post_init__()
-        self.check_positive("penalty", "kl_target")
+        check_positive(self, "penalty", "kl_target")
 
 
 class KLPenalty(Agent):
     r"""Policy iteration with a penalty.
 
-    For each rollout one step that raises :math:`E[\pi(a|s)/\pi_{old}(a|s)\,A] - C\,
-    \mathrm{KL}(\pi_{old} \| \pi)`, with C fixed, or doubled and halved after KLs beyond 1.5 times
-    the target and below the 1.5th part of it (Schulman et al., Proximal Policy Optimization
-    Algorithms, 2017, section 4).
+    For each path one step that raises :math:`E[\pi(a|s)/\pi_{old}(a|s)\,A] - C\,
+    \mathrm{KL}(\pi_{old} \| \pi)`. C is fixed, or it is doubled after a KL above 1.5 times the
+    target and halved after one below the target over 1.5 (Schulman et al., Proximal Policy
+    Optimization Algorithms, 2017, section 4).
 
     The C for which improvement is guaranteed (Schulman et al., Trust Region Policy Optimization,
     2015, theorem 1) is :math:`4 \epsilon \gamma / (1 - \gamma)^2` with the largest advantage
@@ -67,20 +69,28 @@ class KLPenalty(Agent):
             penalty=c.penalty,
             maximize=True,
             adapt=Adapt(kl_target=c.kl_target),
+            process_group=False,
         )
 
     def optimizers(self) -> dict[str, torch.optim.Optimizer]:
         """Return both optimizers."""
         return super().optimizers() | {"policy_optimizer": self.policy_optimizer}
 
-    def improve(self, batch: Batch) -> Log:
-        """Take the step."""
-        self.policy_optimizer.step(surrogate_closure(self.policy, batch))
+    def update(self, path: Path) -> Log:
+        """Estimate advantages, take the step, fit the critic."""
+        estimates = self.estimate(path)
+        advantages = normalise(estimates.advantages, path.mask)
+        self.policy_optimizer.step(self.objective(path, advantages))
         info = self.policy_optimizer.info
         assert info is not None  # after a step
-        gamma, largest = self.config.gamma, normalise(batch.advantages).abs().max().item()
+        gamma, largest = self.config.gamma, advantages.abs().max().item()
         bound = 4 * largest * gamma / (1 - gamma) ** 2 if gamma < 1 else math.inf
-        return step_log(info, self.config.kl_target or math.inf) | {
-            "trust/penalty": info.penalty or self.config.penalty,
-            "trust/penalty_bound": bound,
-        }
+        return (
+            step_log(self.policy_optimizer)
+            | {
+                "trust/delta": self.config.kl_target or math.inf,
+                "trust/penalty": info.penalty or self.config.penalty,
+                "trust/penalty_bound": bound,
+            }
+            | self.fit_critic(path, estimates)
+        )

@@ -11,8 +11,9 @@ from trustregion.operators import ParameterVector
 
 from .agent import Agent, Log
 from .config import NaturalConfig
-from .experience.path import Batch
-from .experience.surrogate import normalise, old_distribution, surrogate
+from .experience.path import Path
+from .experience.surrogate import distribution_now, normalise
+from .options import check_positive
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,13 +29,13 @@ class NPGConfig(NaturalConfig):
     def __post_init__(self) -> None:
         """Check the ranges."""
         super().__post_init__()
-        self.check_positive("delta", "step_size")
+        check_positive(self, "delta", "step_size")
 
 
 class NPG(Agent):
     r"""The natural policy gradient.
 
-    For each rollout one step :math:`s = \alpha\, (F + \lambda I)^{-1} g` along the gradient ``g``
+    For each path one step :math:`s = \alpha\, (F + \lambda I)^{-1} g` along the gradient ``g``
     of the expected advantage, with :math:`\alpha` fixed (Kakade, 2001) or such that
     :math:`\frac12 s'Fs = \delta` (Rajeswaran et al., Towards Generalization and Simplicity in
     Continuous Control, 2017, eq. 5). Unlike :class:`TRPO` it does not look back: no line search,
@@ -50,15 +51,15 @@ class NPG(Agent):
     config_class = NPGConfig
     name = "npg"
 
-    def improve(self, batch: Batch) -> Log:
-        """Take the step."""
+    def update(self, path: Path) -> Log:
+        """Estimate advantages, take the step, fit the critic."""
         c = self.config
+        estimates = self.estimate(path)
+        objective = self.objective(path, normalise(estimates.advantages, path.mask))
         parameters = [p for p in self.policy.parameters() if p.requires_grad]
-        vector = ParameterVector(parameters)
-        advantages = normalise(batch.advantages)
-        old, now = old_distribution(self.policy, batch), self.policy(batch.observations)
-        objective = surrogate(now.log_prob(batch.actions), batch.old_log_prob, advantages)
-        g = vector.ravel(torch.autograd.grad(objective, parameters, retain_graph=True))
+        vector, old = ParameterVector(parameters), distribution_now(self.policy, path.rows)
+        before, now = objective()
+        g = vector.ravel(torch.autograd.grad(before, parameters, retain_graph=True))
         F = FisherOperator(now, parameters)
         solve = cg(F + c.damping * Identity(F.shape[0]), g, rtol=1e-3, max_iter=c.cg_max_iter)
         if c.step_size is None:
@@ -70,14 +71,13 @@ class NPG(Agent):
         if bool(step.isfinite().all()):
             vector.assign(vector.values() + step)
         with torch.no_grad():
-            new = self.policy(batch.observations)
-            reached = surrogate(new.log_prob(batch.actions), batch.old_log_prob, advantages)
+            after, new = objective()
         return {
-            "train/policy_objective": reached.item(),
+            "train/policy_objective": after.item(),
             "train/kl_divergence_loss": mean_kl(old, new).item(),
             "trust/delta": c.delta,
             "trust/status": solve.status.value,
-            "trust/actual_reduction": (reached - objective).item(),
+            "trust/actual_reduction": (after - before).item(),
             "trust/predicted_reduction": (g @ step).item(),
             "trust/cg_iterations": solve.iterations,
-        }
+        } | self.fit_critic(path, estimates)

@@ -12,10 +12,12 @@ from torch.distributions import Distribution
 
 from trustregion import mean_kl
 
-from .agent import Agent, Log
+from .agent import Agent, Estimates, Log
 from .config import Config
-from .experience.path import Batch
-from .experience.surrogate import clipped_surrogate, normalise, old_distribution
+from .experience.path import Path
+from .experience.surrogate import clipped_surrogate, distribution_now, normalise
+from .fits import explained_variance
+from .options import check_counts, check_not_negative, check_positive
 from .undo import Undo
 
 
@@ -59,15 +61,15 @@ class PPOConfig(Config):
     def __post_init__(self) -> None:
         """Check the ranges."""
         super().__post_init__()
-        self.check_positive("clip", "lr", "max_grad_norm", "kl_limit")
-        self.check_not_negative("final_lr", "value_coef", "entropy_coef", "final_entropy_coef")
-        self.check_counts("epochs", "batch_size")
+        check_positive(self, "clip", "lr", "max_grad_norm", "kl_limit")
+        check_not_negative(self, "final_lr", "value_coef", "entropy_coef", "final_entropy_coef")
+        check_counts(self, "epochs", "batch_size")
 
 
 class PPO(Agent):
     """Proximal Policy Optimization.
 
-    For each rollout several passes of minibatches over the clipped objective (eq. 7), the squared
+    For each path several passes of minibatches over the clipped objective (eq. 7), the squared
     error of the critic and the entropy of the policy, summed with their weights (eq. 9), by one
     Adam over all parameters; with ``shared_encoder`` the encoder learns from all three.
 
@@ -93,71 +95,79 @@ class PPO(Agent):
         """Return the optimizer."""
         return {"optimizer": self.optimizer}
 
-    def improve(self, batch: Batch) -> Log:
-        """Make the passes."""
+    def update(self, path: Path) -> Log:
+        """Estimate advantages and make the passes."""
+        estimates = self.estimate(path)
         undo = Undo(self.optimizer.param_groups[0]["params"], self.optimizer)
         try:
-            return self._passes(batch)
+            return self._passes(path, estimates)
         except FloatingPointError as error:
             undo()
             raise ValueError(f"{error}: PPO diverged. Lower lr, or scale the rewards") from error
+        except BaseException:
+            undo()
+            raise
 
-    def _passes(self, batch: Batch) -> Log:
+    def _passes(self, path: Path, estimates: Estimates) -> Log:
         c = self.config
         entropy_coef = self.scheduled(c.entropy_coef, c.final_entropy_coef)
         for group in self.optimizer.param_groups:
             group["lr"] = self.scheduled(c.lr, c.final_lr)
-        parameters = self.optimizer.param_groups[0]["params"]
-        old = old_distribution(self.policy, batch)
+        observations, actions, log_prob, advantages, returns = (
+            path.rows,
+            *map(path.flat, (path.actions, path.log_prob, *estimates[:2])),
+        )
+        old = distribution_now(self.policy, observations)
         # of objective, value loss, entropy and share of clipped ratios
         sums = torch.zeros(4, device=c.device)
         kl, passes = 0.0, 0
         for _ in range(c.epochs):
             sums.zero_()
-            for rows in torch.randperm(len(batch), generator=self.generator).split(c.batch_size):
-                distribution = self.policy(batch.observations[rows])
-                log_prob = distribution.log_prob(batch.actions[rows])
+            for rows in torch.randperm(path.steps, generator=self.generator).split(c.batch_size):
+                distribution = self.policy(observations[rows])
                 objective, clipped = clipped_surrogate(
-                    log_prob, batch.old_log_prob[rows], normalise(batch.advantages[rows]), c.clip
+                    distribution.log_prob(actions[rows]),
+                    log_prob[rows],
+                    normalise(advantages[rows]),
+                    c.clip,
                 )
-                values = self.critic(batch.observations[rows])
-                value_loss = (values - batch.returns[rows]).square().mean()
-                entropy = _entropy(distribution, entropy_coef)
+                value_loss = (self.critic(observations[rows]) - returns[rows]).square().mean()
+                entropy = _entropy(distribution, entropy_coef, objective)
                 loss = -objective + c.value_coef * value_loss - entropy_coef * entropy
-                self.optimizer.zero_grad()
-                loss.backward()
-                norm = torch.nn.utils.clip_grad_norm_(parameters, c.max_grad_norm)
-                if not (loss + norm).isfinite():
-                    raise FloatingPointError(
-                        f"loss {loss.item()}, norm of its gradient {norm.item()}"
-                    )
-                self.optimizer.step()
+                self._descend(loss)
                 with torch.no_grad():
                     sums += len(rows) * torch.stack([objective, value_loss, entropy, clipped])
             passes += 1
             with torch.no_grad():
-                kl = mean_kl(old, self.policy(batch.observations)).item()
+                kl = mean_kl(old, self.policy(observations)).item()
             if math.isnan(kl):
                 raise FloatingPointError("the KL of the policy is not a number")
             if c.kl_limit is not None and kl > c.kl_limit:
                 break
-        objective, value_loss, entropy, clipped = (sums / len(batch)).tolist()
+        objective, value_loss, entropy, clipped = (sums / path.steps).tolist()
         return {
             "train/policy_objective": objective,
             "train/kl_divergence_loss": kl,
             "train/value_loss": value_loss,
+            "train/explained_variance": explained_variance(path.flat(estimates.values), returns),
             "train/entropy_loss": -entropy,
             "train/clip_fraction": clipped,
             "train/learning_rate": self.optimizer.param_groups[0]["lr"],
             "train/n_updates": passes,
         }
 
-    def fit_critic(self, batch: Batch) -> Log:  # noqa: ARG002 # the passes have done it
-        """Do nothing more."""
-        return {}
+    def _descend(self, loss: Tensor) -> None:
+        """Take one step of Adam along a shortened gradient."""
+        self.optimizer.zero_grad()
+        loss.backward()
+        parameters = self.optimizer.param_groups[0]["params"]
+        norm = torch.nn.utils.clip_grad_norm_(parameters, self.config.max_grad_norm)
+        if not (loss + norm).isfinite():
+            raise FloatingPointError(f"loss {loss.item()}, norm of its gradient {norm.item()}")
+        self.optimizer.step()
 
 
-def _entropy(distribution: Distribution, coefficient: float) -> Tensor:
+def _entropy(distribution: Distribution, coefficient: float, like: Tensor) -> Tensor:
     """Return the mean entropy; zero of a family that has none, where it does not count."""
     try:
         return distribution.entropy().mean()
@@ -166,4 +176,4 @@ def _entropy(distribution: Distribution, coefficient: float) -> Tensor:
             raise ValueError(
                 f"{type(distribution).__name__} has no entropy: set entropy_coef to 0"
             ) from error
-        return torch.zeros(())
+        return torch.zeros_like(like)

@@ -12,8 +12,10 @@ from trustregion import NaturalTrustRegion, subsample
 
 from .agent import Agent, Log
 from .config import NaturalConfig
-from .experience.path import Batch
-from .experience.surrogate import step_log, surrogate_closure
+from .experience.path import Path
+from .experience.surrogate import normalise
+from .options import check_positive
+from .reports import step_log
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,12 +25,16 @@ class TRPOConfig(NaturalConfig):
     delta: float = 0.01
     """Bound on KL(old || new) in nats: joint over action dimensions, mean over states."""
 
+    final_delta: float | None = None
+    """The bound at the end of learn(), reached linearly; None to keep it."""
+
     curvature_fraction: float = 1.0
     """Share of the states, drawn anew for each update, whose mean is the Fisher matrix."""
 
     def __post_init__(self) -> None:
         """Check the ranges."""
         super().__post_init__()
+        check_positive(self, "delta", "final_delta")
         if not 0 < self.curvature_fraction <= 1:
             raise ValueError(
                 f"curvature_fraction must lie in (0, 1], got {self.curvature_fraction}"
@@ -38,7 +44,7 @@ class TRPOConfig(NaturalConfig):
 class TRPO(Agent):
     """Trust Region Policy Optimization.
 
-    Algorithm 1 of Schulman et al. (2015) as section 6 makes it practical. For each rollout:
+    Algorithm 1 of Schulman et al. (2015) as section 6 makes it practical. For each path:
 
     1. estimate advantages ``A`` with GAE from the critic,
     2. maximise ``E[pi(a|s) / pi_old(a|s) A]`` subject to ``E[KL(pi_old || pi)] <= delta``, by one
@@ -71,24 +77,26 @@ class TRPO(Agent):
             damping=c.damping,
             cg_max_iter=c.cg_max_iter,
             maximize=True,
+            process_group=False,
         )
 
     def optimizers(self) -> dict[str, torch.optim.Optimizer]:
         """Return both optimizers."""
         return super().optimizers() | {"policy_optimizer": self.policy_optimizer}
 
-    def improve(self, batch: Batch) -> Log:
-        """Run step 2."""
-        self.policy_optimizer.step(
-            surrogate_closure(self.policy, batch), curvature=self._curvature(batch)
-        )
-        assert self.policy_optimizer.info is not None  # after a step
-        return step_log(self.policy_optimizer.info, self.config.delta)
+    def update(self, path: Path) -> Log:
+        """Run the three steps."""
+        estimates = self.estimate(path)  # 1
+        objective = self.objective(path, normalise(estimates.advantages, path.mask))
+        for group in self.policy_optimizer.param_groups:
+            group["delta"] = self.scheduled(self.config.delta, self.config.final_delta)
+        self.policy_optimizer.step(objective, curvature=self.curvature(path))  # 2
+        return step_log(self.policy_optimizer) | self.fit_critic(path, estimates)  # 3
 
-    def _curvature(self, batch: Batch) -> Callable[[], Distribution] | None:
+    def curvature(self, path: Path) -> Callable[[], Distribution] | None:
         """Return the closure of the states whose Fisher matrix is used; None for all."""
         fraction = self.config.curvature_fraction
         if fraction == 1:
             return None
-        rows = batch.observations[subsample(len(batch), fraction, seed=self.iterations)]
+        rows = path.rows[subsample(path.steps, fraction, seed=self.iterations)]
         return lambda: self.policy(rows)

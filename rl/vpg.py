@@ -10,8 +10,9 @@ from trustregion import mean_kl
 
 from .agent import Agent, Log
 from .config import Config
-from .experience.path import Batch
-from .experience.surrogate import normalise, old_distribution, surrogate
+from .experience.path import Path
+from .experience.surrogate import distribution_now, normalise
+from .options import check_positive
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,11 +25,11 @@ class VPGConfig(Config):
     def __post_init__(self) -> None:
         """Check the ranges."""
         super().__post_init__()
-        self.check_positive("policy_lr")
+        check_positive(self, "policy_lr")
 
 
 class VPG(Agent):
-    """The policy gradient with GAE, one step of Adam a rollout.
+    """The policy gradient with GAE, one step of Adam per path.
 
     Args:
         env: as for every :class:`Agent`.
@@ -51,14 +52,27 @@ class VPG(Agent):
         """Return both optimizers."""
         return super().optimizers() | {"policy_optimizer": self.policy_optimizer}
 
-    def improve(self, batch: Batch) -> Log:
-        """Take the step."""
-        old = old_distribution(self.policy, batch)
-        log_prob = self.policy(batch.observations).log_prob(batch.actions)
-        objective = surrogate(log_prob, batch.old_log_prob, normalise(batch.advantages))
+    def update(self, path: Path) -> Log:
+        """Estimate advantages, take the step, fit the critic."""
+        estimates = self.estimate(path)
+        old = distribution_now(self.policy, path.rows)
+        objective, _ = self.objective(path, normalise(estimates.advantages, path.mask))()
         self.policy_optimizer.zero_grad()
         (-objective).backward()
+        norm = torch.nn.utils.get_total_norm(
+            [p.grad for p in self.policy.parameters() if p.grad is not None]
+        )
+        if not bool((objective + norm).isfinite()):
+            raise ValueError(
+                f"the objective is {objective.item()} and the norm of its gradient {norm.item()}:"
+                " no step was taken. Scale the rewards, or look at what the policy returns"
+            )
+        for group in self.policy_optimizer.param_groups:
+            group["lr"] = self.config.policy_lr
         self.policy_optimizer.step()
         with torch.no_grad():
-            kl = mean_kl(old, self.policy(batch.observations)).item()
-        return {"train/policy_objective": objective.item(), "train/kl_divergence_loss": kl}
+            kl = mean_kl(old, self.policy(path.rows)).item()
+        return {
+            "train/policy_objective": objective.item(),
+            "train/kl_divergence_loss": kl,
+        } | self.fit_critic(path, estimates)

@@ -1,9 +1,89 @@
-"""Advantages and returns from rollouts."""
+"""Advantages and returns: functions of ``(T, N)`` tensors, and estimators of a path."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Protocol
+
 import torch
 from torch import Tensor
+
+from ..options import check_counts, check_fractions, convert_fields
+from .path import Path, Values
+
+
+class Advantages(Protocol):
+    """An estimator: any function of a path, the critic's values, and the discount."""
+
+    def __call__(self, path: Path, values: Values, gamma: float) -> tuple[Tensor, Tensor]:
+        """Return advantages and returns, each ``(T, N)``."""
+        ...
+
+
+@dataclass(frozen=True)
+class GAE:
+    """Generalised advantage estimation: see :func:`gae`.
+
+    Attributes:
+        gae_lambda: trace decay.
+
+    """
+
+    gae_lambda: float = 0.98
+
+    def __post_init__(self) -> None:
+        """Check the range."""
+        convert_fields(self)
+        check_fractions(self, "gae_lambda")
+
+    def __call__(
+        self, path: Path, values: Values, gamma: float, signal: str = "reward"
+    ) -> tuple[Tensor, Tensor]:
+        """Return advantages and returns of a signal of the path."""
+        ends = path.terminated, path.truncated
+        return gae(path.signals[signal], *values, *ends, gamma=gamma, gae_lambda=self.gae_lambda)
+
+
+@dataclass(frozen=True)
+class NStep:
+    """A number of rewards and the critic's value after them: see :func:`n_step`.
+
+    Attributes:
+        n: how many rewards.
+
+    """
+
+    n: int = 5
+
+    def __post_init__(self) -> None:
+        """Check the range."""
+        convert_fields(self)
+        check_counts(self, "n")
+
+    def __call__(
+        self, path: Path, values: Values, gamma: float, signal: str = "reward"
+    ) -> tuple[Tensor, Tensor]:
+        """Return advantages and returns of a signal of the path."""
+        ends = path.terminated, path.truncated
+        return n_step(path.signals[signal], *values, *ends, gamma=gamma, n=self.n)
+
+
+@dataclass(frozen=True)
+class MonteCarlo:
+    """All rewards to the end of the episode, or the critic's value where a rollout cuts it off."""
+
+    def __call__(
+        self, path: Path, values: Values, gamma: float, signal: str = "reward"
+    ) -> tuple[Tensor, Tensor]:
+        """Return advantages and returns of a signal of the path."""
+        return GAE(1.0)(path, values, gamma, signal)
+
+
+ADVANTAGES: dict[str, type[GAE | NStep | MonteCarlo]] = {
+    "gae": GAE,
+    "n_step": NStep,
+    "monte_carlo": MonteCarlo,
+}
 
 
 def gae(

@@ -3,74 +3,68 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass, fields
+from collections.abc import Mapping
+from typing import Protocol
 
 import numpy as np
 import torch
-from torch import Tensor
+from gymnasium.vector import AutoresetMode
 
 from ..envs.layout import ObservationLayout
-from ..envs.stepper import Stepper
+from ..envs.stepper import Stepper, Transition
+from ..networks.modes import evaluating
+from ..networks.numpy_twin import actor
 from ..networks.policy import Policy
+from .path import Path
 
 
-@dataclass(frozen=True)
-class Rollout:
-    """T steps of N environments.
+class Episodes:
+    """Returns and lengths of the last hundred finished episodes, across paths.
 
-    Under next-step autoreset the environment answers the step after a done with its reset, ignoring
-    the action. That dummy transition is in the tensors, so that they stay rectangular, and
-    ``valid`` masks it: it belongs in no loss, no advantage, no statistic and no step count.
-
-    Attributes:
-        observations: rows of an :class:`ObservationLayout`, ``(T + 1, N, d)``. Row ``t + 1`` is
-            what step ``t`` led to, and what the next action was chosen from.
-        finals: ``(K, d)``, the last observations of the K episodes that ended, in the order of the
-            dones, where row ``t + 1`` is the first of the next episode instead; otherwise empty.
-        actions: shape ``(T, N)`` or ``(T, N, k)``.
-        rewards: shape ``(T, N)``.
-        terminated: bool ``(T, N)``.
-        truncated: bool ``(T, N)``.
-        valid: bool ``(T, N)``; False for dummy transitions.
+    Args:
+        n_envs: number of environments.
 
     """
 
-    observations: Tensor
-    finals: Tensor
-    actions: Tensor
-    rewards: Tensor
-    terminated: Tensor
-    truncated: Tensor
-    valid: Tensor
+    def __init__(self, n_envs: int) -> None:
+        self.returns: deque[float] = deque(maxlen=100)
+        self.lengths: deque[int] = deque(maxlen=100)
+        self._return, self._length = np.zeros(n_envs), np.zeros(n_envs, dtype=np.int64)
 
-    @property
-    def done(self) -> Tensor:
-        """Where an episode ended, ``(T, N)``."""
-        return self.terminated | self.truncated
+    def add(self, rewards: np.ndarray, done: np.ndarray, mask: np.ndarray) -> None:
+        """Add steps, all ``(T, N)``; episodes are kept in the order of their ends."""
+        totals = np.where(mask, rewards, 0.0).cumsum(0) + self._return
+        steps = mask.cumsum(0) + self._length
+        spent, counted = np.zeros_like(self._return), np.zeros_like(self._length)
+        for t, i in np.argwhere(done):
+            self.returns.append(float(totals[t, i] - spent[i]))
+            self.lengths.append(int(steps[t, i] - counted[i]))
+            spent[i], counted[i] = totals[t, i], steps[t, i]
+        self._return, self._length = totals[-1] - spent, steps[-1] - counted
 
-    def to(self, device: str) -> Rollout:
-        """Return it on a device."""
-        return Rollout(**{f.name: getattr(self, f.name).to(device) for f in fields(self)})
-
-    def values(self, critic: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-        """Return the values of the states that actions were taken in and of those they led to.
-
-        Both ``(T, N)``; the second are those of the true last observations where episodes ended.
-        """
-        values = critic(self.observations)
-        following = values[1:]
-        if len(self.finals):
-            following = following.clone()
-            following[self.done] = critic(self.finals)
-        return values[:-1], following
+    def restart(self) -> None:
+        """Forget the episodes that have not ended."""
+        self._return[:], self._length[:] = 0.0, 0
 
 
-class Collector:
-    """Steps a vector environment with a policy and keeps the episodes' returns.
+class Collector(Protocol):
+    """Whatever turns a policy into paths; pass another one as ``TRPO(env, collector=...)``.
 
-    A rollout that was interrupted leaves the environments in an unknown state: the next one starts
-    new episodes.
+    Called with ``(stepper, layout, seed=, generator=)``, as :class:`EnvCollector` is.
+    """
+
+    episodes: Episodes
+
+    def collect(self, policy: Policy, steps: int, *, version: int = 0) -> Path:
+        """Return the next ``steps`` steps of every environment."""
+        ...
+
+
+class EnvCollector:
+    """Steps a vector environment in this process.
+
+    A path that was interrupted leaves the environments in an unknown state: the next one starts new
+    episodes. To record more than the reward, override :meth:`signals`.
 
     Args:
         stepper: the environments.
@@ -85,99 +79,137 @@ class Collector:
     ) -> None:
         self.stepper, self.layout = stepper, layout
         self.generator = generator
+        self.episodes = Episodes(stepper.envs.num_envs)
         self._seed: int | None = seed
-        self.returns: deque[float] = deque(maxlen=100)  # of the last finished episodes
-        self.lengths: deque[int] = deque(maxlen=100)
         self._row: np.ndarray | None = None  # None: reset before the next step
+        self._starts = np.ones(stepper.envs.num_envs, np.bool_)
+
+    def signals(self, step: Transition) -> Mapping[str, np.ndarray]:
+        """Return what a path keeps of a step, by name, each ``(N,)``."""
+        return {"reward": step.rewards}
 
     def _reset(self) -> np.ndarray:
-        n = self.stepper.envs.num_envs
-        self._return, self._length = np.zeros(n), np.zeros(n, dtype=np.int64)
+        self.episodes.restart()
+        self._starts[:] = True
         observations, infos = self.stepper.reset(self._seed)  # None after the first time
         self._seed = None
         return self.layout.flat(observations, infos)
 
-    def collect(self, policy: Policy, steps: int) -> Rollout:
+    def collect(self, policy: Policy, steps: int, *, version: int = 0) -> Path:
         """Step every environment ``steps`` times, from where the last call stopped.
 
+        Modules are in evaluation mode while the policy acts: no dropout, no moving statistics.
+
+        Args:
+            policy: who acts.
+            steps: T.
+            version: how many updates the policy has seen.
+
         Raises:
-            ValueError: an observation or reward is NaN or infinite.
+            ValueError: an observation or reward is NaN or infinite, a mask allows no action, or
+                the policy does not return one log-probability per action.
 
         """
         n, layout = self.stepper.envs.num_envs, self.layout
         rows = np.empty((steps + 1, n, layout.width), layout.dtype)
-        rewards = np.empty((steps, n))
-        terminated, truncated, valid = (np.empty((steps, n), np.bool_) for _ in range(3))
-        actions: list[np.ndarray] = []
-        finals: list[np.ndarray] = []
         rows[0] = self._reset() if self._row is None else self._row
-        self._row = None  # until the rollout is whole
-        act = policy.actor(policy.noise(steps, n, self.generator))
-        for t in range(steps):
-            action = act(t, rows[t])
-            try:
-                step = self.stepper.step(policy.to_env(action))
-            except Exception as error:
-                error.add_note(
-                    f"an environment raised this at step {t} of a rollout: nothing was updated,"
-                    " and the next rollout starts new episodes, if the environments still can"
-                )
-                raise
-            actions.append(action)
-            layout.write(step.observations, rows[t + 1], step.infos)
-            rewards[t], valid[t] = step.rewards, step.valid
-            terminated[t], truncated[t] = step.terminated, step.truncated
-            if step.finals is not None:
-                finals.append(layout.flat(step.finals, mask=False))
-        rollout = Rollout(
-            torch.from_numpy(rows),
-            torch.from_numpy(np.concatenate([np.empty((0, layout.width), layout.dtype), *finals])),
-            torch.from_numpy(np.stack(actions)),
-            torch.from_numpy(rewards.astype(np.float32)),
-            *(torch.from_numpy(x) for x in (terminated, truncated, valid)),
-        )
-        _check(rollout, layout)
-        self._record(np.where(valid, rewards, 0.0), terminated | truncated, valid)
+        self._row = None  # until the path is whole
+        actions: list[np.ndarray] = []
+        signals: dict[str, np.ndarray] = {}
+        terminated, truncated, mask = (np.empty((steps, n), np.bool_) for _ in range(3))
+        finals, final_at = [np.empty((0, layout.width), layout.dtype)], [np.empty((0, 2), int)]
+        with evaluating(policy):
+            act = actor(policy, policy.noise(steps, n, self.generator))
+            for t in range(steps):
+                actions.append(act(t, rows[t]))
+                step = self._step(policy.to_env(actions[t]), t)
+                for name, x in self.signals(step).items():
+                    signals.setdefault(name, np.empty((steps, n)))[t] = x
+                terminated[t], truncated[t], mask[t] = step.terminated, step.truncated, step.valid
+                layout.write(step.observations, rows[t + 1], step.infos)
+                if step.finals is not None:
+                    finals.append(layout.flat(step.finals, mask=False))
+                    ended = np.flatnonzero(step.terminated | step.truncated)
+                    final_at.append(np.column_stack([np.full_like(ended, t), ended]))
+            path = Path(
+                observations=torch.from_numpy(rows),
+                actions=torch.from_numpy(np.stack(actions)),
+                log_prob=torch.zeros(steps, n),
+                signals={k: torch.from_numpy(x.astype(np.float32)) for k, x in signals.items()},
+                terminated=torch.from_numpy(terminated),
+                truncated=torch.from_numpy(truncated),
+                starts=torch.from_numpy(self._starts_of(terminated | truncated, mask)),
+                mask=torch.from_numpy(mask),
+                finals=torch.from_numpy(np.concatenate(finals)),
+                final_at=torch.from_numpy(np.concatenate(final_at)),
+                version=version,
+            )
+            _check(path, layout)
+            path = _with_log_prob(path, policy)
+        self.episodes.add(signals["reward"], terminated | truncated, mask)
         self._row = rows[steps].copy()
-        return rollout
+        return path
 
-    def _record(self, rewards: np.ndarray, done: np.ndarray, valid: np.ndarray) -> None:
-        """Keep returns and lengths of the episodes that ended, in the order they did."""
-        totals, steps = rewards.cumsum(0) + self._return, valid.cumsum(0) + self._length
-        spent, counted = np.zeros_like(self._return), np.zeros_like(self._length)
-        for t, i in np.argwhere(done):
-            self.returns.append(float(totals[t, i] - spent[i]))
-            self.lengths.append(int(steps[t, i] - counted[i]))
-            spent[i], counted[i] = totals[t, i], steps[t, i]
-        self._return, self._length = totals[-1] - spent, steps[-1] - counted
+    def _step(self, actions: np.ndarray, t: int) -> Transition:
+        try:
+            return self.stepper.step(actions)
+        except Exception as error:
+            error.add_note(
+                f"an environment raised this at step {t} of a rollout: nothing was updated,"
+                " and the next rollout starts new episodes, if the environments still can"
+            )
+            raise
+
+    def _starts_of(self, done: np.ndarray, mask: np.ndarray) -> np.ndarray:
+        """Return where episodes start, and remember those that start with the next path."""
+        resets_next = self.stepper.mode is AutoresetMode.NEXT_STEP  # by a dummy transition
+        after = ~mask if resets_next else done
+        starts = np.concatenate([self._starts[None], after[:-1]])
+        self._starts = after[-1]
+        return starts & mask
 
 
-def _check(rollout: Rollout, layout: ObservationLayout) -> None:
+@torch.no_grad()
+def _with_log_prob(path: Path, policy: Policy) -> Path:
+    """Return a path on the policy's device with the log-probabilities of its actions."""
+    path = path.to(next((p.device for p in policy.parameters()), torch.device("cpu")))
+    log_prob = policy(path.rows).log_prob(path.flat(path.actions))
+    if log_prob.shape != (path.steps,):
+        raise ValueError(
+            f"the policy's log_prob must have shape ({path.steps},), one per action, got"
+            f" {tuple(log_prob.shape)}: wrap a distribution over the entries of an action in"
+            " torch.distributions.Independent(..., 1)"
+        )
+    path.log_prob[path.mask] = log_prob
+    return path
+
+
+def _check(path: Path, layout: ObservationLayout) -> None:
     """Raise a ValueError where the environments gave what nothing can be learnt from."""
     # row t + 1 of the observations is what step t led to; row 0 was checked unless it is a reset's
     for name, x, first in (
-        ("observation", rollout.observations, -1),
-        ("reward", rollout.rewards, 0),
+        ("observation", path.observations, -1),
+        *((name, x, 0) for name, x in path.signals.items()),
     ):
         if bool(x.isfinite().all()):
             continue
         finite = x.isfinite().reshape(*x.shape[:2], -1).all(-1)
         t, i = (~finite).nonzero()[0].tolist()
         t += first
-        action = rollout.actions[t, i].tolist() if t >= 0 else None
+        action = path.actions[t, i].tolist() if t >= 0 else None
         when = "at its reset, before" if t < 0 else f"at step {t}, on action {action}, of"
         raise ValueError(
             f"environment {i} gave a {name} that is NaN, infinite or too large for float32 {when}"
             " this rollout: nothing was updated"
         )
-    if not bool(rollout.finals.isfinite().all()):
+    if not bool(path.finals.isfinite().all()):
         raise ValueError(
             "the last observation of an episode is NaN, infinite or too large for float32:"
             " nothing was updated"
         )
     for part in layout.of_kind("mask"):
-        allowed = (rollout.observations[:-1, :, part.columns] != 0).any(-1)
-        stuck = (~allowed & rollout.valid).nonzero()
+        allowed = (path.observations[:-1, :, part.columns] != 0).any(-1)
+        stuck = (~allowed & path.mask).nonzero()
         if len(stuck):
             t, i = stuck[0].tolist()
             raise ValueError(

@@ -1,84 +1,121 @@
-"""From a rollout to what an update learns from."""
+"""What a policy lived through: T steps of N environments."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..config import Config
-from ..networks.policy import Policy
-from .advantages import gae, n_step, td_lambda
-from .collector import Rollout
 
-
-@dataclass(frozen=True)
-class Batch:
-    """The transitions of a rollout, without the dummies, in rows.
+class Values(NamedTuple):
+    """Values of states by a critic, each of shape ``(T, N)``.
 
     Attributes:
-        observations: shape ``(B, d)``.
-        actions: shape ``(B,)`` or ``(B, k)``.
-        old_log_prob: of the actions, under the policy that took them, ``(B,)``.
-        values: by the critic before its update, ``(B,)``.
-        advantages: not normalised, ``(B,)``.
-        returns: what the critic is to predict, ``(B,)``.
+        now: ``V(s_t)``.
+        following: ``V(s_{t+1})``, of the state that step ``t`` really led to, before any reset.
+
+    """
+
+    now: Tensor
+    following: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Path:
+    """A time-major record of T steps of N environments, on any device.
+
+    Under next-step autoreset an environment answers the step after the end of an episode with its
+    reset and ignores the action. That dummy transition is in the tensors, so that they stay
+    rectangular, and ``mask`` excludes it: it belongs in no loss, no advantage, no statistic and no
+    step count.
+
+    Attributes:
+        observations: rows of an :class:`rl.ObservationLayout`, ``(T + 1, N, d)``. Row ``t + 1`` is
+            what step ``t`` led to, and what the next action was chosen from.
+        actions: ``(T, N)`` or ``(T, N, k)``.
+        log_prob: of the actions under the policy that took them, ``(T, N)``; zero outside the mask.
+        signals: what the environments gave for each step, by name, each ``(T, N)``: ``"reward"``.
+        terminated: bool ``(T, N)``: the episode ended in a terminal state.
+        truncated: bool ``(T, N)``: the episode was cut off.
+        starts: bool ``(T, N)``: the action is the first of an episode.
+        mask: bool ``(T, N)``; False for dummy transitions.
+        finals: the last observations of episodes, ``(K, d)``, where row ``t + 1`` is the first of
+            the next episode instead; otherwise empty.
+        final_at: their places ``(t, i)``, ``(K, 2)``.
+        version: how many updates the policy that acted had seen.
 
     """
 
     observations: Tensor
     actions: Tensor
-    old_log_prob: Tensor
-    values: Tensor
-    advantages: Tensor
-    returns: Tensor
+    log_prob: Tensor
+    signals: Mapping[str, Tensor]
+    terminated: Tensor
+    truncated: Tensor
+    starts: Tensor
+    mask: Tensor
+    finals: Tensor
+    final_at: Tensor
+    version: int = 0
 
-    def __len__(self) -> int:
-        """Return B."""
-        return len(self.returns)
+    @property
+    def rewards(self) -> Tensor:
+        """The signal to be maximised, ``(T, N)``."""
+        return self.signals["reward"]
 
+    @property
+    def done(self) -> Tensor:
+        """Where an episode ended, ``(T, N)``."""
+        return self.terminated | self.truncated
 
-@torch.no_grad()
-def make_batch(
-    rollout: Rollout, policy: Policy, critic: Callable[[Tensor], Tensor], config: Config
-) -> Batch:
-    """Estimate advantages and returns, and keep the transitions that count."""
-    values, following = rollout.values(critic)
-    if values.shape != rollout.rewards.shape:
-        raise ValueError(
-            f"the critic must return one value a row: {rollout.rewards.shape} of"
-            f" {rollout.observations[:-1].shape}, got {values.shape}"
-        )
-    arguments = rollout.rewards, values, following, rollout.terminated, rollout.truncated
-    match config.advantages:
-        case "gae":
-            advantages, returns = gae(*arguments, gamma=config.gamma, gae_lambda=config.gae_lambda)
-        case "n_step":
-            advantages, returns = n_step(*arguments, n=config.n_step, gamma=config.gamma)
-        case _:
-            advantages, returns = gae(*arguments, gamma=config.gamma, gae_lambda=1.0)
-    if config.td_lambda is not None:
-        returns = td_lambda(
-            rollout.rewards,
-            following,
-            rollout.terminated,
-            rollout.truncated,
-            gamma=config.gamma,
-            trace=config.td_lambda,
-        )
-    if not bool(advantages.isfinite().all() & returns.isfinite().all()):
-        raise ValueError(
-            "advantages or returns are not finite, as the critic's values are: nothing was updated"
-        )
-    valid = rollout.valid
-    observations, actions = rollout.observations[:-1][valid], rollout.actions[valid]
-    return Batch(
-        observations,
-        actions,
-        policy(observations).log_prob(actions),
-        values[valid],
-        advantages[valid],
-        returns[valid],
-    )
+    @cached_property
+    def steps(self) -> int:
+        """Number of transitions that count."""
+        return int(self.mask.sum())
+
+    def flat(self, x: Tensor) -> Tensor:
+        """Return the transitions that count as rows: ``(T, N, ...)`` to ``(B, ...)``."""
+        return x.flatten(0, 1) if self.steps == self.mask.numel() else x[self.mask]
+
+    @cached_property
+    def rows(self) -> Tensor:
+        """The observations that actions were chosen from, ``(B, d)``."""
+        return self.flat(self.observations[:-1])
+
+    def values(self, critic: Callable[[Tensor], Tensor]) -> Values:
+        """Return the values of the states that actions were taken in and of those they led to.
+
+        Args:
+            critic: rows ``(..., d)`` to values ``(...)``.
+
+        Raises:
+            ValueError: the critic does not return one value per row.
+
+        """
+        values = critic(self.observations)
+        if values.shape != self.observations.shape[:2]:
+            raise ValueError(
+                "the critic must return one value per row, shape"
+                f" {tuple(self.observations.shape[:2])} for rows"
+                f" {tuple(self.observations.shape)}, got {tuple(values.shape)}"
+            )
+        following = values[1:]
+        if len(self.finals):
+            following = following.clone()
+            following[self.final_at[:, 0], self.final_at[:, 1]] = critic(self.finals)
+        return Values(values[:-1], following)
+
+    def with_reward(self, reward: Tensor) -> Path:
+        """Return the same path with other rewards ``(T, N)``, for example scaled ones."""
+        return replace(self, signals={**self.signals, "reward": reward})
+
+    def to(self, device: torch.device | str) -> Path:
+        """Return the path on a device."""
+        moved = {name: x.to(device) for name, x in vars(self).items() if isinstance(x, Tensor)}
+        signals = {name: x.to(device) for name, x in self.signals.items()}
+        names = self.__dataclass_fields__
+        return replace(self, signals=signals, **{k: v for k, v in moved.items() if k in names})

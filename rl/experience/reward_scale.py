@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from ..networks.moments import RunningMoments
 from .advantages import discounted_sums
+from .path import Path
 
 
 class RewardScale(nn.Module):
@@ -31,23 +32,16 @@ class RewardScale(nn.Module):
         self.register_buffer("running", running, persistent=False)  # loaded agents start episodes
 
     @torch.no_grad()
-    def update(self, rewards: Tensor, done: Tensor, valid: Tensor) -> None:
-        """Add the rewards of a rollout.
-
-        Args:
-            rewards: shape ``(T, N)``.
-            done: bool ``(T, N)``: the episode ended.
-            valid: bool ``(T, N)``: False for dummy transitions.
-
-        """
-        terms = torch.where(valid, rewards, 0.0).double()
+    def update(self, path: Path) -> None:
+        """Add the rewards of a path."""
+        terms = torch.where(path.mask, path.rewards, 0.0).double()
         terms[0] += self.gamma * self.running
-        decay = self.gamma * (~done.roll(1, 0)).double()  # of the sum before; the first has none
+        decay = self.gamma * (~path.done.roll(1, 0)).double()  # of the sum before
         sums = discounted_sums(terms.flip(0), decay.flip(0), len(terms)).flip(0)
-        self.moments.update(sums[valid])
-        self.running.copy_(torch.where(done[-1], 0.0, sums[-1]))
+        self.moments.update(sums[path.mask])
+        self.running.copy_(torch.where(path.done[-1], 0.0, sums[-1]))
 
-    def forward(self, rewards: Tensor) -> Tensor:
-        """Return the rewards in units of the spread of their sums."""
+    def forward(self, path: Path) -> Path:
+        """Return the path with rewards in units of the spread of their sums."""
         variance = self.moments.variance.item()
-        return rewards / variance**0.5 if variance > 0 else rewards
+        return path.with_reward(path.rewards / variance**0.5) if variance > 0 else path

@@ -1,25 +1,36 @@
-"""What a policy update maximises, and what it reports of its step."""
+"""What a policy update maximises."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
-from trustregion import StepInfo
-
 from ..networks.policy import Policy
-from .path import Batch
+from .path import Path
+
+Objective: TypeAlias = Callable[[], tuple[Tensor, Distribution]]
+"""A closure for an optimizer: what is maximised, and the policy's distribution."""
 
 
-def normalise(advantages: Tensor) -> Tensor:
+def normalise(advantages: Tensor, mask: Tensor | None = None) -> Tensor:
     """Return advantages with mean 0 and standard deviation 1, at any scale.
 
     All zero where they do not vary: a spread below the rounding of the largest is no variation.
+
+    Args:
+        advantages: of any shape.
+        mask: bool, of that shape: those that count. The others become zero.
+
     """
+    if mask is not None and not bool(mask.all()):
+        normal = torch.zeros_like(advantages)
+        normal[mask] = normalise(advantages[mask])
+        return normal
     centred = advantages - advantages.mean()
     largest = centred.abs().max()
     if largest <= 8 * torch.finfo(advantages.dtype).eps * advantages.abs().max():
@@ -36,24 +47,21 @@ def surrogate(log_prob: Tensor, old_log_prob: Tensor, advantages: Tensor) -> Ten
     return ((log_prob - old_log_prob).exp() * advantages).mean()
 
 
-@torch.no_grad()
-def old_distribution(policy: Policy, batch: Batch) -> Distribution:
-    """Return the distribution before an update, which writing to the policy does not change.
+def surrogate_closure(policy: Policy, path: Path, advantages: Tensor) -> Objective:
+    """Return the closure of :func:`surrogate` over the steps of a path that count.
 
-    It is that of a copy: a distribution may hold parameters of its policy, and not only what was
-    computed from them.
+    Args:
+        policy: the policy that is improved.
+        path: T steps of N environments.
+        advantages: ``(T, N)``.
+
     """
-    return copy.deepcopy(policy)(batch.observations)
-
-
-def surrogate_closure(policy: Policy, batch: Batch) -> Callable[[], tuple[Tensor, Distribution]]:
-    """Return the closure of :func:`surrogate` with normalised advantages, for an optimizer."""
-    advantages = normalise(batch.advantages)
+    rows, weights = path.rows, path.flat(advantages)
+    actions, old_log_prob = path.flat(path.actions), path.flat(path.log_prob)
 
     def closure() -> tuple[Tensor, Distribution]:
-        distribution = policy(batch.observations)
-        log_prob = distribution.log_prob(batch.actions)
-        return surrogate(log_prob, batch.old_log_prob, advantages), distribution
+        distribution = policy(rows)
+        return surrogate(distribution.log_prob(actions), old_log_prob, weights), distribution
 
     return closure
 
@@ -73,18 +81,11 @@ def clipped_surrogate(
     return torch.minimum(ratio * advantages, bounded * advantages).mean(), beyond
 
 
-def step_log(info: StepInfo, delta: float) -> dict[str, float | str]:
-    """Return what to log of an optimizer's step, under stable-baselines3's keys and ``trust/*``."""
-    return {
-        "train/policy_objective": info.new_loss,
-        "train/kl_divergence_loss": info.kl,
-        "train/is_line_search_success": float(info.accepted),
-        "trust/delta": delta,
-        "trust/status": info.status.value,
-        "trust/rho": info.rho,
-        "trust/predicted_reduction": info.predicted_reduction,
-        "trust/actual_reduction": info.actual_reduction,
-        "trust/cg_iterations": info.cg_iterations,
-        "trust/cg_residual": info.cg_residual,
-        "trust/backtracks": info.backtracks,
-    }
+@torch.no_grad()
+def distribution_now(policy: Policy, rows: Tensor) -> Distribution:
+    """Return the policy's present distribution, which writing to the policy does not change.
+
+    It is that of a copy: a distribution may hold parameters of its policy, and not only what was
+    computed from them.
+    """
+    return copy.deepcopy(policy)(rows)

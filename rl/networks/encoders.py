@@ -2,38 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ..envs.layout import ObservationLayout, Part
 from .moments import ObservationNorm
-from .numpy_twin import DenseNetwork
-
-ArrayFunction: TypeAlias = "Callable[[np.ndarray], np.ndarray]"
 
 _CHANNELS = (16, 32, 32)  # of the convolutions, each 3 x 3 with stride 2
 
 
-def mlp(sizes: Sequence[int], *, output_gain: float) -> nn.Sequential:
-    """Return a tanh network with orthogonal weights and zero biases, linear at the end.
+Activation: TypeAlias = Literal["tanh", "relu", "elu", "gelu", "silu"]
+_ACTIVATIONS: dict[str, type[nn.Module]] = {
+    "tanh": nn.Tanh,
+    "relu": nn.ReLU,
+    "elu": nn.ELU,
+    "gelu": nn.GELU,
+    "silu": nn.SiLU,
+}
+
+
+def mlp(
+    sizes: Sequence[int], *, output_gain: float, activation: Activation = "tanh"
+) -> nn.Sequential:
+    """Return a network with orthogonal weights and zero biases, linear at the end, in float32.
 
     Args:
         sizes: widths, from input to output.
         output_gain: gain of the last layer; 0.01 starts a policy close to uniform.
+        activation: nonlinearity between the layers.
 
     """
     layers: list[nn.Module] = []
     for i, (fan_in, fan_out) in enumerate(pairwise(sizes)):
-        linear = nn.Linear(fan_in, fan_out)
+        linear = nn.Linear(fan_in, fan_out, dtype=torch.float32)
         last = i == len(sizes) - 2
         nn.init.orthogonal_(linear.weight, output_gain if last else 2**0.5)
         nn.init.zeros_(linear.bias)
-        layers += [linear] if last else [linear, nn.Tanh()]
+        layers += [linear] if last else [linear, _ACTIVATIONS[activation]()]
     return nn.Sequential(*layers)
 
 
@@ -49,7 +58,7 @@ class ImageFeatures(nn.Module):
         height, wide = self.shape[first], self.shape[first + 1]
         layers: list[nn.Module] = []
         for fan_in, fan_out in pairwise((channels, *_CHANNELS)):
-            convolution = nn.Conv2d(fan_in, fan_out, 3, stride=2, padding=1)
+            convolution = nn.Conv2d(fan_in, fan_out, 3, stride=2, padding=1, dtype=torch.float32)
             nn.init.orthogonal_(convolution.weight, 2**0.5)
             nn.init.constant_(convolution.bias, 0.0)  # pyright: ignore[reportArgumentType] # it has one
             layers += [convolution, nn.ReLU()]
@@ -71,19 +80,24 @@ class Encoder(nn.Module):
     """Features of observations: rows ``(..., d)`` to ``(..., width)``.
 
     Images go through convolutions, everything else but an action mask goes as it is, or normalised;
-    then all of it through tanh layers.
+    then all of it through hidden layers.
 
     Args:
         layout: what lies where in a row.
-        hidden: widths of the tanh layers.
+        hidden: widths of the layers.
         norm: normalisation of what is neither image nor mask.
+        activation: nonlinearity after each layer.
 
     """
 
     columns: Tensor
 
     def __init__(
-        self, layout: ObservationLayout, hidden: Sequence[int], norm: ObservationNorm | None = None
+        self,
+        layout: ObservationLayout,
+        hidden: Sequence[int],
+        norm: ObservationNorm | None = None,
+        activation: Activation = "tanh",
     ) -> None:
         super().__init__()
         columns = layout.vector_columns
@@ -99,7 +113,8 @@ class Encoder(nn.Module):
         self.width = sizes[-1]
         self.body = nn.Sequential()
         if hidden:
-            self.body.extend([*mlp(sizes, output_gain=2**0.5), nn.Tanh()])
+            layers = mlp(sizes, output_gain=2**0.5, activation=activation)
+            self.body.extend([*layers, _ACTIVATIONS[activation]()])
 
     def forward(self, rows: Tensor) -> Tensor:
         """Return the features."""
@@ -111,16 +126,5 @@ class Encoder(nn.Module):
             parts.append(self._vectors(flat[:, self.columns].float()))
         return self.body(torch.cat(parts, dim=1)).unflatten(0, rows.shape[:-1])
 
-    def dense(self, *after: nn.Module) -> tuple[ArrayFunction, DenseNetwork] | None:
-        """Return this and what comes after it in numpy: normalisation, and layers; or None."""
-        network = DenseNetwork.of(self.body, *after) if self.whole else None
-        if network is None:
-            return None
-        return (_same if self.norm is None else self.norm.array), network
-
     def _vectors(self, x: Tensor) -> Tensor:
         return x if self.norm is None else self.norm(x)
-
-
-def _same(x: np.ndarray) -> np.ndarray:
-    return x

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import torch
 from gymnasium import Space, spaces
 from torch import Tensor, nn
 from torch.distributions import Bernoulli, Categorical, Distribution, Independent, Normal
-
-Actor: TypeAlias = "Callable[[int, np.ndarray], np.ndarray]"  # of a step and what is seen at it
 
 
 class ActionHead(nn.Module, abc.ABC):
@@ -40,15 +37,6 @@ class ActionHead(nn.Module, abc.ABC):
     @abc.abstractmethod
     def draw(self, outputs: Tensor, noise: Tensor) -> Tensor:
         """Return one action a row, distributed as :meth:`forward` says, from its noise."""
-
-    def drawer(self, noise: Tensor) -> Actor:
-        """Return what draws at the steps of a rollout as :meth:`draw` does, from arrays.
-
-        Args:
-            noise: of the whole rollout.
-
-        """
-        return lambda t, outputs: self.draw(torch.from_numpy(outputs), noise[t]).numpy()
 
     @abc.abstractmethod
     def mode(self, outputs: Tensor) -> Tensor:
@@ -78,11 +66,6 @@ class CategoricalHead(ActionHead):
     def draw(self, outputs: Tensor, noise: Tensor) -> Tensor:
         """Return the indices ``(B,)``."""
         return (outputs + noise).argmax(-1)
-
-    def drawer(self, noise: Tensor) -> Actor:
-        """Return that for arrays."""
-        gumbel = noise.numpy()
-        return lambda t, outputs: (outputs + gumbel[t]).argmax(-1)
 
     def mode(self, outputs: Tensor) -> Tensor:
         """Return the index of the largest logit."""
@@ -200,7 +183,11 @@ class GaussianHead(ActionHead):
         if squash and not space.is_bounded():
             raise ValueError(f"squash_actions needs a bounded action space, got {space}")
         self.size = int(np.prod(space.shape))
-        self.log_std = None if state_dependent_std else nn.Parameter(torch.zeros(self.size))
+        self.log_std = (
+            None
+            if state_dependent_std
+            else nn.Parameter(torch.zeros(self.size, dtype=torch.float32))
+        )
         self.width = 2 * self.size if state_dependent_std else self.size
 
     def _moments(self, outputs: Tensor) -> tuple[Tensor, Tensor]:
@@ -216,19 +203,12 @@ class GaussianHead(ActionHead):
 
     def noise(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
         """Return standard normal noise."""
-        return torch.randn(*shape, self.size, generator=generator)
+        return torch.randn(*shape, self.size, generator=generator, dtype=torch.float32)
 
     def draw(self, outputs: Tensor, noise: Tensor) -> Tensor:
         """Return mean + std * noise."""
         mean, std = self._moments(outputs)
         return mean + std * noise
-
-    def drawer(self, noise: Tensor) -> Actor:
-        """Return that for arrays."""
-        if self.log_std is None:
-            return super().drawer(noise)
-        deviations = (self.log_std.detach().exp() * noise).numpy()
-        return lambda t, means: means + deviations[t]
 
     def mode(self, outputs: Tensor) -> Tensor:
         """Return the mean."""
@@ -275,4 +255,5 @@ def make_head(
 
 
 def _gumbel(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    return torch.empty(shape).exponential_(generator=generator).log_().neg_()
+    noise = torch.empty(shape, dtype=torch.float32)
+    return noise.exponential_(generator=generator).log_().neg_()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -85,8 +84,8 @@ class ObservationNorm(nn.Module):
             raise ValueError(f"clip must be positive, got {clip}")
         self.clip = clip
         self.moments = RunningMoments((dim,))
-        self.register_buffer("shift", torch.zeros(dim), persistent=False)
-        self.register_buffer("scale", torch.ones(dim), persistent=False)
+        self.register_buffer("shift", torch.zeros(dim, dtype=torch.float32), persistent=False)
+        self.register_buffer("scale", torch.ones(dim, dtype=torch.float32), persistent=False)
         self.register_load_state_dict_post_hook(_refresh)
 
     def update(self, observations: Tensor) -> None:
@@ -107,12 +106,6 @@ class ObservationNorm(nn.Module):
     def forward(self, observations: Tensor) -> Tensor:
         """Return the observations in units of their spread, ``(..., dim)``."""
         return ((observations - self.shift) * self.scale).clamp(-self.clip, self.clip)
-
-    def array(self, observations: np.ndarray) -> np.ndarray:
-        """Return the same of an array."""
-        centred = observations - self.shift.numpy()
-        centred *= self.scale.numpy()
-        return centred.clip(-self.clip, self.clip, out=centred)
 
 
 def _refresh(norm: ObservationNorm, _: Any) -> None:

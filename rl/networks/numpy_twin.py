@@ -1,119 +1,233 @@
-"""Plain tanh networks in numpy.
+"""The fast path: small tanh networks computed by numpy. No other file knows of it.
 
 Most policies and critics of this package are a few linear and tanh layers. For the few rows that a
 step of some environments or a minibatch has, calling torch and its automatic differentiation takes
-several times what the arithmetic does, and torch's tanh of float32 takes up to nine times numpy's.
+several times what the arithmetic does. Each function here does what its torch form does, up to
+rounding, and returns the torch form where a network is anything else.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import Self
+from typing import TypeAlias
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from .critic import Critic
+from .encoders import Encoder
+from .heads import ActionHead, CategoricalHead, GaussianHead
+from .policy import HeadPolicy, Policy
+
+Array: TypeAlias = np.ndarray
+Actor: TypeAlias = Callable[[int, Array], Array]
+"""Actions ``(N, ...)`` of step ``t`` from its rows of observations ``(N, d)``."""
+
+
+def actor(policy: Policy, noise: Tensor) -> Actor:
+    """Return what acts at the steps of a rollout as ``policy.act`` does.
+
+    Args:
+        policy: its parameters are read now.
+        noise: of the whole rollout, one row per step, as ``policy.noise`` returns it.
+
+    """
+    if type(policy) is HeadPolicy and policy.columns is None:
+        twin = _twin(policy.encoder, policy.linear)
+        if twin is not None:
+            draw = _drawer(policy.head, noise)
+            return lambda t, rows: draw(t, twin(rows))
+    device = next((p.device for p in policy.parameters()), torch.device("cpu"))
+    noise = noise.to(device)
+
+    @torch.inference_mode()
+    def act(t: int, rows: Array) -> Array:
+        return policy.act(torch.from_numpy(rows).to(device), noise[t]).cpu().numpy()
+
+    return act
+
+
+def value_function(critic: nn.Module) -> Callable[[Tensor], Tensor]:
+    """Return a function that gives the values of rows ``(..., d)``, without a gradient."""
+    twin = _twin(critic.encoder, critic.linear) if type(critic) is Critic else None
+    if twin is None:
+        return critic
+
+    def values(rows: Tensor) -> Tensor:
+        flat = rows.reshape(-1, rows.shape[-1]).numpy()
+        return torch.from_numpy(twin(flat)).reshape(rows.shape[:-1])
+
+    return values
+
+
+def squared_error(
+    critic: nn.Module,
+    x: nn.Parameter,
+    parameters: Sequence[nn.Parameter],
+    rows: Tensor,
+    returns: Tensor,
+) -> Callable[[Tensor], float]:
+    r"""Return :math:`E[(V - R)^2]` over positions in a batch, as a function of parameters ``x``.
+
+    Each call reads ``x`` and leaves the gradient in ``x.grad``. What does not change while only
+    these parameters do, as the layers below them, is computed once.
+
+    Args:
+        critic: rows ``(B, d)`` to values ``(B,)``.
+        x: the values of ``parameters``, one after the other, ``(n,)``.
+        parameters: of the critic.
+        rows: of observations, ``(B, d)``.
+        returns: targets, ``(B,)``.
+
+    """
+    if type(critic) is Critic:
+        twin = _twin(critic.encoder, critic.linear)
+        if twin is not None:
+            frozen, fitted = twin.split({id(p) for p in parameters})
+            if [id(p) for p in fitted.parameters()] == [id(p) for p in parameters]:
+                inputs = frozen(rows.numpy())
+                return fitted.at(x).squared_error(inputs, returns.numpy())
+    names = {id(p): name for name, p in critic.named_parameters()}
+    keys, shapes = [names[id(p)] for p in parameters], [p.shape for p in parameters]
+    sizes = [p.numel() for p in parameters]
+
+    def error(positions: Tensor) -> float:
+        parts = x.split(sizes)
+        values = {k: part.view(s) for k, part, s in zip(keys, parts, shapes, strict=True)}
+        predicted = torch.func.functional_call(critic, values, (rows[positions],))
+        loss = (predicted - returns[positions]).square().mean()
+        (x.grad,) = torch.autograd.grad(loss, [x])
+        return loss.item()
+
+    return error
 
 
 @dataclass(frozen=True, eq=False)
-class DenseLayer:
-    """A linear layer whose parameters are read where they are, and perhaps a tanh after it."""
+class _Layer:
+    """A linear layer, and perhaps a tanh after it; its arrays share the module's memory."""
 
     module: nn.Linear
-    weight: np.ndarray
-    bias: np.ndarray
+    weight: Array
+    bias: Array
     tanh: bool
 
-    def __call__(self, x: np.ndarray) -> np.ndarray:
-        """Return what it makes of rows ``(B, d)``."""
+    def __call__(self, x: Array) -> Array:
         x = np.dot(x, self.weight.T)  # half a microsecond less than @
         x += self.bias
         return np.tanh(x, out=x) if self.tanh else x
 
 
-class DenseNetwork:
-    """A function of rows ``(B, d)``: that of its layers' present parameters, up to rounding.
+@dataclass(frozen=True, eq=False)
+class _Network:
+    """A function of rows ``(B, d)``: a normalisation, then layers."""
 
-    Args:
-        layers: in their order.
+    prepare: Callable[[Array], Array] | None
+    layers: tuple[_Layer, ...]
 
-    """
-
-    def __init__(self, layers: list[DenseLayer]) -> None:
-        self.layers = layers
-
-    @classmethod
-    def of(cls, *modules: nn.Module) -> Self | None:
-        """Return the function of modules in a row, or None.
-
-        None where there is anything but float32 linear layers on the CPU, each with a tanh after it
-        or without.
-        """
-        flat = chain.from_iterable(
-            m.children() if isinstance(m, nn.Sequential) else [m] for m in modules
-        )
-        layers: list[DenseLayer] = []
-        for module in flat:
-            if type(module) is nn.Linear and _plain(module):
-                arrays = module.weight.detach().numpy(), module.bias.detach().numpy()
-                layers.append(DenseLayer(module, *arrays, tanh=False))
-            elif type(module) is nn.Tanh and layers and not layers[-1].tanh:
-                last = layers.pop()
-                layers.append(DenseLayer(last.module, last.weight, last.bias, tanh=True))
-            else:
-                return None
-        return cls(layers)
-
-    def __call__(self, x: np.ndarray) -> np.ndarray:
-        """Return the outputs."""
+    def __call__(self, x: Array) -> Array:
+        if self.prepare is not None:
+            x = self.prepare(x)
         for layer in self.layers:
             x = layer(x)
         return x
 
     def parameters(self) -> list[nn.Parameter]:
-        """Return weight and bias of each layer."""
         return [p for layer in self.layers for p in layer.module.parameters()]
 
-    def split(self, parameters: Iterable[nn.Parameter]) -> tuple[Self, Self]:
-        """Return the layers before the first that has any of some parameters, and the others."""
-        wanted = {id(p) for p in parameters}
-        first = 0
+    def split(self, wanted: set[int]) -> tuple[_Network, _Network]:
+        """Return the layers before the first with any of some parameters, and the others."""
+        has = [any(id(p) in wanted for p in la.module.parameters()) for la in self.layers]
+        first = has.index(True) if any(has) else len(has)
+        return (
+            _Network(self.prepare, self.layers[:first]),
+            _Network(None, self.layers[first:]),
+        )
+
+    def at(self, x: nn.Parameter) -> _Flat:
+        """Return the network whose parameters are ``x``."""
+        values = x.detach().numpy()
+        gradient = np.empty_like(values)
+        layers: list[_Layer] = []
+        slopes: list[tuple[Array, Array]] = []
+        start = 0
         for layer in self.layers:
-            if any(id(p) in wanted for p in layer.module.parameters()):
-                break
-            first += 1
-        return type(self)(self.layers[:first]), type(self)(self.layers[first:])
+            views = []
+            for array in (layer.weight, layer.bias):
+                stop = start + array.size
+                views.append([a[start:stop].reshape(array.shape) for a in (values, gradient)])
+                start = stop
+            (weight, by_weight), (bias, by_bias) = views
+            layers.append(_Layer(layer.module, weight, bias, layer.tanh))
+            slopes.append((by_weight, by_bias))
+        x.grad = torch.from_numpy(gradient)
+        return _Flat(tuple(layers), tuple(slopes), x, x.grad)
 
-    def squared_error(self, x: np.ndarray, targets: np.ndarray) -> tuple[float, list[np.ndarray]]:
-        r"""Return :math:`E[(f(x) - y)^2]` and its gradient, for a network of one output.
 
-        Args:
-            x: rows ``(B, d)``.
-            targets: shape ``(B,)``.
+@dataclass(frozen=True, eq=False)
+class _Flat:
+    """A network of one output whose parameters and gradient are views of two flat vectors."""
 
-        Returns:
-            The error, and its gradient by each of :meth:`parameters`.
+    layers: tuple[_Layer, ...]
+    slopes: tuple[tuple[Array, Array], ...]
+    x: nn.Parameter
+    gradient: Tensor
 
-        """
-        values = [x]
+    def squared_error(self, rows: Array, targets: Array) -> Callable[[Tensor], float]:
+        """Return the mean squared error over positions in a batch; it leaves the gradient."""
+
+        def error(positions: Tensor) -> float:
+            i = positions.numpy()
+            with np.errstate(all="ignore"):  # the caller looks at the error
+                value = self._backpropagate(rows[i], targets[i])
+            self.x.grad = self.gradient
+            return value
+
+        return error
+
+    def _backpropagate(self, rows: Array, targets: Array) -> float:
+        values = [rows]
         for layer in self.layers:
             values.append(layer(values[-1]))
         residual = values[-1][:, 0] - targets
-        error = float(residual @ residual) / len(targets)
         u = residual[:, None] * np.float32(2 / len(targets))
-        gradient: list[np.ndarray] = []
-        for i in reversed(range(len(self.layers))):
-            layer, before, after = self.layers[i], values[i], values[i + 1]
+        for k in reversed(range(len(self.layers))):
+            layer, before, after = self.layers[k], values[k], values[k + 1]
             if layer.tanh:
                 slope = np.square(after)
                 np.subtract(1, slope, out=slope)
                 u *= slope
-            gradient += [u.sum(0), u.T @ before]
-            if i:
+            by_weight, by_bias = self.slopes[k]
+            np.matmul(u.T, before, out=by_weight)
+            u.sum(0, out=by_bias)
+            if k:
                 u = u @ layer.weight
-        return error, gradient[::-1]
+        return float(residual @ residual) / len(targets)
+
+
+def _twin(encoder: Encoder, *after: nn.Module) -> _Network | None:
+    """Return an encoder and what comes after it, if all of it is plain; otherwise None.
+
+    Plain are float32 linear layers on the CPU, each with a tanh after it or without.
+    """
+    if type(encoder) is not Encoder or not encoder.whole:
+        return None
+    modules = chain.from_iterable(
+        m.children() if isinstance(m, nn.Sequential) else [m] for m in (encoder.body, *after)
+    )
+    layers: list[_Layer] = []
+    for module in modules:
+        if type(module) is nn.Linear and _plain(module):
+            arrays = module.weight.detach().numpy(), module.bias.detach().numpy()
+            layers.append(_Layer(module, *arrays, tanh=False))
+        elif type(module) is nn.Tanh and layers and not layers[-1].tanh:
+            last = layers.pop()
+            layers.append(_Layer(last.module, last.weight, last.bias, tanh=True))
+        else:
+            return None
+    return _Network(_normaliser(encoder), tuple(layers))
 
 
 def _plain(module: nn.Linear) -> bool:
@@ -121,3 +235,28 @@ def _plain(module: nn.Linear) -> bool:
     return all(
         t is not None and t.dtype is torch.float32 and t.device.type == "cpu" for t in tensors
     )
+
+
+def _normaliser(encoder: Encoder) -> Callable[[Array], Array] | None:
+    norm = encoder.norm
+    if norm is None:
+        return None
+    shift, scale, clip = norm.shift.numpy(), norm.scale.numpy(), norm.clip
+
+    def normalise(x: Array) -> Array:
+        centred = x - shift
+        centred *= scale
+        return centred.clip(-clip, clip, out=centred)
+
+    return normalise
+
+
+def _drawer(head: ActionHead, noise: Tensor) -> Actor:
+    """Return what draws the actions of each step from outputs, as ``head.draw`` does."""
+    if type(head) is CategoricalHead:
+        gumbel = noise.numpy()
+        return lambda t, outputs: (outputs + gumbel[t]).argmax(-1)
+    if type(head) is GaussianHead and head.log_std is not None:
+        deviations = (head.log_std.detach().exp() * noise).numpy()
+        return lambda t, means: means + deviations[t]
+    return lambda t, outputs: head.draw(torch.from_numpy(outputs), noise[t]).numpy()

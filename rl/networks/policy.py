@@ -11,7 +11,7 @@ from torch.distributions import Distribution
 
 from ..envs.layout import Part
 from .encoders import Encoder, mlp
-from .heads import ActionHead, Actor
+from .heads import ActionHead
 
 
 class Policy(nn.Module, abc.ABC):
@@ -36,17 +36,6 @@ class Policy(nn.Module, abc.ABC):
         with torch.random.fork_rng(devices=[rows.device] if rows.is_cuda else []):
             torch.manual_seed(int(noise))
             return self(rows).sample()
-
-    def actor(self, noise: Tensor) -> Actor:
-        """Return what acts at the steps of a rollout as :meth:`act` does, up to rounding."""
-        device = next((p.device for p in self.parameters()), torch.device("cpu"))
-        noise = noise.to(device)
-
-        @torch.inference_mode()
-        def act(t: int, rows: np.ndarray) -> np.ndarray:
-            return self.act(torch.from_numpy(rows).to(device), noise[t]).cpu().numpy()
-
-        return act
 
     def mode(self, rows: Tensor) -> Tensor:
         """Return the most likely action of each row."""
@@ -98,14 +87,6 @@ class HeadPolicy(Policy):
     def act(self, rows: Tensor, noise: Tensor) -> Tensor:
         """Draw one action a row."""
         return self.head.draw(self._outputs(rows), noise)
-
-    def actor(self, noise: Tensor) -> Actor:
-        """Return a function that does without torch, where the networks are plain."""
-        dense = self.encoder.dense(self.linear)
-        if dense is None or self.columns is not None:
-            return super().actor(noise)
-        (prepare, network), draw = dense, self.head.drawer(noise)
-        return lambda t, rows: draw(t, network(prepare(rows)))
 
     def mode(self, rows: Tensor) -> Tensor:
         """Return the most likely action of each row."""

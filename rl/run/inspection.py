@@ -8,10 +8,10 @@ import warnings
 import gymnasium
 from gymnasium.utils.env_checker import check_env
 
+from ..build import make_networks, observation_layout
 from ..config import Config
 from ..envs.make import describe, make_envs
 from ..envs.pool import PoolVectorEnv
-from ..networks.build import make_networks, observation_layout
 
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")  # gymnasium's warnings are yellow
 
@@ -39,7 +39,7 @@ def inspect_env(env_id: str, config: Config) -> tuple[list[str], bool]:
     ]
     sound = True
     try:
-        layout = observation_layout(envs)
+        layout = observation_layout(envs, seed=0)
         policy, critic = make_networks(layout, envs.single_action_space, None, config)
         parts = ", ".join(
             f"{part.name or 'all'}: {part.kind} {part.shape}" for part in layout.parts

@@ -7,7 +7,7 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from rl import TRPO, Collector, Stepper, TRPOConfig, evaluate, make_envs
 from rl.envs.layout import ObservationLayout
 from rl.envs.make import describe
-from rl.networks.build import make_networks, observation_norm
+from rl.build import make_networks, observation_norm
 from rl.networks.policy import Policy
 from toys import Clock, vector
 

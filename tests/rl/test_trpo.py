@@ -15,7 +15,7 @@ from rl import (
     TRPOConfig,
     evaluate,
 )
-from rl.run import checkpoint
+from rl import checkpoint
 from toys import Bandit, Clock, vector
 
 SMALL = {"n_envs": 4, "steps_per_update": 256, "hidden": (16,)}

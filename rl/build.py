@@ -9,23 +9,27 @@ from gymnasium import Space
 from gymnasium.vector import VectorEnv
 from torch import nn
 
-from ..config import Config
-from ..envs.layout import MASK, ObservationLayout
-from ..networks.critic import Critic
-from .encoders import Encoder
-from .heads import make_head
-from .moments import ObservationNorm
-from .policy import HeadPolicy, Policy
+from .config import Config
+from .envs.layout import MASK, ObservationLayout
+from .networks.critic import Critic
+from .networks.encoders import Encoder
+from .networks.heads import make_head
+from .networks.moments import ObservationNorm
+from .networks.policy import HeadPolicy, Policy
 
 
-def observation_layout(envs: VectorEnv) -> ObservationLayout:
+def observation_layout(envs: VectorEnv, seed: int) -> ObservationLayout:
     """Return how observations lie in rows; action masks in the infos of a reset are part of them.
+
+    Args:
+        envs: the environments; they are reset.
+        seed: of the reset: that of the first path.
 
     Raises:
         ValueError: observations that have no such form.
 
     """
-    _, infos = envs.reset(seed=0)
+    _, infos = envs.reset(seed=seed)
     masks = infos.get(MASK)
     return ObservationLayout(
         envs.single_observation_space, mask=0 if masks is None else np.size(masks[0])
@@ -61,11 +65,13 @@ def make_networks(
             state_dependent_std=config.state_dependent_std,
         )
         mask = next(iter(layout.of_kind("mask")), None)
-        policy = HeadPolicy(Encoder(layout, config.hidden, norm), head, mask)
+        encoder = Encoder(layout, config.hidden, norm, config.activation)
+        policy = HeadPolicy(encoder, head, mask)
     if critic is None:
         if config.shared_encoder and isinstance(policy, HeadPolicy):
             encoder = policy.encoder
         else:
-            encoder = Encoder(layout, config.hidden, norm)
+            hidden = config.hidden if config.critic_hidden is None else config.critic_hidden
+            encoder = Encoder(layout, hidden, norm, config.activation)
         critic = Critic(encoder)
     return policy, critic

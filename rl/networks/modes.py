@@ -1,0 +1,24 @@
+"""Training and evaluation mode of modules."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+
+
+@contextmanager
+def evaluating(*networks: nn.Module) -> Iterator[None]:
+    """Put modules into evaluation mode within a block, and each back into its own mode after it.
+
+    Dropout is off there, and batch normalisation uses its running statistics and leaves them alone.
+    """
+    training = [module for network in networks for module in network.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
