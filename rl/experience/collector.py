@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Protocol
 
 import numpy as np
@@ -134,7 +135,7 @@ class EnvCollector:
             path = Path(
                 observations=torch.from_numpy(rows),
                 actions=torch.from_numpy(np.stack(actions)),
-                log_prob=torch.zeros(steps, n),
+                log_prob=torch.zeros(steps, n, dtype=torch.float32),
                 signals={k: torch.from_numpy(x.astype(np.float32)) for k, x in signals.items()},
                 terminated=torch.from_numpy(terminated),
                 truncated=torch.from_numpy(truncated),
@@ -180,8 +181,9 @@ def _with_log_prob(path: Path, policy: Policy) -> Path:
             f" {tuple(log_prob.shape)}: wrap a distribution over the entries of an action in"
             " torch.distributions.Independent(..., 1)"
         )
-    path.log_prob[path.mask] = log_prob
-    return path
+    everywhere = log_prob.new_zeros(path.mask.shape)
+    everywhere[path.mask] = log_prob
+    return replace(path, log_prob=everywhere)
 
 
 def _check(path: Path, layout: ObservationLayout) -> None:
