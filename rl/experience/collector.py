@@ -125,7 +125,7 @@ class EnvCollector:
                 actions.append(act(t, rows[t]))
                 step = self._step(policy.to_env(actions[t]), t)
                 for name, x in self.signals(step).items():
-                    signals.setdefault(name, np.empty((steps, n)))[t] = x
+                    signals.setdefault(name, np.full((steps, n), np.nan))[t] = x
                 terminated[t], truncated[t], mask[t] = step.terminated, step.truncated, step.valid
                 layout.write(step.observations, rows[t + 1], step.infos)
                 if step.finals is not None:
