@@ -96,7 +96,7 @@ class AdamFit:
         vector, (x,) = ParameterVector(parameters), optimizer.param_groups[0]["params"]
         x.data.copy_(vector.values())
         error = squared_error(critic, x, parameters, rows, returns)
-        undo, total = Undo((), optimizer), 0.0
+        undo, total = Undo(critic.buffers(), optimizer), 0.0
         try:
             for epoch in range(self.epochs):
                 total = 0.0
@@ -156,13 +156,19 @@ class LBFGSFit:
         x.data.copy_(vector.values())
         error = squared_error(critic, x, parameters, rows, returns)
         everywhere = torch.arange(len(returns), device=returns.device)
+        undo = Undo(critic.buffers())
         try:
             first = float(optimizer.step(lambda: error(everywhere)))
+            if not math.isfinite(first):
+                raise ValueError(
+                    f"the critic's loss is {first}: the returns or values are not finite"
+                )
+            last = error(everywhere)
+        except BaseException:
+            undo()
+            raise
         finally:
             optimizer.state.clear()  # the curvature is that of this batch
-        if not math.isfinite(first):
-            raise ValueError(f"the critic's loss is {first}: the returns or values are not finite")
-        last = error(everywhere)
         if last <= first:
             vector.assign(x.detach())
         return min(first, last)
@@ -230,7 +236,7 @@ class TrustRegionFit:
             values = critic(rows)
             return ((values - returns) / sigma).square().mean(), Normal(values, sigma)
 
-        undo, reached = Undo(parameters, optimizer), 1.0  # of the error
+        undo, reached = Undo((*parameters, *critic.buffers()), optimizer), 1.0  # of the error
         try:
             for _ in range(self.steps):
                 optimizer.step(closure)

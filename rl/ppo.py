@@ -98,7 +98,9 @@ class PPO(Agent):
     def update(self, path: Path) -> Log:
         """Estimate advantages and make the passes."""
         estimates = self.estimate(path)
-        undo = Undo(self.optimizer.param_groups[0]["params"], self.optimizer)
+        networks = (self.policy, self.critic)
+        buffers = [x for network in networks for x in network.buffers()]
+        undo = Undo((*self.optimizer.param_groups[0]["params"], *buffers), self.optimizer)
         try:
             return self._passes(path, estimates)
         except FloatingPointError as error:
