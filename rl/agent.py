@@ -525,7 +525,7 @@ def _as_callbacks(callback: Any) -> list[Callback]:
 
 def _check_optimizer(name: str, optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
     count = sum(len(group["params"]) for group in optimizer.param_groups)
-    if set(saved["state"]) not in (set(), set(range(count))):  # empty before the first step
+    if not set(saved["state"]) <= set(range(count)):  # frozen parameters have none
         raise KeyError(f"the state of {name} is not that of {count} parameters")
 
 

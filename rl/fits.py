@@ -94,7 +94,8 @@ class AdamFit:
     ) -> float:
         """Make the passes."""
         vector, (x,) = ParameterVector(parameters), optimizer.param_groups[0]["params"]
-        x.data.copy_(vector.values())
+        start, frozen = vector.values(), _frozen(parameters)
+        x.data.copy_(start)
         error = squared_error(critic, x, parameters, rows, returns)
         undo, total = Undo(critic.buffers(), optimizer), 0.0
         try:
@@ -109,6 +110,8 @@ class AdamFit:
                             " of critic_fit, or scale the rewards"
                         )
                     optimizer.step()
+                    if frozen is not None:
+                        x.data[frozen] = start[frozen]
                     total += value * len(positions)
         except BaseException:
             undo()
@@ -156,9 +159,16 @@ class LBFGSFit:
         x.data.copy_(vector.values())
         error = squared_error(critic, x, parameters, rows, returns)
         everywhere = torch.arange(len(returns), device=returns.device)
-        undo = Undo(critic.buffers())
+        undo, frozen = Undo(critic.buffers()), _frozen(parameters)
+
+        def closure() -> float:
+            value = error(everywhere)
+            if frozen is not None:
+                x.grad[frozen] = 0.0
+            return value
+
         try:
-            first = float(optimizer.step(lambda: error(everywhere)))
+            first = float(optimizer.step(closure))
             if not math.isfinite(first):
                 raise ValueError(
                     f"the critic's loss is {first}: the returns or values are not finite"
@@ -260,6 +270,12 @@ FITS: dict[str, type[AdamFit | LBFGSFit | TrustRegionFit]] = {
 
 def _flat(parameters: list[nn.Parameter]) -> nn.Parameter:
     return nn.Parameter(ParameterVector(parameters).values().detach().clone())
+
+
+def _frozen(parameters: list[nn.Parameter]) -> Tensor | None:
+    """Return which entries of the flat copy require no gradient since then; None for none."""
+    entries = torch.cat([torch.full((p.numel(),), not p.requires_grad) for p in parameters])
+    return entries.to(parameters[0].device) if bool(entries.any()) else None
 
 
 def explained_variance(values: Tensor, returns: Tensor) -> float:
