@@ -13,9 +13,10 @@ from torch.distributions import Distribution, Normal
 from trustregion import NaturalTrustRegion
 from trustregion.operators import ParameterVector
 
+from .networks.modes import evaluating
 from .networks.numpy_twin import squared_error
 from .options import check_counts, check_not_negative, check_positive, convert_fields
-from .undo import Undo
+from .undo import undone_on_error
 
 
 class CriticFit(Protocol):
@@ -96,9 +97,8 @@ class AdamFit:
         vector, (x,) = ParameterVector(parameters), optimizer.param_groups[0]["params"]
         start, frozen = vector.values(), _frozen(parameters)
         x.data.copy_(start)
-        error = squared_error(critic, x, parameters, rows, returns)
-        undo, total = Undo(critic.buffers(), optimizer), 0.0
-        try:
+        error, total = squared_error(critic, x, parameters, rows, returns), 0.0
+        with undone_on_error(critic, optimizer=optimizer):
             for epoch in range(self.epochs):
                 total = 0.0
                 order = torch.randperm(len(returns), generator=generator)
@@ -113,10 +113,7 @@ class AdamFit:
                     if frozen is not None:
                         x.data[frozen] = start[frozen]
                     total += value * len(positions)
-        except BaseException:
-            undo()
-            raise
-        vector.assign(x.detach())
+            vector.assign(x.detach())
         return total / len(returns)
 
 
@@ -159,7 +156,7 @@ class LBFGSFit:
         x.data.copy_(vector.values())
         error = squared_error(critic, x, parameters, rows, returns)
         everywhere = torch.arange(len(returns), device=returns.device)
-        undo, frozen = Undo(critic.buffers()), _frozen(parameters)
+        frozen = _frozen(parameters)
 
         def closure() -> float:
             value = error(everywhere)
@@ -167,20 +164,18 @@ class LBFGSFit:
                 x.grad[frozen] = 0.0
             return value
 
-        try:
-            first = float(optimizer.step(closure))
-            if not math.isfinite(first):
-                raise ValueError(
-                    f"the critic's loss is {first}: the returns or values are not finite"
-                )
-            last = error(everywhere)
-        except BaseException:
-            undo()
-            raise
-        finally:
-            optimizer.state.clear()  # the curvature is that of this batch
-        if last <= first:
-            vector.assign(x.detach())
+        with undone_on_error(critic):
+            try:
+                first = float(optimizer.step(closure))
+                if not math.isfinite(first):
+                    raise ValueError(
+                        f"the critic's loss is {first}: the returns or values are not finite"
+                    )
+                last = error(everywhere)
+            finally:
+                optimizer.state.clear()  # the curvature is that of this batch
+            if last <= first:
+                vector.assign(x.detach())
         return min(first, last)
 
 
@@ -226,7 +221,7 @@ class TrustRegionFit:
     def __call__(
         self,
         critic: nn.Module,
-        parameters: list[nn.Parameter],
+        parameters: list[nn.Parameter],  # noqa: ARG002 # the optimizer has them
         optimizer: torch.optim.Optimizer,
         rows: Tensor,
         returns: Tensor,
@@ -234,7 +229,7 @@ class TrustRegionFit:
     ) -> float:
         """Take the steps."""
         assert isinstance(optimizer, NaturalTrustRegion)  # made above
-        with torch.no_grad():
+        with torch.no_grad(), evaluating(critic):
             error = (critic(rows) - returns).square().mean().item()
         if not math.isfinite(error):
             raise ValueError(f"the critic's loss is {error}: the returns or values are not finite")
@@ -246,8 +241,8 @@ class TrustRegionFit:
             values = critic(rows)
             return ((values - returns) / sigma).square().mean(), Normal(values, sigma)
 
-        undo, reached = Undo((*parameters, *critic.buffers()), optimizer), 1.0  # of the error
-        try:
+        reached = 1.0  # of the error
+        with undone_on_error(critic, optimizer=optimizer):
             for _ in range(self.steps):
                 optimizer.step(closure)
                 info = optimizer.info
@@ -255,9 +250,6 @@ class TrustRegionFit:
                 if not info.accepted:
                     break
                 reached = info.new_loss
-        except BaseException:
-            undo()
-            raise
         return reached * error
 
 

@@ -3,32 +3,34 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import chain
 
 import torch
-from torch import Tensor
+from torch import nn
 
 
-class Undo:
-    """Tensors, and the state of an optimizer, as they are now; calling it puts them back.
+@contextmanager
+def undone_on_error(
+    *networks: nn.Module, optimizer: torch.optim.Optimizer | None = None
+) -> Iterator[None]:
+    """Put networks and an optimizer back as they were, where the block raises or is interrupted.
 
     Args:
-        tensors: parameters and buffers to keep the values of.
-        optimizer: to keep the state of; None for none.
+        networks: whose parameters and buffers are kept.
+        optimizer: whose state is kept; None for none.
 
     """
-
-    def __init__(
-        self, tensors: Iterable[Tensor], optimizer: torch.optim.Optimizer | None = None
-    ) -> None:
-        self._values = [(x, x.detach().clone()) for x in tensors]
-        self._optimizer = optimizer
-        self._state = None if optimizer is None else copy.deepcopy(optimizer.state_dict())
-
-    @torch.no_grad()
-    def __call__(self) -> None:
-        """Put them back."""
-        for x, value in self._values:
-            x.copy_(value)
-        if self._optimizer is not None and self._state is not None:
-            self._optimizer.load_state_dict(self._state)
+    tensors = chain.from_iterable((*n.parameters(), *n.buffers()) for n in networks)
+    kept = [(x, x.detach().clone()) for x in tensors]
+    state = None if optimizer is None else copy.deepcopy(optimizer.state_dict())
+    try:
+        yield
+    except BaseException:
+        with torch.no_grad():
+            for x, value in kept:
+                x.copy_(value)
+        if optimizer is not None and state is not None:
+            optimizer.load_state_dict(state)
+        raise
