@@ -77,7 +77,7 @@ def evaluate(
     """
     if episodes < 1:
         raise ValueError(f"episodes must be at least 1, got {episodes}")
-    training = getattr(agent, "envs", None)
+    training = _training_envs(agent)
     inner = {id(each.unwrapped) for each in getattr(training, "envs", ())}
     if env is training or (isinstance(env, gymnasium.Env) and id(env.unwrapped) in inner):
         raise ValueError(
@@ -121,8 +121,13 @@ def _play(
     return Evaluation(tuple(returns), tuple(lengths))
 
 
+def _training_envs(agent: Predictor) -> Any:
+    """Return the environments an agent trains in, without making those of one that was loaded."""
+    return getattr(agent, "envs", None) if getattr(agent, "has_envs", True) else None
+
+
 def _vectorization(agent: Predictor, env: EnvSource) -> Vectorization:
     """Return how copies are stepped: an id means what it means to the agent."""
-    own = getattr(agent, "envs", None)
+    own = _training_envs(agent)
     same = isinstance(own, PoolVectorEnv) and own.spec is not None and own.spec.id == env
     return "envpool" if same else "auto"
