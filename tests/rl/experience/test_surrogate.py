@@ -9,7 +9,8 @@ from rl.experience.surrogate import distribution_now, normalise, surrogate_closu
 from toys import Clock, vector
 
 
-@given(st.lists(st.floats(-1e3, 1e3), min_size=2, max_size=20))
+# of two subnormal numbers the mean may be one of them
+@given(st.lists(st.floats(-1e3, 1e3, allow_subnormal=False), min_size=2, max_size=20))
 def test_normalised_advantages_have_mean_zero_and_are_never_nan(values):
     weights = normalise(torch.tensor(values, dtype=torch.float64))
     assert weights.isfinite().all()
@@ -48,11 +49,11 @@ def test_normalised_advantages_of_a_single_sample_are_zero():
 def test_only_what_the_mask_holds_is_normalised(seed, n):
     g = torch.Generator().manual_seed(seed)
     x, mask = torch.randn(n, 2, generator=g), torch.rand(n, 2, generator=g) < 0.7
+    mask[0] = True  # a path has a step that counts
     garbage = torch.where(mask, x, torch.nan)
     found = normalise(garbage, mask)
     assert torch.equal(found[~mask], torch.zeros(int((~mask).sum())))
-    if mask.any():
-        assert torch.equal(found[mask], normalise(x[mask]))
+    assert torch.equal(found[mask], normalise(x[mask]))
 
 
 @given(
