@@ -339,6 +339,23 @@ def test_every_run_and_every_part_of_a_resumed_run_has_its_own_starts(trained):
     assert all(abs(a - b) > 100 for a, b in itertools.combinations(seeds, 2))
 
 
+def test_an_agent_whose_training_is_interrupted_can_be_saved_and_goes_on(tmp_path):
+    agent = TRPO(Clock, critic_fit="lbfgs", **SMALL).learn(64, progress=False)
+    before, fit_critic = weights(agent), agent.fit_critic
+
+    def interrupted(path, estimates):
+        raise KeyboardInterrupt
+
+    agent.fit_critic = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        agent.learn(64, progress=False)
+    assert not same(before, weights(agent))  # the policy had its step
+    agent.save(tmp_path / "agent.zip")
+    assert same(weights(agent), weights(TRPO.load(tmp_path / "agent.zip", Clock)))
+    agent.fit_critic = fit_critic
+    agent.learn(64, progress=False)
+
+
 # -- files that do not fit
 
 
