@@ -27,10 +27,10 @@ from stable_baselines3.common.env_util import make_vec_env
 from threadpoolctl import threadpool_limits
 from torch import nn
 
-from rl import TRPO
+from rl import TRPO, LBFGSFit
 
 N_ENVS, STEPS = 8, 2048
-FAST: dict[str, Any] = {"critic_fit": "lbfgs", "critic_steps": 5, "curvature_fraction": 0.1}
+FAST: dict[str, Any] = {"critic_fit": LBFGSFit(steps=5), "curvature_fraction": 0.1}
 
 
 def ours(env: str, **options: Any) -> Callable[[int], int]:
