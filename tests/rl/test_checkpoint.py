@@ -77,6 +77,30 @@ def test_any_tree_of_plain_values_and_tensors_comes_back(tmp_path_factory, state
     assert alike(state, checkpoint.read(path))
 
 
+@pytest.mark.parametrize(
+    "keys",
+    [
+        [("a.b",), ("a", "b")],
+        [(1,), ("1",)],
+        [(True,), (1.5,), (None,)],
+        [("", "a"), ("a",)],
+        [("__metadata__",)],
+        [("$tensor",)],
+        [("a", "$pairs")],
+        [("a'",), ("a",), ("b", "$tensor")],
+    ],
+)
+def test_keys_that_could_clash_are_kept_apart(keys, tmp_path):
+    state = {}
+    for i, (*outer, last) in enumerate(keys):
+        inner = state
+        for key in outer:
+            inner = inner.setdefault(key, {})
+        inner[last] = torch.full((2,), i)
+    checkpoint.write(tmp_path / "state.zip", state)
+    assert alike(state, checkpoint.read(tmp_path / "state.zip"))
+
+
 def test_what_shares_memory_comes_back_apart(tmp_path):
     x = torch.arange(6.0)
     state = {"whole": x, "part": x[2:4], "again": x, "list": [x, x[::2]], "tied": {1: x}}

@@ -294,6 +294,17 @@ def test_environments_with_other_spaces_are_named_and_closed(trained):
     assert [env.closed for env in made] == [1] * 4
 
 
+def test_environments_of_an_agent_that_cannot_be_loaded_are_closed(tmp_path):
+    TRPO(Clock, **SMALL).save(tmp_path / "agent.zip")
+    for options, words in (({"hidden": (3,)}, "does not fit"), ({"n_envs": 5}, "does not divide")):
+        made = []
+        with pytest.raises(ValueError, match=words):
+            TRPO.load(
+                tmp_path / "agent.zip", lambda m=made: m.append(Closable()) or m[-1], **options
+            )
+        assert {env.closed for env in made} == {1}
+
+
 def test_other_actions_are_named(tmp_path):
     TRPO(Clock, **SMALL).save(tmp_path / "agent.zip")
     with pytest.raises(ValueError, match=r"actions of Discrete\(2\), the environment of Box"):

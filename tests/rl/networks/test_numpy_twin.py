@@ -311,6 +311,9 @@ def test_other_policies_are_left_to_torch():
     act = actor(policy, policy.noise(1, 9, torch.Generator()))
     assert act(0, np.ones((9, 3), np.float32)).tolist() == [0] * 9
     assert by_torch(policy_of(activation="elu"))
+    masked = policy_of()
+    masked.columns = slice(0, 2)  # of an action mask
+    assert by_torch(masked)
     hooked = policy_of()
     hooked.encoder.register_forward_hook(lambda *_: None)
     assert by_torch(hooked)
