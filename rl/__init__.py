@@ -16,12 +16,16 @@ if _util.find_spec("gymnasium") is None:
     )
 
 from .agent import Agent as Agent
+from .agent import Callback as Callback
+from .agent import Estimates as Estimates
+from .agent import Log as Log
 from .algorithms import load as load
 from .checkpoint import CheckpointError as CheckpointError
 from .config import Config as Config
 from .envs.layout import ObservationLayout as ObservationLayout
 from .envs.make import make_envs as make_envs
 from .envs.stepper import Stepper as Stepper
+from .envs.stepper import Transition as Transition
 from .experience.advantages import GAE as GAE
 from .experience.advantages import Advantages as Advantages
 from .experience.advantages import MonteCarlo as MonteCarlo
@@ -31,8 +35,12 @@ from .experience.advantages import n_step as n_step
 from .experience.advantages import td_lambda as td_lambda
 from .experience.collector import Collector as Collector
 from .experience.collector import EnvCollector as EnvCollector
+from .experience.collector import Episodes as Episodes
 from .experience.path import Path as Path
+from .experience.path import Values as Values
+from .experience.surrogate import Objective as Objective
 from .experience.surrogate import clipped_surrogate as clipped_surrogate
+from .experience.surrogate import normalise as normalise
 from .experience.surrogate import surrogate as surrogate
 from .fits import AdamFit as AdamFit
 from .fits import CriticFit as CriticFit
@@ -41,6 +49,9 @@ from .fits import TrustRegionFit as TrustRegionFit
 from .kl_penalty import KLPenalty as KLPenalty
 from .kl_penalty import KLPenaltyConfig as KLPenaltyConfig
 from .networks.critic import Critic as Critic
+from .networks.encoders import Encoder as Encoder
+from .networks.heads import ActionHead as ActionHead
+from .networks.heads import make_head as make_head
 from .networks.policy import HeadPolicy as HeadPolicy
 from .networks.policy import Policy as Policy
 from .npg import NPG as NPG
@@ -115,4 +126,15 @@ __all__ = [
     "ObservationLayout",
     "Stepper",
     "Critic",
+    "Encoder",
+    "ActionHead",
+    "make_head",
+    "Episodes",
+    "Transition",
+    "Values",
+    "Estimates",
+    "Objective",
+    "normalise",
+    "Callback",
+    "Log",
 ]

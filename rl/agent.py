@@ -239,6 +239,7 @@ class Agent(abc.ABC):
         total_timesteps: int,
         progress: bool = True,
         callback: Callback | Iterable[Callback | None] | None = None,
+        logger: Callback | Iterable[Callback | None] | None = None,
     ) -> Self:
         """Train until ``total_timesteps`` more environment steps are done.
 
@@ -247,22 +248,24 @@ class Agent(abc.ABC):
         Args:
             total_timesteps: environment steps to add; resets do not count.
             progress: show a progress bar.
-            callback: called with the agent and the log after each update; False stops. Of several,
-                all are called: see :mod:`rl.run.callbacks`.
+            callback: called with the agent and the log after each update, and may add to the log;
+                False stops. Of several, all are called: see :mod:`rl.run.callbacks`.
+            logger: called likewise after all callbacks, with what they added: see
+                :mod:`rl.run.logs`.
 
         Returns:
             The agent itself.
 
         Raises:
             ValueError: ``total_timesteps`` is not positive, or an environment gave a NaN.
-            TypeError: a callback cannot be called.
+            TypeError: a callback or logger cannot be called.
 
         """
         from tqdm import tqdm
 
         if total_timesteps <= 0:
             raise ValueError(f"total_timesteps must be positive, got {total_timesteps}")
-        callbacks = _as_callbacks(callback)
+        callbacks, loggers = _as_list("callback", callback), _as_list("logger", logger)
         collector = self._collector = self._collector or self._new_collector()
         rows = self.config.steps_per_update // self.config.n_envs
         first, started = self.num_timesteps, time.perf_counter()
@@ -279,6 +282,8 @@ class Agent(abc.ABC):
                 elapsed = time.perf_counter() - started
                 log = self._progress(collector, self.num_timesteps - first, elapsed) | log
                 answers = [call(self, log) for call in callbacks]
+                for write in loggers:
+                    write(self, log)
                 if any(isinstance(answer, bool | np.bool_) and not answer for answer in answers):
                     break
         return self
@@ -501,13 +506,13 @@ class Agent(abc.ABC):
             group.update({name: getattr(config, name) for name in options if name in group})
 
 
-def _as_callbacks(callback: Any) -> list[Callback]:
+def _as_list(name: str, given: Any) -> list[Callback]:
     """Return callbacks as a list; raise a TypeError, before anything is spent, for others."""
-    several = callback if isinstance(callback, list | tuple) else [callback]
+    several = given if isinstance(given, list | tuple) else [given]
     for call in several:
         if call is not None and (not callable(call) or isinstance(call, type)):
             raise TypeError(
-                "callback must be a function of the agent and the log, None, or a list of them, got"
+                f"{name} must be a function of the agent and the log, None, or a list of them, got"
                 f" {call!r}"
             )
     return [call for call in several if call is not None]
