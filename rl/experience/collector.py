@@ -134,7 +134,7 @@ class EnvCollector:
             path = Path(
                 observations=torch.from_numpy(rows),
                 actions=torch.from_numpy(np.stack(actions)),
-                log_prob=torch.zeros(steps, n),
+                log_prob=torch.zeros(steps, n, dtype=torch.float32),
                 signals={k: torch.from_numpy(x.astype(np.float32)) for k, x in signals.items()},
                 terminated=torch.from_numpy(terminated),
                 truncated=torch.from_numpy(truncated),
