@@ -19,14 +19,14 @@ from .networks.policy import HeadPolicy, Policy
 
 
 def observation_layout(envs: VectorEnv, seed: int) -> ObservationLayout:
-    """Return how observations lie in rows; action masks in the infos of a reset are part of them.
+    """Return the layout of rows; action masks in the infos of a reset are part of it.
 
     Args:
         envs: the environments; they are reset.
         seed: of the reset: that of the first path.
 
     Raises:
-        ValueError: observations that have no such form.
+        ValueError: an unsupported observation space.
 
     """
     _, infos = envs.reset(seed=seed)
@@ -37,7 +37,7 @@ def observation_layout(envs: VectorEnv, seed: int) -> ObservationLayout:
 
 
 def observation_norm(layout: ObservationLayout, config: Config) -> ObservationNorm | None:
-    """Return a normalisation where it is asked for and there is something to normalise."""
+    """Return the normalisation of observations, or None if there is none."""
     columns = layout.vector_columns
     return ObservationNorm(len(columns)) if config.normalise_observations and columns else None
 
@@ -50,12 +50,12 @@ def make_networks(
     policy: Policy | None = None,
     critic: nn.Module | None = None,
 ) -> tuple[Policy, nn.Module]:
-    """Return a policy and a critic, which are the same up to their last layers if so asked.
+    """Return a policy and a critic; with ``shared_encoder`` they share all layers but the last.
 
-    One that is given is taken as it is, and only the other made.
+    A network that is given is used as it is.
 
     Raises:
-        ValueError: actions that have no distribution, or a mask that does not fit them.
+        ValueError: an unsupported action space, or a mask that does not fit it.
 
     """
     if policy is None:

@@ -1,4 +1,4 @@
-"""KL-penalised policy iteration: a price on the KL instead of a bound."""
+"""KL-penalised policy iteration: a penalty on the KL instead of a bound."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ class KLPenaltyConfig(NaturalConfig):
     """Options of KL-penalised policy iteration."""
 
     penalty: float = 5.0
-    """C, the price of a nat, in units of normalised advantages; the first one if it adapts."""
+    """C, the coefficient of the KL, in normalised advantages per nat; the first one if it adapts."""
 
     kl_target: float | None = 0.01
-    """KL(old || new) that C is to lead to; None to keep C."""
+    """KL(old || new) that C is adapted to reach; None to keep C."""
 
     def __post_init__(self) -> None:
         """Check the ranges."""
@@ -37,15 +37,15 @@ class KLPenaltyConfig(NaturalConfig):
 class KLPenalty(Agent):
     r"""Policy iteration with a penalty.
 
-    For each path one step that raises :math:`E[\pi(a|s)/\pi_{old}(a|s)\,A] - C\,
+    For each path one step that increases :math:`E[\pi(a|s)/\pi_{old}(a|s)\,A] - C\,
     \mathrm{KL}(\pi_{old} \| \pi)`. C is fixed, or it is doubled after a KL above 1.5 times the
     target and halved after one below the target over 1.5 (Schulman et al., Proximal Policy
     Optimization Algorithms, 2017, section 4).
 
     The C for which improvement is guaranteed (Schulman et al., Trust Region Policy Optimization,
     2015, theorem 1) is :math:`4 \epsilon \gamma / (1 - \gamma)^2` with the largest advantage
-    :math:`\epsilon`. It is logged as ``trust/penalty_bound``, in the same units: thousands, for a
-    KL that nothing could be learnt within.
+    :math:`\epsilon`. It is logged as ``trust/penalty_bound``, in the same units. It is in the
+    thousands: the steps that it allows are too small to learn anything.
 
     Args:
         env: as for every :class:`Agent`.

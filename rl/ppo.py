@@ -26,7 +26,7 @@ class PPOConfig(Config):
     """Options of PPO."""
 
     clip: float = 0.2
-    """Ratios beyond 1 - clip and 1 + clip gain nothing more."""
+    """Probability ratios outside 1 - clip to 1 + clip do not increase the objective."""
 
     epochs: int = 10
     """Passes over a rollout."""
@@ -50,10 +50,10 @@ class PPOConfig(Config):
     """Weight of the entropy at the end of learn(), reached linearly; None to keep it."""
 
     max_grad_norm: float = 0.5
-    """Gradients are shortened to this norm."""
+    """Gradients are clipped to this norm."""
 
     kl_limit: float | None = None
-    """Passes end where KL(old || new) is beyond this; None to make them all."""
+    """The passes end early where KL(old || new) exceeds this; None to make them all."""
 
     gae_lambda: float = 0.95
     """Trace decay of gae."""
@@ -157,7 +157,7 @@ class PPO(Agent):
         }
 
     def _descend(self, loss: Tensor) -> None:
-        """Take one step of Adam along a shortened gradient."""
+        """Take one step of Adam along the clipped gradient."""
         self.optimizer.zero_grad()
         loss.backward()
         parameters = self.optimizer.param_groups[0]["params"]

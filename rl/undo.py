@@ -1,4 +1,4 @@
-"""Going back to where a fit began."""
+"""Restoring parameters and optimizers after a failed fit."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from torch import nn
 
 
 class Undo:
-    """Parameters, and the state of an optimizer, as they are now; calling it puts them back.
+    """A copy of parameters and of the state of an optimizer; calling it restores them.
 
     Args:
-        parameters: to keep the values of.
-        optimizer: to keep the state of; None for none.
+        parameters: to copy.
+        optimizer: whose state is copied; None for none.
 
     """
 
@@ -27,7 +27,7 @@ class Undo:
 
     @torch.no_grad()
     def __call__(self) -> None:
-        """Put them back."""
+        """Restore them."""
         for p, value in self._values:
             p.copy_(value)
         if self._optimizer is not None and self._state is not None:
