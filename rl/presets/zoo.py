@@ -48,15 +48,7 @@ _OTHERS = ("n_steps", "normalize", "policy", "policy_kwargs")
 
 @dataclass(frozen=True)
 class Target:
-    """What the keys are translated for.
-
-    Attributes:
-        algorithm: its name.
-        env_id: the environment.
-        n_envs: number of copies of the environment.
-        kinds: types of the options there are, by name.
-
-    """
+    """What keys are translated for: an algorithm, with the types of its options, in some copies."""
 
     algorithm: str
     env_id: str
@@ -132,10 +124,8 @@ def _one(key: str, value: Any, target: Target) -> dict[str, Any]:
 def _kl_factor(name: str, env_id: str) -> float:
     """Return our bound on the KL over theirs.
 
-    Their PPO estimates the joint KL from log-probabilities, as ours is, and stops beyond 1.5 times
-    the target. Their TRPO takes the mean over the matrix of KLs by state and component of the
-    action, for distributions that have one per component; that of Discrete and MultiDiscrete
-    actions is joint.
+    Their PPO estimates the joint KL, as ours is, and stops beyond 1.5 times the target. Their TRPO
+    averages the KL over the components of Box and MultiBinary actions.
     """
     if name == "kl_limit":
         return 1.5
@@ -189,11 +179,10 @@ def _policy_kwargs(value: Any) -> dict[str, Any]:
 
 
 def _widths(where: str, net_arch: Any) -> dict[str, Any]:
-    match net_arch:
-        case [dict(given)]:  # how older versions of the zoo write it
-            pass
-        case given:
-            pass
+    given = net_arch
+    match given:
+        case [dict()]:  # how older versions of the zoo write it
+            given = given[0]
     if not isinstance(given, dict):
         return {"hidden": convert(where, tuple[int, ...], given, text=True)}
     if given.keys() != {"pi", "vf"}:
@@ -218,30 +207,24 @@ def parse_literal(key: str, text: str) -> Any:
 
     """
     try:
-        return _literal(ast.parse(text.strip(), mode="eval").body)
-    except (SyntaxError, ValueError):
+        return ast.literal_eval(_Plain().visit(ast.parse(text.strip(), mode="eval")))
+    except (SyntaxError, ValueError, TypeError):
         raise ValueError(
             f"{key} must be a mapping, or a string such as 'dict(a=1, b=[2, 3])', got {text!r}"
         ) from None
 
 
-def _literal(node: ast.expr) -> Any:
-    match node:
-        case ast.Call(func=ast.Name(id="dict"), args=[], keywords=pairs):
-            return _mapping([pair.arg for pair in pairs], [pair.value for pair in pairs])
-        case ast.Dict(keys=keys, values=values):
-            # `None` is the key of **mapping
-            names = [key.value if isinstance(key, ast.Constant) else None for key in keys]
-            return _mapping(names, values)
-        case ast.List(elts=items) | ast.Tuple(elts=items):
-            return [_literal(item) for item in items]
-        case ast.Name() | ast.Attribute():
-            return ast.unparse(node)
-        case _:
-            return ast.literal_eval(node)  # a number or a string, or a ValueError
+class _Plain(ast.NodeTransformer):
+    """Writes ``dict(...)`` as a literal and names as strings; other calls stay, and are refused."""
 
+    def visit_Call(self, node: ast.Call) -> ast.AST:
+        names = [keyword.arg for keyword in node.keywords]
+        if ast.unparse(node.func) != "dict" or node.args or None in names:  # None is of **mapping
+            raise ValueError
+        values = [self.visit(keyword.value) for keyword in node.keywords]
+        return ast.Dict([ast.Constant(name) for name in names], values)
 
-def _mapping(names: list[Any], values: list[ast.expr]) -> dict[str, Any]:
-    if not all(isinstance(name, str) for name in names):
-        raise ValueError
-    return {name: _literal(value) for name, value in zip(names, values, strict=True)}
+    def visit_Name(self, node: ast.Name | ast.Attribute) -> ast.AST:
+        return ast.Constant(ast.unparse(node))
+
+    visit_Attribute = visit_Name

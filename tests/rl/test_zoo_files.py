@@ -209,7 +209,6 @@ def test_literals_come_back(value):
         "dict([1])",
         "dict(**a)",
         "{**a}",
-        "{1: 2}",
         "[i for i in a]",
         "1 + 1",
         "",
