@@ -15,7 +15,8 @@ from gymnasium.vector import VectorEnv
 from torch import Tensor, nn
 
 from .config import Config
-from .envs.layout import MASK, as_batch
+from .envs.batches import as_batch
+from .envs.layout import MASK
 from .envs.make import EnvSource, make_envs
 from .envs.stepper import Stepper
 from .experience.collector import Collector, Rollout
@@ -83,7 +84,9 @@ class Agent(abc.ABC):
         self._predict_generator = torch.Generator().manual_seed(config.seed)
         self._stepper = Stepper(self.envs)
         self._collector: Collector | None = None
-        self.layout = observation_layout(self.envs)
+        seed = _environment_seed(config.seed, 0)  # the one of the first rollout
+        normalise = config.normalise_observations
+        self.layout = observation_layout(self.envs, seed, normalise=normalise)
         self.observation_norm = observation_norm(self.layout, config)
         self.reward_scale = (
             RewardScale(config.n_envs, config.gamma) if config.normalise_rewards else None

@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 import torch
+from gymnasium import Space
 from torch import Tensor
 
 from ..envs.layout import ObservationLayout
+from ..envs.masks import forbidden_rows
 from ..envs.stepper import Stepper
 from ..networks.policy import Policy
 
@@ -124,11 +127,11 @@ class Collector:
                 )
                 raise
             actions.append(action)
-            layout.write(step.observations, rows[t + 1], step.infos)
+            layout.write(step.observations, rows[t + 1], step.infos, step.ended)
             rewards[t], valid[t] = step.rewards, step.valid
             terminated[t], truncated[t] = step.terminated, step.truncated
             if step.finals is not None:
-                finals.append(layout.flat(step.finals, mask=False))
+                finals.append(layout.flat(step.finals, ended=True))
         rollout = Rollout(
             torch.from_numpy(rows),
             torch.from_numpy(np.concatenate([np.empty((0, layout.width), layout.dtype), *finals])),
@@ -136,7 +139,7 @@ class Collector:
             torch.from_numpy(rewards.astype(np.float32)),
             *(torch.from_numpy(x) for x in (terminated, truncated, valid)),
         )
-        _check(rollout, layout)
+        _check(rollout, layout, self.stepper.envs.single_action_space)
         self._record(np.where(valid, rewards, 0.0), terminated | truncated, valid)
         self._row = rows[steps].copy()
         return rollout
@@ -152,7 +155,7 @@ class Collector:
         self._return, self._length = totals[-1] - spent, steps[-1] - counted
 
 
-def _check(rollout: Rollout, layout: ObservationLayout) -> None:
+def _check(rollout: Rollout, layout: ObservationLayout, action_space: Space[Any]) -> None:
     """Raise a ValueError where the environments gave what nothing can be learnt from."""
     # row t + 1 of the observations is what step t led to; row 0 was checked unless it is a reset's
     for name, x, first in (
@@ -176,11 +179,12 @@ def _check(rollout: Rollout, layout: ObservationLayout) -> None:
             " nothing was updated"
         )
     for part in layout.of_kind("mask"):
-        allowed = (rollout.observations[:-1, :, part.columns] != 0).any(-1)
-        stuck = (~allowed & rollout.valid).nonzero()
-        if len(stuck):
-            t, i = stuck[0].tolist()
+        masks = rollout.observations[:-1, :, part.columns].numpy()
+        stuck = forbidden_rows(masks, action_space) & rollout.valid.numpy()[..., None]
+        if stuck.any():
+            t, i, component = np.argwhere(stuck)[0].tolist()
+            where = f" in component {component}" if stuck.shape[-1] > 1 else ""
             raise ValueError(
-                f"environment {i} allowed no action at step {t} of this rollout: its action mask"
-                " is all zeros. Nothing was updated"
+                f"environment {i} allowed no action at step {t} of this rollout{where}: its action"
+                " mask is all zeros there. Nothing was updated"
             )

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 from gymnasium import Space
 from gymnasium.vector import VectorEnv
 from torch import nn
 
 from ..config import Config
-from ..envs.layout import MASK, ObservationLayout
+from ..envs.layout import ObservationLayout
+from ..envs.stepper import Stepper
 from ..networks.critic import Critic
 from .encoders import Encoder
 from .heads import make_head
@@ -18,18 +18,26 @@ from .moments import ObservationNorm
 from .policy import HeadPolicy, Policy
 
 
-def observation_layout(envs: VectorEnv) -> ObservationLayout:
+def observation_layout(
+    envs: VectorEnv, seed: int = 0, *, normalise: bool = False
+) -> ObservationLayout:
     """Return how observations lie in rows; action masks in the infos of a reset are part of them.
+
+    Args:
+        envs: the environments, which are reset to see what they give.
+        seed: of that reset. Take the one of the first rollout, so that the environments see no
+            other.
+        normalise: whether observations are to be normalised, and so need no zero of their own:
+            those that float32 would round are then measured from the first one.
 
     Raises:
         ValueError: observations that have no such form.
 
     """
-    _, infos = envs.reset(seed=0)
-    masks = infos.get(MASK)
-    return ObservationLayout(
-        envs.single_observation_space, mask=0 if masks is None else np.size(masks[0])
-    )
+    stepper = Stepper(envs)
+    observations, _ = stepper.reset(seed)
+    layout = ObservationLayout(envs.single_observation_space, mask=stepper.choices or 0)
+    return layout.with_origin(observations) if normalise else layout
 
 
 def observation_norm(layout: ObservationLayout, config: Config) -> ObservationNorm | None:
