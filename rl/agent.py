@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from . import checkpoint
 from .build import make_networks, observation_layout, observation_norm
 from .config import Config
-from .envs.layout import MASK, ObservationLayout, as_batch
+from .envs.batches import as_batch
+from .envs.layout import MASK, ObservationLayout
 from .envs.make import EnvSource, make_envs
 from .envs.spaces_json import space_from_json, space_to_json
 from .envs.stepper import Stepper
@@ -103,7 +104,7 @@ class Agent(abc.ABC):
                     " id, or a function that makes one environment"
                 )
             config = replace(config, n_envs=n)
-            layout = observation_layout(envs, _environment_seed(config, 0))
+            layout = observation_layout(envs, config, _environment_seed(config, 0))
             self._build(config, layout, envs.single_action_space, policy, critic)
         except Exception:
             if not isinstance(env, VectorEnv):
@@ -413,6 +414,7 @@ class Agent(abc.ABC):
             notes: plain values to keep with them.
 
         """
+        origin = self.layout.origin
         description = {
             "algorithm": self.name,
             "env_id": self.env_id,
@@ -420,6 +422,7 @@ class Agent(abc.ABC):
             "layout": {
                 "space": space_to_json(self.layout.space),
                 "mask": 0 if self.layout.info_mask is None else self.layout.info_mask.shape[0],
+                "origin": None if origin is None else torch.from_numpy(origin),
             },
             "action_space": space_to_json(self.action_space),
             "notes": notes or {},
@@ -492,7 +495,8 @@ class Agent(abc.ABC):
                 if mine != other:
                     raise ValueError(f"{path} has {name} of {mine}, the environment of {other}")
             config = replace(config, n_envs=envs.num_envs)
-        layout = ObservationLayout(space, mask=saved["layout"]["mask"])
+        mask, origin = saved["layout"]["mask"], saved["layout"]["origin"]
+        layout = ObservationLayout(space, mask, None if origin is None else origin.numpy())
         self._build(config, layout, action_space, policy, critic)
         state = saved["agent"]
         if "critic_fit" in options and "critic_optimizer" in state["parts"]:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 from gymnasium import Space
 from gymnasium.vector import VectorEnv
 from torch import nn
 
 from .config import Config
-from .envs.layout import MASK, ObservationLayout
+from .envs.layout import ObservationLayout
+from .envs.stepper import Stepper
 from .networks.critic import Critic
 from .networks.encoders import Encoder
 from .networks.heads import make_head
@@ -18,22 +18,25 @@ from .networks.moments import ObservationNorm
 from .networks.policy import HeadPolicy, Policy
 
 
-def observation_layout(envs: VectorEnv, seed: int) -> ObservationLayout:
+def observation_layout(envs: VectorEnv, config: Config, seed: int) -> ObservationLayout:
     """Return the layout of rows; action masks in the infos of a reset are part of it.
+
+    Where observations are to be normalised, those that float32 would round are measured from the
+    first one.
 
     Args:
         envs: the environments; they are reset.
-        seed: of the reset: that of the first path.
+        config: options of the agent.
+        seed: of the reset: that of the first path, so that the environments see no other.
 
     Raises:
         ValueError: an unsupported observation space.
 
     """
-    _, infos = envs.reset(seed=seed)
-    masks = infos.get(MASK)
-    return ObservationLayout(
-        envs.single_observation_space, mask=0 if masks is None else np.size(masks[0])
-    )
+    stepper = Stepper(envs)
+    observations, _ = stepper.reset(seed)
+    layout = ObservationLayout(envs.single_observation_space, mask=stepper.choices or 0)
+    return layout.with_origin(observations) if config.normalise_observations else layout
 
 
 def observation_norm(layout: ObservationLayout, config: Config) -> ObservationNorm | None:

@@ -39,7 +39,7 @@ def inspect_env(env_id: str, config: Config) -> tuple[list[str], bool]:
     ]
     sound = True
     try:
-        layout = observation_layout(envs, seed=0)
+        layout = observation_layout(envs, config, seed=0)
         policy, critic = make_networks(layout, envs.single_action_space, None, config)
         parts = ", ".join(
             f"{part.name or 'all'}: {part.kind} {part.shape}" for part in layout.parts

@@ -106,7 +106,9 @@ def test_what_has_no_row_is_refused(space, words):
 
 def test_choices_outside_their_space_are_refused():
     layout = ObservationLayout(spaces.Discrete(3, start=1))
-    with pytest.raises(ValueError, match="choice 0 or 3 of 3"):
+    with pytest.raises(
+        ValueError, match="whole number from 1 to 3, and the batch goes from 1 to 4"
+    ):
         layout.flat(np.array([1, 4]))
 
 
