@@ -97,13 +97,7 @@ class Agent(abc.ABC):
         config = self.config_class.from_dict(options)
         envs = make_envs(env, config.n_envs, config.vectorization)
         try:
-            n = envs.num_envs
-            if options.get("n_envs", n) != n:
-                raise ValueError(
-                    f"n_envs={config.n_envs}, but the environment that was passed is {n}: pass an"
-                    " id, or a function that makes one environment"
-                )
-            config = replace(config, n_envs=n)
+            config = _with_copies(config, options, envs)
             layout = observation_layout(envs, config, _environment_seed(config, 0))
             self._build(config, layout, envs.single_action_space, policy, critic)
         except Exception:
@@ -151,7 +145,16 @@ class Agent(abc.ABC):
                 "this agent was loaded without an environment, which predict does not need: pass"
                 " env= to load"
             )
-        return make_envs(self._source, self.config.n_envs, self.config.vectorization)
+        envs = make_envs(self._source, self.config.n_envs, self.config.vectorization)
+        for name, mine, other in (
+            ("observations", self.layout.space, envs.single_observation_space),
+            ("actions", self.action_space, envs.single_action_space),
+        ):
+            if mine != other:
+                if not isinstance(self._source, VectorEnv):
+                    envs.close()
+                raise ValueError(f"the agent has {name} of {mine}, the environment of {other}")
+        return envs
 
     @property
     def has_envs(self) -> bool:
@@ -461,17 +464,19 @@ class Agent(abc.ABC):
 
         """
         saved = checkpoint.read(FilePath(path))
+        agent = cls.__new__(cls)
+        agent._source, agent._make_collector = env, collector
         try:
             if saved["algorithm"] != cls.name:
                 raise checkpoint.CheckpointError(
                     f"{path} holds an agent of {saved['algorithm']!r}, not {cls.name!r}"
                 )
-            agent = cls.__new__(cls)
-            agent._source = saved["env_id"] if env is None else env
-            agent._make_collector = collector
             agent._restore(path, saved, options, policy, critic)
-        except KeyError as error:
-            raise checkpoint.CheckpointError(f"{path} is incomplete: no {error}") from error
+        except BaseException as error:
+            agent.close()
+            if isinstance(error, KeyError):
+                raise checkpoint.CheckpointError(f"{path} is incomplete: no {error}") from error
+            raise
         return agent
 
     def _restore(
@@ -482,22 +487,16 @@ class Agent(abc.ABC):
         policy: Policy | None,
         critic: nn.Module | None,
     ) -> None:
-        config = self.config_class.from_dict({**saved["config"], **options})
+        self.config = self.config_class.from_dict({**saved["config"], **options})
         space = space_from_json(saved["layout"]["space"])
-        action_space = space_from_json(saved["action_space"])
-        if self._source is not None and not isinstance(self._source, str):
-            self.config = config
-            envs = self.envs
-            for name, mine, other in (
-                ("observations", space, envs.single_observation_space),
-                ("actions", action_space, envs.single_action_space),
-            ):
-                if mine != other:
-                    raise ValueError(f"{path} has {name} of {mine}, the environment of {other}")
-            config = replace(config, n_envs=envs.num_envs)
         mask, origin = saved["layout"]["mask"], saved["layout"]["origin"]
-        layout = ObservationLayout(space, mask, None if origin is None else origin.numpy())
-        self._build(config, layout, action_space, policy, critic)
+        self.layout = ObservationLayout(space, mask, None if origin is None else origin.numpy())
+        self.action_space = space_from_json(saved["action_space"])
+        if self._source is None:
+            self._source = saved["env_id"]
+        else:
+            self.config = _with_copies(self.config, options, self.envs)
+        self._build(self.config, self.layout, self.action_space, policy, critic)
         state = saved["agent"]
         if "critic_fit" in options and "critic_optimizer" in state["parts"]:
             state["parts"]["critic_optimizer"] = self.critic_optimizer.state_dict()
@@ -507,7 +506,18 @@ class Agent(abc.ABC):
             raise checkpoint.CheckpointError(f"{path}: {error}") from error
         optimizers = [o for k, o in self.optimizers().items() if k != "critic_optimizer"]
         for group in (group for o in optimizers for group in o.param_groups):
-            group.update({name: getattr(config, name) for name in options if name in group})
+            group.update({name: getattr(self.config, name) for name in options if name in group})
+
+
+def _with_copies(config: Config, options: dict[str, Any], envs: VectorEnv) -> Any:
+    """Return the config of an agent of these environments."""
+    n = envs.num_envs
+    if options.get("n_envs", n) != n:
+        raise ValueError(
+            f"n_envs={options['n_envs']}, but the environment that was passed is {n}: pass an id,"
+            " or a function that makes one environment"
+        )
+    return replace(config, n_envs=n)
 
 
 def _as_list(name: str, given: Any) -> list[Callback]:
@@ -524,7 +534,7 @@ def _as_list(name: str, given: Any) -> list[Callback]:
 
 def _check_optimizer(name: str, optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
     count = sum(len(group["params"]) for group in optimizer.param_groups)
-    if set(saved["state"]) not in (set(), set(range(count))):  # empty before the first step
+    if not set(saved["state"]) <= set(range(count)):  # frozen parameters have none
         raise KeyError(f"the state of {name} is not that of {count} parameters")
 
 

@@ -100,13 +100,19 @@ def read(path: Path) -> dict[str, Any]:
 
 def _plain(value: Any, place: str, tensors: dict[str, Tensor]) -> Any:
     """Return a tree of values that JSON has; tensors move out of it, by their places."""
-    if isinstance(value, Tensor):
+    if isinstance(value, Tensor) and value.layout is torch.strided:
+        while place in tensors:  # "a.b" may be a key of its own
+            place += "'"
         # a copy shares no memory with others, which safetensors refuses
         tensors[place] = value.detach().clone(memory_format=torch.contiguous_format)
         return {_TENSOR: place}
     if isinstance(value, Mapping):
-        inner = {k: _plain(v, f"{place}.{k}".lstrip("."), tensors) for k, v in value.items()}
-        return inner if all(isinstance(k, str) for k in inner) else {_PAIRS: [*inner.items()]}
+        inner = {k: _plain(v, f"{place}.{k}", tensors) for k, v in value.items()}
+        odd = [k for k in inner if not (k is None or isinstance(k, bool | int | float | str))]
+        if odd:
+            raise TypeError(f"{place} has a key {odd[0]!r}, which a checkpoint cannot hold")
+        as_it_is = all(isinstance(k, str) for k in inner) and not inner.keys() & {_TENSOR, _PAIRS}
+        return inner if as_it_is else {_PAIRS: [*inner.items()]}
     if isinstance(value, list | tuple):
         return [_plain(v, f"{place}.{i}", tensors) for i, v in enumerate(value)]
     if value is None or isinstance(value, bool | int | float | str):

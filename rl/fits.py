@@ -13,9 +13,10 @@ from torch.distributions import Distribution, Normal
 from trustregion import NaturalTrustRegion
 from trustregion.operators import ParameterVector
 
+from .networks.modes import evaluating
 from .networks.numpy_twin import squared_error
 from .options import check_counts, check_not_negative, check_positive, convert_fields
-from .undo import Undo
+from .undo import undone_on_error
 
 
 class CriticFit(Protocol):
@@ -94,10 +95,10 @@ class AdamFit:
     ) -> float:
         """Make the passes."""
         vector, (x,) = ParameterVector(parameters), optimizer.param_groups[0]["params"]
-        x.data.copy_(vector.values())
-        error = squared_error(critic, x, parameters, rows, returns)
-        undo, total = Undo((), optimizer), 0.0
-        try:
+        start, frozen = vector.values(), _frozen(parameters)
+        x.data.copy_(start)
+        error, total = squared_error(critic, x, parameters, rows, returns), 0.0
+        with undone_on_error(critic, optimizer=optimizer):
             for epoch in range(self.epochs):
                 total = 0.0
                 order = torch.randperm(len(returns), generator=generator)
@@ -109,11 +110,10 @@ class AdamFit:
                             " of critic_fit, or scale the rewards"
                         )
                     optimizer.step()
+                    if frozen is not None:
+                        x.data[frozen] = start[frozen]
                     total += value * len(positions)
-        except BaseException:
-            undo()
-            raise
-        vector.assign(x.detach())
+            vector.assign(x.detach())
         return total / len(returns)
 
 
@@ -156,15 +156,26 @@ class LBFGSFit:
         x.data.copy_(vector.values())
         error = squared_error(critic, x, parameters, rows, returns)
         everywhere = torch.arange(len(returns), device=returns.device)
-        try:
-            first = float(optimizer.step(lambda: error(everywhere)))
-        finally:
-            optimizer.state.clear()  # the curvature is that of this batch
-        if not math.isfinite(first):
-            raise ValueError(f"the critic's loss is {first}: the returns or values are not finite")
-        last = error(everywhere)
-        if last <= first:
-            vector.assign(x.detach())
+        frozen = _frozen(parameters)
+
+        def closure() -> float:
+            value = error(everywhere)
+            if frozen is not None:
+                x.grad[frozen] = 0.0
+            return value
+
+        with undone_on_error(critic):
+            try:
+                first = float(optimizer.step(closure))
+                if not math.isfinite(first):
+                    raise ValueError(
+                        f"the critic's loss is {first}: the returns or values are not finite"
+                    )
+                last = error(everywhere)
+            finally:
+                optimizer.state.clear()  # the curvature is that of this batch
+            if last <= first:
+                vector.assign(x.detach())
         return min(first, last)
 
 
@@ -210,7 +221,7 @@ class TrustRegionFit:
     def __call__(
         self,
         critic: nn.Module,
-        parameters: list[nn.Parameter],
+        parameters: list[nn.Parameter],  # noqa: ARG002 # the optimizer has them
         optimizer: torch.optim.Optimizer,
         rows: Tensor,
         returns: Tensor,
@@ -218,7 +229,7 @@ class TrustRegionFit:
     ) -> float:
         """Take the steps."""
         assert isinstance(optimizer, NaturalTrustRegion)  # made above
-        with torch.no_grad():
+        with torch.no_grad(), evaluating(critic):
             error = (critic(rows) - returns).square().mean().item()
         if not math.isfinite(error):
             raise ValueError(f"the critic's loss is {error}: the returns or values are not finite")
@@ -230,8 +241,8 @@ class TrustRegionFit:
             values = critic(rows)
             return ((values - returns) / sigma).square().mean(), Normal(values, sigma)
 
-        undo, reached = Undo(parameters, optimizer), 1.0  # of the error
-        try:
+        reached = 1.0  # of the error
+        with undone_on_error(critic, optimizer=optimizer):
             for _ in range(self.steps):
                 optimizer.step(closure)
                 info = optimizer.info
@@ -239,9 +250,6 @@ class TrustRegionFit:
                 if not info.accepted:
                     break
                 reached = info.new_loss
-        except BaseException:
-            undo()
-            raise
         return reached * error
 
 
@@ -254,6 +262,12 @@ FITS: dict[str, type[AdamFit | LBFGSFit | TrustRegionFit]] = {
 
 def _flat(parameters: list[nn.Parameter]) -> nn.Parameter:
     return nn.Parameter(ParameterVector(parameters).values().detach().clone())
+
+
+def _frozen(parameters: list[nn.Parameter]) -> Tensor | None:
+    """Return which entries of the flat copy require no gradient since then; None for none."""
+    entries = torch.cat([torch.full((p.numel(),), not p.requires_grad) for p in parameters])
+    return entries.to(parameters[0].device) if bool(entries.any()) else None
 
 
 def explained_variance(values: Tensor, returns: Tensor) -> float:

@@ -23,7 +23,7 @@ class KLPenaltyConfig(NaturalConfig):
     """Options of KL-penalised policy iteration."""
 
     penalty: float = 5.0
-    """C, the coefficient of the KL, in normalised advantages per nat; the first one if it adapts."""
+    """C, the coefficient of the KL, in normalised advantages per nat; if it adapts, the first."""
 
     kl_target: float | None = 0.01
     """KL(old || new) that C is adapted to reach; None to keep C."""

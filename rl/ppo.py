@@ -18,7 +18,7 @@ from .experience.path import Path
 from .experience.surrogate import clipped_surrogate, distribution_now, normalise
 from .fits import explained_variance
 from .options import check_counts, check_not_negative, check_positive
-from .undo import Undo
+from .undo import undone_on_error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,15 +98,13 @@ class PPO(Agent):
     def update(self, path: Path) -> Log:
         """Estimate advantages and make the passes."""
         estimates = self.estimate(path)
-        undo = Undo(self.optimizer.param_groups[0]["params"], self.optimizer)
-        try:
-            return self._passes(path, estimates)
-        except FloatingPointError as error:
-            undo()
-            raise ValueError(f"{error}: PPO diverged. Lower lr, or scale the rewards") from error
-        except BaseException:
-            undo()
-            raise
+        with undone_on_error(self.policy, self.critic, optimizer=self.optimizer):
+            try:
+                return self._passes(path, estimates)
+            except FloatingPointError as error:
+                raise ValueError(
+                    f"{error}: PPO diverged. Lower lr, or scale the rewards"
+                ) from error
 
     def _passes(self, path: Path, estimates: Estimates) -> Log:
         c = self.config

@@ -1,34 +1,36 @@
-"""Restoring parameters and optimizers after a failed fit."""
+"""Going back to where a fit began."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import chain
 
 import torch
 from torch import nn
 
 
-class Undo:
-    """A copy of parameters and of the state of an optimizer; calling it restores them.
+@contextmanager
+def undone_on_error(
+    *networks: nn.Module, optimizer: torch.optim.Optimizer | None = None
+) -> Iterator[None]:
+    """Put networks and an optimizer back as they were, where the block raises or is interrupted.
 
     Args:
-        parameters: to copy.
-        optimizer: whose state is copied; None for none.
+        networks: whose parameters and buffers are kept.
+        optimizer: whose state is kept; None for none.
 
     """
-
-    def __init__(
-        self, parameters: Iterable[nn.Parameter], optimizer: torch.optim.Optimizer | None = None
-    ) -> None:
-        self._values = [(p, p.detach().clone()) for p in parameters]
-        self._optimizer = optimizer
-        self._state = None if optimizer is None else copy.deepcopy(optimizer.state_dict())
-
-    @torch.no_grad()
-    def __call__(self) -> None:
-        """Restore them."""
-        for p, value in self._values:
-            p.copy_(value)
-        if self._optimizer is not None and self._state is not None:
-            self._optimizer.load_state_dict(self._state)
+    tensors = chain.from_iterable((*n.parameters(), *n.buffers()) for n in networks)
+    kept = [(x, x.detach().clone()) for x in tensors]
+    state = None if optimizer is None else copy.deepcopy(optimizer.state_dict())
+    try:
+        yield
+    except BaseException:
+        with torch.no_grad():
+            for x, value in kept:
+                x.copy_(value)
+        if optimizer is not None and state is not None:
+            optimizer.load_state_dict(state)
+        raise

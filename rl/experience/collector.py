@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -126,7 +127,7 @@ class EnvCollector:
                 actions.append(act(t, rows[t]))
                 step = self._step(policy.to_env(actions[t]), t)
                 for name, x in self.signals(step).items():
-                    signals.setdefault(name, np.empty((steps, n)))[t] = x
+                    signals.setdefault(name, np.full((steps, n), np.nan))[t] = x
                 terminated[t], truncated[t], mask[t] = step.terminated, step.truncated, step.valid
                 layout.write(step.observations, rows[t + 1], step.infos, step.ended)
                 if step.finals is not None:
@@ -182,8 +183,9 @@ def _with_log_prob(path: Path, policy: Policy) -> Path:
             f" {tuple(log_prob.shape)}: wrap a distribution over the entries of an action in"
             " torch.distributions.Independent(..., 1)"
         )
-    path.log_prob[path.mask] = log_prob
-    return path
+    everywhere = log_prob.new_zeros(path.mask.shape)
+    everywhere[path.mask] = log_prob
+    return replace(path, log_prob=everywhere)
 
 
 def _check(path: Path, layout: ObservationLayout, action_space: Space[Any]) -> None:

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 class RunningMoments(nn.Module):
     """Mean and variance of all samples seen so far, in float64.
 
-    Batches are merged by the formula of Chan et al., which avoids cancellation. The buffers are part
-    of an agent's checkpoint.
+    Batches are merged by the formula of Chan et al., which avoids cancellation. The buffers are
+    part of an agent's checkpoint.
 
     Args:
         shape: of one sample.

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from typing import TypeAlias
 
 import numpy as np
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 from .critic import Critic
 from .encoders import Encoder
 from .heads import ActionHead, CategoricalHead, GaussianHead
+from .moments import ObservationNorm
 from .policy import HeadPolicy, Policy
 
 Array: TypeAlias = np.ndarray
@@ -36,7 +36,7 @@ def actor(policy: Policy, noise: Tensor) -> Actor:
 
     """
     if type(policy) is HeadPolicy and policy.columns is None:
-        twin = _twin(policy.encoder, policy.linear)
+        twin = _twin(policy)
         if twin is not None:
             draw = _drawer(policy.head, noise)
             return lambda t, rows: draw(t, twin(rows))
@@ -52,7 +52,7 @@ def actor(policy: Policy, noise: Tensor) -> Actor:
 
 def value_function(critic: nn.Module) -> Callable[[Tensor], Tensor]:
     """Return a function that gives the values of rows ``(..., d)``, without a gradient."""
-    twin = _twin(critic.encoder, critic.linear) if type(critic) is Critic else None
+    twin = _twin(critic) if type(critic) is Critic else None
     if twin is None:
         return critic
 
@@ -84,7 +84,7 @@ def squared_error(
 
     """
     if type(critic) is Critic:
-        twin = _twin(critic.encoder, critic.linear)
+        twin = _twin(critic)
         if twin is not None:
             frozen, fitted = twin.split({id(p) for p in parameters})
             if [id(p) for p in fitted.parameters()] == [id(p) for p in parameters]:
@@ -207,16 +207,23 @@ class _Flat:
         return float(residual @ residual) / len(targets)
 
 
-def _twin(encoder: Encoder, *after: nn.Module) -> _Network | None:
-    """Return an encoder and what comes after it, if all of it is plain; otherwise None.
+def _twin(network: HeadPolicy | Critic) -> _Network | None:
+    """Return the encoder and the linear layer of a network, if all is plain; otherwise None.
 
-    Plain are float32 linear layers on the CPU, each with a tanh after it or without.
+    Plain are float32 linear layers on the CPU, each with a tanh after it or without. Forward hooks
+    are not: torch calls them, and pruning and weight normalisation set the weights in one.
     """
+    encoder = network.encoder
     if type(encoder) is not Encoder or not encoder.whole:
         return None
-    modules = chain.from_iterable(
-        m.children() if isinstance(m, nn.Sequential) else [m] for m in (encoder.body, *after)
-    )
+    norm = encoder.norm
+    if type(norm) not in (ObservationNorm, type(None)):
+        return None
+    stages = (encoder.body, network.linear)
+    modules = [m for s in stages for m in (s if isinstance(s, nn.Sequential) else [s])]
+    called = (network, encoder, *stages, *modules, *([] if norm is None else [norm]))
+    if any(m._forward_pre_hooks or m._forward_hooks for m in called):
+        return None
     layers: list[_Layer] = []
     for module in modules:
         if type(module) is nn.Linear and _plain(module):
@@ -227,7 +234,7 @@ def _twin(encoder: Encoder, *after: nn.Module) -> _Network | None:
             layers.append(_Layer(last.module, last.weight, last.bias, tanh=True))
         else:
             return None
-    return _Network(_normaliser(encoder), tuple(layers))
+    return _Network(_normaliser(norm), tuple(layers))
 
 
 def _plain(module: nn.Linear) -> bool:
@@ -237,8 +244,7 @@ def _plain(module: nn.Linear) -> bool:
     )
 
 
-def _normaliser(encoder: Encoder) -> Callable[[Array], Array] | None:
-    norm = encoder.norm
+def _normaliser(norm: ObservationNorm | None) -> Callable[[Array], Array] | None:
     if norm is None:
         return None
     shift, scale, clip = norm.shift.numpy(), norm.scale.numpy(), norm.clip
@@ -259,4 +265,4 @@ def _drawer(head: ActionHead, noise: Tensor) -> Actor:
     if type(head) is GaussianHead and head.log_std is not None:
         deviations = (head.log_std.detach().exp() * noise).numpy()
         return lambda t, means: means + deviations[t]
-    return lambda t, outputs: head.draw(torch.from_numpy(outputs), noise[t]).numpy()
+    return lambda t, outputs: head.draw(torch.from_numpy(outputs), noise[t]).detach().numpy()
