@@ -204,6 +204,7 @@ class Agent(abc.ABC):
         returns, lengths = self._collector.returns, self._collector.lengths
         return {
             "time/steps": steps,  # of this call of learn()
+            "time/progress": self._progress_made,  # of this call: 1 at its end
             "time/iterations": self.iterations,
             "time/total_timesteps": self.num_timesteps,
             "time/time_elapsed": elapsed,
@@ -252,8 +253,14 @@ class Agent(abc.ABC):
         modules: dict[str, nn.Module] = {"policy": self.policy, "critic": self.critic}
         return modules | ({"reward_scale": self.reward_scale} if self.reward_scale else {})
 
-    def save(self, path: str | Path) -> None:
-        """Write weights, optimizers, counters and random state to one file, atomically."""
+    def save(self, path: str | Path, notes: dict[str, float] | None = None) -> None:
+        """Write weights, optimizers, counters and random state to one file, atomically.
+
+        Args:
+            path: the file.
+            notes: numbers to keep with them, such as what the agent reached.
+
+        """
         tensors: dict[str, Tensor] = {"generator": self.generator.get_state()}
         scalars: dict[str, Any] = {}
         for name, module in self.modules().items():
@@ -269,6 +276,7 @@ class Agent(abc.ABC):
             "num_timesteps": self.num_timesteps,
             "iterations": self.iterations,
             "optimizers": scalars,
+            "notes": notes or {},
         }
         checkpoint.write(Path(path), manifest, tensors)
 

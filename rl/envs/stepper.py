@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,6 +92,24 @@ class Stepper:
                     fresh = fresh | {MASK: [new if ended else old for ended, new, old in both]}
                 infos = fresh
         return Transition(observations, rewards, terminated, truncated, valid, infos, finals)
+
+
+def play(
+    stepper: Stepper, seed: int | None, choose: Callable[[Any, dict[str, Any]], Any]
+) -> Iterator[Transition]:
+    """Reset, and step for as long as the caller goes on.
+
+    Args:
+        stepper: what is played in.
+        seed: of the reset.
+        choose: returns the actions for a batch of observations and their infos.
+
+    """
+    observations, infos = stepper.reset(seed)
+    while True:
+        step = stepper.step(choose(observations, infos))
+        yield step
+        observations, infos = step.observations, step.infos
 
 
 def take(space: gymnasium.Space[Any], batch: Any, rows: np.ndarray) -> Any:
