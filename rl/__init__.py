@@ -49,6 +49,8 @@ from .run.evaluation import evaluate as evaluate
 from .run.logs import CSVLog as CSVLog
 from .run.logs import Table as Table
 from .run.logs import TensorBoardLog as TensorBoardLog
+from .run.plots import plot_learning_curve as plot_learning_curve
+from .run.video import record as record
 from .trpo import TRPO as TRPO
 from .trpo import TRPOConfig as TRPOConfig
 from .vpg import VPG as VPG
@@ -74,6 +76,8 @@ __all__ = [
     # running
     "evaluate",
     "Evaluation",
+    "record",
+    "plot_learning_curve",
     "CheckpointError",
     # callbacks and loggers
     "Every",
