@@ -46,7 +46,7 @@ class Configured(Generic[C]):
 
 @dataclass(frozen=True, kw_only=True)
 class Train(Configured[C]):
-    """Train an agent on a gymnasium environment and keep the run in a folder."""
+    """Train an agent in an environment and keep the run in a folder."""
 
     total_timesteps: int = 100_000
     """Environment steps to train for, rounded up to whole updates."""

@@ -237,10 +237,11 @@ def _draw_kl(axes: Axes, groups: Mapping[str, Sequence[Columns]]) -> None:
                     x, heights = steps[beyond], np.full(beyond.sum(), y)  # as shares of the axis
                     line = axes.plot(x, heights, mark, color=style.color, fillstyle="none")[0]
                     line.set(transform=axes.get_xaxis_transform(), label=marks.pop(mark, ""))
-    constant = {delta[0] for delta in deltas if len(delta) and (delta == delta[0]).all()}
-    lines = [axes.axhline(delta, **_BOUND) for delta in constant if delta < math.inf]
-    for run, delta in zip(runs, deltas, strict=True):
-        if len(delta) and not (delta == delta[0]).all():
+    bounds = [delta[np.isfinite(delta)] for delta in deltas]
+    constant = {bound[0] for bound in bounds if len(bound) and np.ptp(bound) == 0}
+    lines = [axes.axhline(bound, **_BOUND) for bound in sorted(constant)]
+    for run, delta, bound in zip(runs, deltas, bounds, strict=True):
+        if len(bound) and np.ptp(bound) > 0:
             lines += axes.plot(run[_STEPS], delta, **_BOUND)
     if lines:
         lines[0].set_label("delta")
