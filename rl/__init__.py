@@ -16,9 +16,7 @@ if _util.find_spec("gymnasium") is None:
     )
 
 from .agent import Agent as Agent
-from .agent import Callback as Callback
 from .agent import Estimates as Estimates
-from .agent import Log as Log
 from .algorithms import load as load
 from .checkpoint import CheckpointError as CheckpointError
 from .config import Config as Config
@@ -60,6 +58,8 @@ from .ppo import PPO as PPO
 from .ppo import PPOConfig as PPOConfig
 from .presets import Preset as Preset
 from .presets import load_preset as load_preset
+from .reports import Callback as Callback
+from .reports import Log as Log
 from .run.callbacks import EvaluateBest as EvaluateBest
 from .run.callbacks import Every as Every
 from .run.callbacks import SaveCheckpoint as SaveCheckpoint
@@ -69,6 +69,8 @@ from .run.evaluation import evaluate as evaluate
 from .run.logs import CSVLog as CSVLog
 from .run.logs import Table as Table
 from .run.logs import TensorBoardLog as TensorBoardLog
+from .run.plots import plot_learning_curve as plot_learning_curve
+from .run.video import record as record
 from .trpo import TRPO as TRPO
 from .trpo import TRPOConfig as TRPOConfig
 from .vpg import VPG as VPG
@@ -94,6 +96,8 @@ __all__ = [
     # running
     "evaluate",
     "Evaluation",
+    "record",
+    "plot_learning_curve",
     "CheckpointError",
     # callbacks and loggers
     "Every",

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path as FilePath
-from typing import Any, ClassVar, NamedTuple, Self, TypeAlias, cast
+from typing import Any, ClassVar, NamedTuple, Self, cast
 
 import numpy as np
 import torch
@@ -34,10 +34,8 @@ from .fits import CriticFit, explained_variance
 from .networks.modes import evaluating
 from .networks.numpy_twin import actor, value_function
 from .networks.policy import Policy
+from .reports import Callback, Log, as_callbacks, stops
 from .threads import few_threads
-
-Log: TypeAlias = dict[str, Any]
-Callback: TypeAlias = "Callable[[Agent, Log], bool | None]"
 
 
 class Estimates(NamedTuple):
@@ -269,7 +267,7 @@ class Agent(abc.ABC):
 
         if total_timesteps <= 0:
             raise ValueError(f"total_timesteps must be positive, got {total_timesteps}")
-        callbacks, loggers = _as_list("callback", callback), _as_list("logger", logger)
+        callbacks, loggers = as_callbacks(callback), as_callbacks(logger)
         collector = self._collector = self._collector or self._new_collector()
         rows = self.config.steps_per_update // self.config.n_envs
         first, started = self.num_timesteps, time.perf_counter()
@@ -288,7 +286,7 @@ class Agent(abc.ABC):
                 answers = [call(self, log) for call in callbacks]
                 for write in loggers:
                     write(self, log)
-                if any(isinstance(answer, bool | np.bool_) and not answer for answer in answers):
+                if stops(answers):
                     break
         return self
 
@@ -329,6 +327,7 @@ class Agent(abc.ABC):
         returns, lengths = collector.episodes.returns, collector.episodes.lengths
         return {
             "time/steps": steps,  # of this call of learn()
+            "time/progress": self._progress_made,  # of this call: 1 at its end
             "time/iterations": self.iterations,
             "time/total_timesteps": self.num_timesteps,
             "time/time_elapsed": elapsed,
@@ -518,18 +517,6 @@ def _with_copies(config: Config, options: dict[str, Any], envs: VectorEnv) -> An
             " or a function that makes one environment"
         )
     return replace(config, n_envs=n)
-
-
-def _as_list(name: str, given: Any) -> list[Callback]:
-    """Return callbacks as a list; raise a TypeError, before anything is spent, for others."""
-    several = given if isinstance(given, list | tuple) else [given]
-    for call in several:
-        if call is not None and (not callable(call) or isinstance(call, type)):
-            raise TypeError(
-                f"{name} must be a function of the agent and the log, None, or a list of them, got"
-                f" {call!r}"
-            )
-    return [call for call in several if call is not None]
 
 
 def _check_optimizer(name: str, optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:

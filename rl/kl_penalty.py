@@ -10,12 +10,12 @@ import torch
 from trustregion import NaturalTrustRegion
 from trustregion.optim import Adapt
 
-from .agent import Agent, Log
+from .agent import Agent
 from .config import NaturalConfig
 from .experience.path import Path
 from .experience.surrogate import normalise
 from .options import check_positive
-from .reports import step_log
+from .reports import Log, step_log
 
 
 @dataclass(frozen=True, kw_only=True)

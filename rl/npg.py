@@ -9,11 +9,12 @@ import torch
 from trustregion import FisherOperator, Identity, cg, kl_ball_step, mean_kl
 from trustregion.operators import ParameterVector
 
-from .agent import Agent, Log
+from .agent import Agent
 from .config import NaturalConfig
 from .experience.path import Path
 from .experience.surrogate import distribution_now, normalise
 from .options import check_positive
+from .reports import Log
 
 
 @dataclass(frozen=True, kw_only=True)

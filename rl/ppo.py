@@ -12,12 +12,13 @@ from torch.distributions import Distribution
 
 from trustregion import mean_kl
 
-from .agent import Agent, Estimates, Log
+from .agent import Agent, Estimates
 from .config import Config
 from .experience.path import Path
 from .experience.surrogate import clipped_surrogate, distribution_now, normalise
 from .fits import explained_variance
 from .options import check_counts, check_not_negative, check_positive
+from .reports import Log
 from .undo import undone_on_error
 
 

@@ -8,11 +8,12 @@ import torch
 
 from trustregion import mean_kl
 
-from .agent import Agent, Log
+from .agent import Agent
 from .config import Config
 from .experience.path import Path
 from .experience.surrogate import distribution_now, normalise
 from .options import check_positive
+from .reports import Log
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -32,8 +32,7 @@ from rl import (
 )
 from rl.fits import FITS
 from rl.networks.moments import ObservationNorm
-from rl.run.logs import plot_learning_curve
-from rl.run.plots import plot_runs
+from rl.run.plots import plot_learning_curve, plot_runs
 from rl.run.video import record
 from toys import Bandit, Clock, vector
 

@@ -1,0 +1,93 @@
+"""Ctrl-C, which a terminal sends to the worker processes, too."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+
+import pytest
+from gymnasium.vector import AsyncVectorEnv
+
+from rl import TRPO, evaluate
+from rl.run import checkpoint
+from rl.run.interrupts import close, sparing_workers
+from toys import Clock
+
+ENVIRONMENT = """
+import time
+import gymnasium
+from gymnasium.envs.classic_control import CartPoleEnv
+
+class Slow(CartPoleEnv):
+    def step(self, action):
+        time.sleep(0.001)
+        return super().step(action)
+
+gymnasium.register("Slow-v0", entry_point=Slow, max_episode_steps=50)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there Ctrl-C reaches the workers")
+def test_an_interrupt_with_worker_processes_is_one_line_and_keeps_what_was_learnt(tmp_path):
+    (tmp_path / "slow_env.py").write_text(textwrap.dedent(ENVIRONMENT))
+    command = [sys.executable, "-m", "rl", "train", "slow_env:Slow-v0", "--out", "run"]
+    command += ["--n-envs", "2", "--vectorization", "async", "--steps-per-update", "64"]
+    process = subprocess.Popen(
+        [*command, "--total-timesteps", "1000000", "--log-every", "1"],
+        cwd=tmp_path,
+        text=True,
+        start_new_session=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+    )
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.rstrip().endswith("accepted"):
+            os.killpg(process.pid, signal.SIGINT)
+            break
+    _, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (130, "interrupted: what was learnt is kept in run\n")
+    assert checkpoint.read(tmp_path / "run" / "checkpoint.zip")[0]["iterations"] >= 1
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there Ctrl-C reaches the workers")
+def test_an_interrupt_while_processes_are_started_is_not_lost():
+    started = []
+
+    def start():
+        with sparing_workers():
+            signal.raise_signal(signal.SIGINT)
+            started.append(True)
+
+    with pytest.raises(KeyboardInterrupt):
+        start()
+    assert started
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+
+
+def test_an_evaluation_that_fails_ends_its_workers(monkeypatch):
+    """A step is under way when the interrupt comes, which an ordinary close would wait for."""
+    made = []
+
+    class Interrupted:
+        def predict(self, obs, deterministic=False):
+            made[0].step_async([0, 0])
+            raise KeyboardInterrupt
+
+    def keep(*arguments):
+        made.append(AsyncVectorEnv([Clock] * 2))
+        return made[0]
+
+    monkeypatch.setattr("rl.run.evaluation.make_envs", keep)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(Interrupted(), Clock, 2)
+    assert made[0].closed
+    assert not any(process.is_alive() for process in made[0].processes)
+
+
+def test_other_environments_are_closed_in_their_own_way():
+    agent = TRPO(Clock, n_envs=2, steps_per_update=8, hidden=(4,))
+    close(agent.envs, at_once=True)
+    assert agent.envs.closed
