@@ -212,6 +212,7 @@ def test_returns_keep_their_digits(tmp_path, capsys):
         ("trpo", None, r"KL at most 0\.00\S+ of delta = 0.01 in 2 updates, 2 accepted"),
         ("npg", 0.0638, r"KL at most 0\.06380, beyond delta = 0.01 in 2 updates"),
         ("vpg", 0.0638, r"KL at most 0\.06380 in 2 updates"),
+        ("kl_penalty", 0.0638, r"KL at most 0\.06380 in 2 updates, \d accepted"),
     ],
 )
 def test_a_kl_is_called_bounded_only_where_it_was(
