@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 import sys
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ from typing import Any
 
 import tyro
 
-from trustregion import __version__
+import trustregion
 
 from .. import checkpoint
 from ..agent import Agent
@@ -98,7 +99,8 @@ def _learn(agent: Agent, command: Train[Any], out: Path) -> bool:
 
 def evaluate_run(command: Eval) -> int:
     """Run ``eval``; return the exit code."""
-    agent, env = _trained(command)
+    agent, env, words = _trained(command)
+    print(words)
     result = evaluate(
         agent,
         env,
@@ -114,7 +116,7 @@ def evaluate_run(command: Eval) -> int:
 def film(command: Record) -> int:
     """Run ``record``; return the exit code."""
     folder = command.run if command.run.is_dir() else command.run.parent
-    agent, env = _trained(command)
+    agent, env, _ = _trained(command)
     out = command.out or folder / "recording.gif"
     returns = record(
         agent,
@@ -145,8 +147,8 @@ def check(command: Check[Any], algorithm: type[Agent]) -> int:
     return 0 if sound else 1
 
 
-def _trained(command: Trained) -> tuple[Agent, Any]:
-    """Return the agent of a run, and what makes an environment to use it in."""
+def _trained(command: Trained) -> tuple[Agent, Any, str]:
+    """Return the agent of a run, what makes an environment to use it in, and both in words."""
     path = command.run / _CHECKPOINT if command.run.is_dir() else command.run
     own, kwargs = checkpoint.read(path)["env_id"], env_keywords(command.env_kwargs)
     env_id, config = command.env or own, path.parent / "config.json"
@@ -157,8 +159,8 @@ def _trained(command: Trained) -> tuple[Agent, Any]:
         raise ValueError(f"{path} does not name its environment: pass --env ENV_ID")
     env = env_source(env_id, kwargs)
     agent = load(path)
-    print(f"{path}: {type(agent).__name__} on {env_id} after {agent.num_timesteps:,} steps")
-    return agent, env
+    words = f"{path}: {type(agent).__name__} on {env_id} after {agent.num_timesteps:,} steps"
+    return agent, env, words
 
 
 def _make_run_folder(command: Train[Any], kwargs: dict[str, Any]) -> Path:
@@ -183,17 +185,16 @@ def _make_run_folder(command: Train[Any], kwargs: dict[str, Any]) -> Path:
 
 def _print_summary(agent: Agent, columns: dict[str, list[float]], out: Path) -> None:
     speed, seconds = columns["time/fps"][-1], columns["time/time_elapsed"][-1]
-    steps, largest = agent.num_timesteps, max(columns["train/kl_divergence_loss"])
+    largest = max(columns["train/kl_divergence_loss"])
     words = f"at most {number(largest)}"
-    for delta in columns.get("trust/delta", [])[-1:]:
+    delta = columns.get("trust/delta", [math.inf])[-1]
+    if delta < math.inf:
         words += f" of delta = {delta:g}" if largest <= delta else f", beyond delta = {delta:g}"
     success = columns.get("train/is_line_search_success")
     accepted = f", {int(sum(success))} accepted" if success else ""
     print(entry("learning curve", out / "learning_curve.png"))
     print(entry("checkpoint", out / _CHECKPOINT))
-    print(
-        entry("speed", f"{speed:,.0f} steps per second: {steps:,} in {seconds:.1f} s, with updates")
-    )
+    print(entry("speed", f"{speed:,.0f} steps per second, with updates, for {seconds:.1f} s"))
     print(entry("KL", f"{words} in {agent.iterations} updates{accepted}"))
 
 
@@ -231,7 +232,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("command", choices=_COMMANDS, metavar="COMMAND", help=argparse.SUPPRESS)
-    version = f"torch-trustregion {__version__}"
+    version = f"torch-trustregion {trustregion.__version__}"
     parser.add_argument("--version", action="version", version=version)
     return parser
 

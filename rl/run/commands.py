@@ -63,7 +63,7 @@ class Configured(Generic[C]):
     """Arguments for the environment, for example gravity=9.8."""
 
     algo: Algorithm = "trpo"
-    """Algorithm, which has some of the options below to itself."""
+    """Algorithm. It decides which of the options below there are."""
 
     preset: Annotated[str | None, _optional(metavar="FILE")] = None
     """Options to start from: "default" for ours, or a YAML file, such as rl-baselines3-zoo's."""

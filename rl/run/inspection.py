@@ -51,7 +51,7 @@ def inspect_env(env: EnvSource, algorithm: type[Agent], config: Config) -> tuple
         sound = False
     finally:
         close(envs)
-    lines.append(entry("options", _changed(config) or "all as by default"))
+    lines.append(entry("options", _changed(config) or "all at their defaults"))
     if isinstance(envs, PoolVectorEnv):
         lines.append(entry("gymnasium", "its checker cannot be run on environments by envpool"))
         return lines, sound

@@ -49,7 +49,9 @@ def number(value: float, width: int = 9) -> str:
 
 
 def entry(title: str, text: object) -> str:
-    """Return a titled entry of a report, within 80 columns where its words are short enough."""
+    """Return a titled entry of a report: within 80 columns, but a path is not broken."""
+    if isinstance(text, Path):
+        return f"{title:<16}{text}"
     return textwrap.fill(
         str(text),
         80,

@@ -3,9 +3,8 @@
 import numpy as np
 import pytest
 
-from rl import TRPO, CSVLog, EvaluateBest, Every, SaveCheckpoint, StopOnReward, load
-from rl.run import checkpoint
-from rl.run.callbacks import as_callbacks, stops
+from rl import TRPO, CSVLog, EvaluateBest, Every, SaveCheckpoint, StopOnReward, checkpoint, load
+from rl.reports import as_callbacks, stops
 from toys import Bandit, Clock
 
 SMALL = {"n_envs": 4, "steps_per_update": 64, "hidden": (8,)}
@@ -119,7 +118,7 @@ def test_a_best_agent_is_replaced_by_a_better_one_alone(tmp_path):
     best = tmp_path / "best.zip"
     agent = TRPO(lambda: Clock(length=3), **SMALL)
     EvaluateBest(lambda: Clock(length=5), best, episodes=2)(agent, {})
-    assert checkpoint.read(best)[0]["notes"] == {"eval/mean_reward": 5.0}
+    assert checkpoint.read(best)["notes"] == {"eval/mean_reward": 5.0}
     first = best.read_bytes()
     for length, mean, kept in ((4, 5.0, True), (5, 5.0, True), (6, 6.0, False)):
         again = EvaluateBest(lambda n=length: Clock(length=n), best, episodes=2)

@@ -9,8 +9,7 @@ import textwrap
 import pytest
 from gymnasium.vector import AsyncVectorEnv
 
-from rl import TRPO, evaluate
-from rl.run import checkpoint
+from rl import TRPO, checkpoint, evaluate
 from rl.run.interrupts import close, sparing_workers
 from toys import Clock
 
@@ -49,7 +48,7 @@ def test_an_interrupt_with_worker_processes_is_one_line_and_keeps_what_was_learn
             break
     _, err = process.communicate(timeout=60)
     assert (process.returncode, err) == (130, "interrupted: what was learnt is kept in run\n")
-    assert checkpoint.read(tmp_path / "run" / "checkpoint.zip")[0]["iterations"] >= 1
+    assert checkpoint.read(tmp_path / "run" / "checkpoint.zip")["agent"]["iterations"] >= 1
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="there Ctrl-C reaches the workers")
