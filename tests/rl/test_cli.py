@@ -105,7 +105,6 @@ def refused(capsys, code, words):
     [
         ("NoSuch-v1", [], "cannot make environment 'NoSuch-v1'"),
         ("CartPole-v99", [], "v99"),
-        ("CartPole-v1", ["--delta", "0"], "delta must be a positive"),
         ("CartPole-v1", ["--n-envs", "3"], "does not divide"),
         ("CartPole-v1", ["--eval-episodes", "0"], "--eval-episodes must be at least 1"),
         ("CartPole-v1", ["--total-timesteps", "0"], "--total-timesteps"),
@@ -115,6 +114,13 @@ def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, capsys, env, argumen
     out = tmp_path / "run"
     refused(capsys, train(out, *arguments, env=env), words)
     assert not out.exists()
+
+
+def test_an_option_out_of_range_is_named(tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        train(tmp_path / "run", "--delta", "0")
+    assert "delta must be a positive, finite number, got 0.0" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def test_an_existing_run_folder_is_kept(run, capsys):

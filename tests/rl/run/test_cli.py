@@ -175,7 +175,7 @@ def test_an_agent_of_a_function_is_told_its_environment(tmp_path, capsys, comman
     assert main(["eval", str(path), "--env", "Counted-v0", "--episodes", "2"]) == 0
     assert "TRPO on Counted-v0 after 0 steps" in words(capsys)
     assert main([command, str(path), "--env", "NoSuch-v0"]) == 1
-    assert "cannot make environment 'NoSuch-v0'" in capsys.readouterr().err
+    assert "'NoSuch-v0'" in capsys.readouterr().err
 
 
 def test_evaluations_are_cut_off(tmp_path, capsys):
