@@ -89,10 +89,10 @@ class PlainAnswers(gymnasium.Wrapper[Any, Any, Any, Any]):
 
 
 class Processes(AsyncVectorEnv):
-    """Copies in processes of their own, which an interrupt leaves usable.
+    """Copies in processes of their own, which can be used again after an interrupt or an error.
 
-    An interrupt or an error may leave answers of the processes unread. Then they are ended at once
-    when the environments are closed, and started anew when they are reset.
+    These may leave answers of the processes unread. Then closing ends the processes at once, and a
+    reset starts new ones.
     """
 
     def close_extras(self, timeout: float | None = None, terminate: bool = False) -> None:
@@ -123,7 +123,7 @@ class _Factory:
 
     def __call__(self) -> Env:
         if os.getpid() != self.parent:
-            # Ctrl-C reaches all processes at once, and the parent decides what it means. Not
+            # Ctrl-C reaches all processes, and it is for the parent to act on it. This is not
             # SIG_IGN, which a simulator that the environment starts would inherit.
             signal.signal(signal.SIGINT, lambda *_: None)
         env = PlainAnswers(self.make(), self.keep)

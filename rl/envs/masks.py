@@ -73,9 +73,9 @@ def whole_masks(infos: Mapping[str, Any], ended: np.ndarray, choices: int) -> np
         for i in np.flatnonzero(~ended):
             if each[i] is None:
                 raise ValueError(
-                    f"environment {i} gave no infos[{MASK!r}], and an action is to be chosen in it."
-                    " An environment with masks must give one at every reset and at every step that"
-                    " does not end the episode (predict takes them as action_masks)"
+                    f"environment {i} gave no infos[{MASK!r}] for a state in which an action is to"
+                    " be chosen: an environment with masks must give one at every reset, and at"
+                    " every step that does not end the episode (predict takes action_masks=)"
                 )
             masks[i] = flat_mask(each[i], choices)
     masks[ended] = 1

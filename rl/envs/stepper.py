@@ -121,17 +121,15 @@ class Stepper:
         self, observations: Any, infos: dict[str, Any], done: np.ndarray
     ) -> tuple[Any, Any, dict[str, Any]]:
         """Return observations after the resets, the last ones before them, and infos."""
-        space, n = self.envs.single_observation_space, self.envs.num_envs
+        space, n, ends = self.envs.single_observation_space, len(done), np.flatnonzero(done)
         if self.mode is AutoresetMode.SAME_STEP:
             if "final_obs" not in infos:
                 raise ValueError(
                     f"{self.envs} gave no infos['final_obs'] at the end of an episode, which"
                     " same-step autoreset must give"
                 )
-            return observations, take(space, infos["final_obs"], np.flatnonzero(done)), infos
-        finals = take(
-            space, observations, np.flatnonzero(done)
-        )  # a copy: the reset may write there
+            return observations, take(space, infos["final_obs"], ends), infos
+        finals = take(space, observations, ends)  # a copy: the reset may write there
         observations, fresh = self.envs.reset(options={"reset_mask": done})
         if self.choices is not None:  # the masks of those that go on came with the step
             both = zip(done, mask_of_each(fresh, n), mask_of_each(infos, n), strict=True)

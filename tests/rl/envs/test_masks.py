@@ -182,6 +182,18 @@ def test_masks_of_varying_kinds_are_merged(how):
     envs.close()
 
 
+@pytest.mark.parametrize("mask", [[1, 1], np.ones(4), "all", {"a": 1}])
+def test_a_mask_that_does_not_fit_the_actions_is_named(mask):
+    class Misfit(Game):
+        def _info(self):
+            return super()._info() if self.time == 0 else {"action_mask": mask}
+
+    envs = make_envs(Misfit, 2)
+    envs.reset(seed=0)
+    with pytest.raises(ValueError, match="an action mask must be 3 numbers, one for each action"):
+        envs.step(np.zeros(2, int))
+
+
 # -- masks that allow nothing
 
 

@@ -35,6 +35,7 @@ LEAVES = st.one_of(
     multi_discretes(),
     st.builds(spaces.Discrete, st.integers(1, 2**40), start=st.integers(-(2**40), 2**40)),
     st.just(spaces.Discrete(3, dtype=np.int32)),
+    st.just(spaces.Box(-np.inf, np.inf, (2, 3))),
     st.builds(spaces.MultiBinary, st.integers(1, 9) | hnp.array_shapes()),
 )
 KEYS = st.text(max_size=3) | st.integers(0, 5)
