@@ -13,61 +13,61 @@ import copy
 import tempfile
 import time
 import warnings
-from dataclasses import replace
 from statistics import median
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from threadpoolctl import threadpool_limits
+from torch import Tensor, nn
 
-from rl import TRPO
-from rl.agent import Log
-from rl.experience.path import Batch
-from rl.fits import FITS
-from rl.networks.critic import Critic
+from rl import TRPO, AdamFit, CriticFit, LBFGSFit, Path, TrustRegionFit
+from rl.agent import Estimates, Log
 
 ENVIRONMENTS = ("CartPole-v1", "Pendulum-v1", "Hopper-v5", "HalfCheetah-v5")
-SETTINGS: dict[str, dict[str, Any]] = {
-    "Adam, 10 passes of 128": {"critic_fit": "adam"},
-    "Adam, 10 passes of 512": {
-        "critic_fit": "adam",
-        "critic_batch_size": 512,
-        "critic_lr": 3e-3,
-    },
-    "L-BFGS, 10 iterations": {"critic_fit": "lbfgs", "critic_steps": 10},
-    "L-BFGS, 20 iterations": {"critic_fit": "lbfgs", "critic_steps": 20},
-    "trust region, 3 steps": {"critic_fit": "trust_region", "critic_steps": 3},
-    "trust region, 10 steps": {"critic_fit": "trust_region", "critic_steps": 10},
+SETTINGS: dict[str, CriticFit] = {
+    "Adam, 10 passes of 128": AdamFit(),
+    "Adam, 10 passes of 512": AdamFit(lr=3e-3, batch_size=512),
+    "L-BFGS, 10 iterations": LBFGSFit(steps=10),
+    "L-BFGS, 20 iterations": LBFGSFit(steps=20),
+    "trust region, 3 steps": TrustRegionFit(steps=3),
+    "trust region, 10 steps": TrustRegionFit(steps=10),
 }
 UPDATES, FIRST, EVERY = 9, 2, 2
+
+
+class Record(NamedTuple):
+    """What a fit starts from."""
+
+    critic: nn.Module
+    rows: Tensor
+    returns: Tensor
+
+    def error(self) -> float:
+        with torch.no_grad():
+            return (self.critic(self.rows) - self.returns).square().mean().item()
 
 
 class Recording(TRPO):
     """TRPO that keeps what each fit of its critic started from."""
 
-    def fit_critic(self, batch: Batch) -> Log:
-        assert isinstance(self.critic, Critic)
-        self.records: list[tuple[Critic, Batch]] = [
-            *getattr(self, "records", []),
-            (copy.deepcopy(self.critic), batch),
-        ]
-        return super().fit_critic(batch)
+    def fit_critic(self, path: Path, estimates: Estimates) -> Log:
+        record = Record(copy.deepcopy(self.critic), path.rows, path.flat(estimates.returns))
+        self.records: list[Record] = [*getattr(self, "records", []), record]
+        return super().fit_critic(path, estimates)
 
 
-def measure(agent: Recording, options: dict[str, Any]) -> tuple[list[float], float]:
+def measure(agent: Recording, fit: CriticFit) -> tuple[list[float], float]:
     """Return the error after over the error before, for each record, and the median ms."""
     shares, times = [], []
-    for start, batch in agent.records[FIRST::EVERY]:
-        critic = copy.deepcopy(start)
-        config = replace(agent.config, **options)
-        fit = FITS[config.critic_fit](critic, list(critic.parameters()), config)
-        with torch.no_grad():
-            before = fit.error(batch.observations, batch.returns).item()
+    for record in agent.records[FIRST::EVERY]:
+        mine = record._replace(critic=copy.deepcopy(record.critic))
+        parameters = list(mine.critic.parameters())
+        optimizer, before = fit.optimizer(parameters), mine.error()
+        generator = torch.Generator().manual_seed(0)
         begin = time.process_time()
-        fit.fit(batch.observations, batch.returns, torch.Generator().manual_seed(0))
+        fit(mine.critic, parameters, optimizer, mine.rows, mine.returns, generator)
         times.append(1e3 * (time.process_time() - begin))
-        with torch.no_grad():
-            shares.append(fit.error(batch.observations, batch.returns).item() / before)
+        shares.append(mine.error() / before)
     return shares, median(times)
 
 
@@ -86,7 +86,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
             agent = Recording(env, seed=0)
             agent.learn(agent.config.steps_per_update * (UPDATES - 1), progress=False)
-        results = {name: measure(agent, options) for name, options in SETTINGS.items()}
+        results = {name: measure(agent, fit) for name, fit in SETTINGS.items()}
         base = next(iter(results.values()))
         header += [f"{env}: error", "time"]
         for name, (shares, ms) in results.items():

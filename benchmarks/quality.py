@@ -22,9 +22,8 @@ from torch import Tensor
 from torch.distributions import Categorical
 from torch.func import functional_call, jacrev, vmap
 
-from rl import TRPO
-from rl.experience.path import Batch as Transitions
-from rl.experience.surrogate import normalise, surrogate
+from rl import TRPO, Path, surrogate
+from rl.experience.surrogate import Objective, normalise
 from trustregion import FisherOperator, Identity, LinearOperator, Status, cg, lanczos
 
 STATES, UPDATES = 2048, 5
@@ -68,14 +67,14 @@ class Recording(TRPO):
 
     batch: Batch
 
-    def improve(self, batch: Transitions) -> dict:
+    def objective(self, path: Path, advantages: Tensor) -> Objective:
         self.batch = Batch(
             copy.deepcopy(self.policy),
-            batch.observations[:STATES],
-            batch.actions[:STATES],
-            normalise(batch.advantages[:STATES]),
+            path.rows[:STATES],
+            path.flat(path.actions)[:STATES],
+            normalise(path.flat(advantages)[:STATES]),
         )
-        return super().improve(batch)
+        return super().objective(path, advantages)
 
 
 R = TypeVar("R", bound=Recording)

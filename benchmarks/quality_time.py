@@ -37,7 +37,8 @@ from benchmarks.quality import (
     recorded,
     row,
 )
-from rl.experience.path import Batch as Transitions
+from rl import Path
+from rl.experience.surrogate import Objective
 from trustregion import KFAC, FisherOperator, Identity, Jacobi, LinearOperator, Nystrom, Status, cg
 from trustregion.preconditioners import Preconditioner, Recycled
 
@@ -62,10 +63,10 @@ class TwoRecordings(Recording):
 
     previous: Batch
 
-    def improve(self, batch: Transitions) -> dict:
+    def objective(self, path: Path, advantages: Tensor) -> Objective:
         if hasattr(self, "batch"):
             self.previous = self.batch
-        return super().improve(batch)
+        return super().objective(path, advantages)
 
 
 def batches_of(env: str) -> tuple[Batch, Batch]:

@@ -3,8 +3,9 @@
 sb3-contrib's own agent is trained. At some of its updates, before it learns from a rollout, both
 sides start from its weights and learn from its rollout: the same states, actions, advantages and
 returns, networks of 64-64 tanh, joint KL of 0.01. They take turns, so that a slow moment of the
-machine falls on both. Time is of ``train()`` there and of ``improve`` and ``fit_critic`` here; the
-value loss is the mean squared error over the whole batch after it.
+machine falls on both. Time is of ``train()`` there and of ``update`` here, without the estimates,
+which ``train()`` finds in its buffer, too; the value loss is the mean squared error over the whole
+rollout after it.
 """
 
 from __future__ import annotations
@@ -29,21 +30,28 @@ from threadpoolctl import threadpool_limits
 from torch import nn
 
 from benchmarks.allocator import keep_freed_memory
-from rl import TRPO
-from rl.experience.path import Batch
-from rl.networks.critic import Critic
+from rl import TRPO, AdamFit, Critic, HeadPolicy, LBFGSFit, Path
+from rl.agent import Estimates
 from rl.networks.heads import GaussianHead
-from rl.networks.policy import HeadPolicy
 
 N_ENVS, STEPS, DELTA = 8, 2048, 0.01
 AT = (1, 4, 8)  # updates that are timed
-FAST: dict[str, Any] = {"critic_epochs": 8, "critic_batch_size": 512, "critic_lr": 1e-2}
+FAST: dict[str, Any] = {"critic_fit": AdamFit(lr=1e-2, epochs=8, batch_size=512)}
 SETTINGS: dict[str, dict[str, Any]] = {
-    "critic as sb3-contrib's": {"critic_batch_size": 128, "critic_lr": 1e-3},
+    "critic as sb3-contrib's": {"critic_fit": AdamFit()},
     "critic by 8 passes of 512, rate 0.01": FAST,
     "and curvature from a tenth of the states": FAST | {"curvature_fraction": 0.1},
-    "critic by L-BFGS, 15 iterations": {"critic_fit": "lbfgs", "critic_steps": 15},
+    "critic by L-BFGS, 15 iterations": {"critic_fit": LBFGSFit(steps=15)},
 }
+
+
+class Fed(TRPO):
+    """TRPO that is given its estimates."""
+
+    given: Estimates
+
+    def estimate(self, path: Path) -> Estimates:  # noqa: ARG002 # those of another library
+        return self.given
 
 
 def make_sb3(env: str) -> Sb3TRPO:
@@ -65,7 +73,7 @@ def make_sb3(env: str) -> Sb3TRPO:
     return model
 
 
-def pairs(model: Sb3TRPO, agent: TRPO) -> list[tuple[nn.Parameter, nn.Parameter]]:
+def pairs(model: Sb3TRPO, agent: Fed) -> list[tuple[nn.Parameter, nn.Parameter]]:
     """Return our parameters beside theirs."""
     theirs, policy, critic = model.policy, agent.policy, agent.critic
     assert isinstance(policy, HeadPolicy)
@@ -87,33 +95,45 @@ def pairs(model: Sb3TRPO, agent: TRPO) -> list[tuple[nn.Parameter, nn.Parameter]
     ]
 
 
-def start_alike(model: Sb3TRPO, agent: TRPO) -> None:
+def start_alike(model: Sb3TRPO, agent: Fed) -> None:
     """Give ours the weights of theirs, and its critic's Adam the moments of theirs."""
     agent.setup()
-    adam = agent.critic_fit.optimizer
-    fitted = {id(p) for p in agent.critic.parameters()}
+    theirs = {}
     for mine, other in pairs(model, agent):
         with torch.no_grad():
             mine.copy_(other)
-        moments = model.policy.optimizer.state.get(other)
-        if isinstance(adam, torch.optim.Adam) and id(mine) in fitted and moments is not None:
-            adam.state[mine] = copy.deepcopy(moments)
+        theirs[mine] = model.policy.optimizer.state.get(other)
+    moments = [theirs[p] for p in agent.critic_parameters]
+    if isinstance(agent.critic_fit, AdamFit) and all(moments):
+        (x,) = agent.critic_optimizer.param_groups[0]["params"]  # one flat copy
+        agent.critic_optimizer.state[x] = {"step": moments[0]["step"].clone()} | {
+            key: torch.cat([m[key].flatten() for m in moments]) for key in ("exp_avg", "exp_avg_sq")
+        }
 
 
-def batch_of(model: Sb3TRPO) -> Batch:
-    data = next(iter(copy.deepcopy(model.rollout_buffer).get(batch_size=None)))
+def path_of(model: Sb3TRPO) -> tuple[Path, Estimates]:
+    """Return their rollout as a path of ours, and their estimates."""
+    buffer = model.rollout_buffer
+    names = ("observations", "actions", "log_probs", "rewards", "advantages", "returns", "values")
+    x = {name: torch.from_numpy(getattr(buffer, name)).float() for name in names}
     discrete = isinstance(model.action_space, spaces.Discrete)
-    return Batch(
-        data.observations.float(),
-        data.actions.long().flatten() if discrete else data.actions,
-        data.old_log_prob,
-        data.old_values,
-        data.advantages,
-        data.returns,
+    no = torch.zeros(x["rewards"].shape, dtype=torch.bool)
+    path = Path(
+        observations=torch.cat([x["observations"], x["observations"][:1]]),  # the last is not used
+        actions=x["actions"].long().squeeze(-1) if discrete else x["actions"],
+        log_prob=x["log_probs"],
+        signals={"reward": x["rewards"]},
+        terminated=no,
+        truncated=no,
+        starts=torch.from_numpy(buffer.episode_starts > 0),
+        mask=~no,
+        finals=x["observations"][:0, 0],
+        final_at=torch.zeros(0, 2, dtype=torch.long),
     )
+    return path, Estimates(x["advantages"], x["returns"], x["values"])
 
 
-Case: TypeAlias = "Callable[[], tuple[Callable[[], None], Callable[[], float]]]"
+Case: TypeAlias = "Callable[[], tuple[Callable[[], object], Callable[[], float]]]"
 
 
 @dataclass
@@ -166,7 +186,8 @@ def compare(env: str, turns: int) -> None:
 
 
 def report(env: str, update: int, model: Sb3TRPO, turns: int) -> None:
-    batch = batch_of(model)
+    path, estimates = path_of(model)
+    returns = path.flat(estimates.returns)
     kept = (
         copy.deepcopy(model.policy.state_dict()),
         copy.deepcopy(model.policy.optimizer.state_dict()),
@@ -178,8 +199,8 @@ def report(env: str, update: int, model: Sb3TRPO, turns: int) -> None:
 
     @torch.no_grad()
     def their_error() -> float:
-        values = model.policy.predict_values(batch.observations).flatten()
-        return (values - batch.returns).square().mean().item()
+        values = model.policy.predict_values(path.rows).flatten()
+        return (values - returns).square().mean().item()
 
     def theirs() -> tuple[Callable[[], None], Callable[[], float]]:
         restore()
@@ -192,21 +213,18 @@ def report(env: str, update: int, model: Sb3TRPO, turns: int) -> None:
         return model.train, error
 
     def ours(options: dict[str, Any]) -> Case:
-        agent = TRPO(env, n_envs=N_ENVS, steps_per_update=STEPS, delta=DELTA, **options)
+        agent = Fed(env, n_envs=N_ENVS, steps_per_update=STEPS, delta=DELTA, **options)
+        agent.given = estimates
 
-        def prepare() -> tuple[Callable[[], None], Callable[[], float]]:
+        def prepare() -> tuple[Callable[[], object], Callable[[], float]]:
             restore()
             start_alike(model, agent)
 
-            def run() -> None:
-                agent.improve(batch)
-                agent.fit_critic(batch)
-
             @torch.no_grad()
             def error() -> float:
-                return agent.critic_fit.error(batch.observations, batch.returns).item()
+                return (agent.critic(path.rows) - returns).square().mean().item()
 
-            return run, error
+            return lambda: agent.update(path), error
 
         return prepare
 

@@ -11,16 +11,36 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # From the bottom up: a file imports from the levels below and from its own room. CONTRIBUTING.md
 # lists the same levels with their jobs.
-LEVELS = [
-    ["arguments", "autodiff", "recorded", "replay", "status", "subsample", "vector", "_clash"],
-    ["distributions", "linearise"],
-    ["operators"],
-    ["solvers"],
-    ["preconditioners"],
-    ["optim"],
-    ["check", "fit"],
-]
-LEVEL = {room: i for i, rooms in enumerate(LEVELS) for room in rooms}
+LEVELS = {
+    "trustregion": [
+        ["arguments", "autodiff", "recorded", "replay", "status", "subsample", "vector", "_clash"],
+        ["distributions", "linearise"],
+        ["operators"],
+        ["solvers"],
+        ["preconditioners"],
+        ["optim"],
+        ["check", "fit"],
+    ],
+    "rl": [
+        ["options", "threads", "undo", "checkpoint", "reports"],
+        ["envs"],
+        ["networks"],
+        ["experience"],
+        ["fits"],
+        ["config"],
+        ["build"],
+        ["agent"],
+        ["trpo", "npg", "kl_penalty", "ppo", "vpg"],
+        ["algorithms"],
+        ["presets"],
+        ["run"],
+        ["__main__"],
+    ],
+}
+LEVEL = {
+    package: {room: i for i, rooms in enumerate(levels) for room in rooms}
+    for package, levels in LEVELS.items()
+}
 PUBLIC = {
     "trustregion",
     *(f"trustregion.{room}" for room in ("operators", "solvers", "preconditioners")),
@@ -48,59 +68,78 @@ def modules(package):
     return sorted(p for p in (ROOT / package).rglob("*.py") if p.name != "__init__.py")
 
 
+def package_of(path):
+    return path.relative_to(ROOT).parts[0]
+
+
 def name_of(path):
-    return ".".join(path.relative_to(ROOT / "trustregion").with_suffix("").parts)
+    """Return a file's dotted name within its package."""
+    return ".".join(path.relative_to(ROOT / package_of(path)).with_suffix("").parts)
 
 
-FILES = {name_of(path) for path in modules("trustregion")}
+def id_of(path):
+    return f"{package_of(path)}.{name_of(path)}"
+
+
+FILES = [path for package in LEVELS for path in modules(package)]
 
 
 def within(path):
     """Yield the files of the package that a file imports, without the package's own name."""
+    package = package_of(path)
     for module, names in imports(path):
-        if module.split(".")[0] == "trustregion":
-            inner = module.removeprefix("trustregion").removeprefix(".")
+        if module.split(".")[0] == package:
+            inner = module.removeprefix(package).removeprefix(".")
             files = [f"{inner}.{name}".lstrip(".") for name in names]
             known = [
-                file
-                for file in files
-                if (ROOT / "trustregion" / f"{file.replace('.', '/')}.py").exists()
+                file for file in files if (ROOT / package / f"{file.replace('.', '/')}.py").exists()
             ]
             yield from known or [inner]
 
 
+@pytest.mark.parametrize("path", FILES, ids=id_of)
+def test_files_import_downwards_only(path):
+    level, room = LEVEL[package_of(path)], name_of(path).split(".")[0]
+    assert room in level, "give the new file a level"
+    for other in within(path):
+        below = other.split(".")[0]
+        assert below == room or level[below] < level[room] or level[room] == 0, other
+
+
 @pytest.mark.parametrize("path", modules("trustregion"), ids=name_of)
-def test_trustregion_imports_downwards_only(path):
+def test_trustregion_needs_torch_alone(path):
     own = name_of(path)
-    room = own.split(".")[0]
-    assert room in LEVEL, "give the new file a level"
     for module, _ in imports(path):
         if not module.startswith("trustregion"):
             known = {"torch", "__future__", *OPTIONAL.get(own, ()), *_standard_library()}
             assert module.split(".")[0] in known
-    for other in within(path):
-        below = other.split(".")[0]
-        assert below == room or LEVEL[below] < LEVEL[room] or LEVEL[room] == 0, other
-        if room == "solvers" and below == "operators":
-            assert other in {"operators.base", "operators.map"}, (
-                "a kernel knows no concrete operator"
-            )
 
 
-def test_no_file_imports_itself_through_others():
-    graph = {name_of(path): {*within(path)} for path in modules("trustregion")}
+@pytest.mark.parametrize("path", modules("trustregion/solvers"), ids=name_of)
+def test_a_kernel_knows_no_concrete_operator(path):
+    operators = {other for other in within(path) if other.split(".")[0] == "operators"}
+    assert operators <= {"operators.base", "operators.map"}
+
+
+@pytest.mark.parametrize("package", LEVELS)
+def test_no_file_imports_itself_through_others(package):
+    graph = {name_of(path): {*within(path)} for path in modules(package)}
     graph |= {
-        room: {*within(ROOT / "trustregion" / room / "__init__.py")} - {room}
+        room: {*within(ROOT / package / room / "__init__.py")} - {room}
         for room in {name.split(".")[0] for name in graph if "." in name}
     }
     TopologicalSorter(graph).prepare()  # raises a CycleError that names the files
 
 
-def test_the_list_of_levels_is_that_of_the_guide_for_contributors():
+def test_the_lists_of_levels_are_those_of_the_guide_for_contributors():
     text = (ROOT / "CONTRIBUTING.md").read_text()
-    rows = re.findall(r"^\| (\d) \| (.+?) \|", text, re.MULTILINE)
-    listed = [re.findall(r"`(\w+)", rooms) for _, rooms in rows]
-    assert listed == [[room for room in rooms if room != "_clash"] for rooms in LEVELS]
+    tables = re.findall(r"^\| level \| rooms \| job \|\n\|[-|]+\n((?:\|.*\n)+)", text, re.MULTILINE)
+    assert len(tables) == len(LEVELS)
+    for table, levels in zip(tables, LEVELS.values(), strict=True):
+        rows = re.findall(r"^\| (\d+) \| (.+?) \|", table, re.MULTILINE)
+        assert [int(number) for number, _ in rows] == list(range(len(levels)))
+        listed = [re.findall(r"`(\w+)", rooms) for _, rooms in rows]
+        assert listed == [[room for room in rooms if room != "_clash"] for rooms in levels]
 
 
 def _standard_library():

@@ -45,5 +45,28 @@ class Bandit(gymnasium.Env):
         return np.zeros(1, np.float32), float(action), True, False, {}
 
 
+class Paid(Clock):
+    """A clock whose hands pay differently, times a factor."""
+
+    def __init__(self, factor=1.0):
+        super().__init__(length=5)
+        self.factor = factor
+
+    def step(self, action):
+        observation, _, *rest = super().step(action)
+        return observation, self.factor * (1.0 + self.time * float(action)), *rest
+
+
+class Slide(Clock):
+    """A clock that pays its action, a real number."""
+
+    def __init__(self):
+        super().__init__(action_space=Box(-1, 1, (1,), np.float32))
+
+    def step(self, action):
+        observation, _, *rest = super().step(action)
+        return observation, float(action[0]), *rest
+
+
 def vector(make, n=1, mode=AutoresetMode.NEXT_STEP):
     return SyncVectorEnv([make] * n, autoreset_mode=mode)

@@ -1,9 +1,10 @@
 """Compare all algorithms of ``rl`` on one environment, with equal steps and several seeds.
 
-They share rollouts, advantages, critic and loop, and differ in what they do with a batch. TRPO and
-the natural policy gradient (NPG) take a step of a given KL, TRPO with a line search and NPG without
-one. KLPenalty has the KL in its loss. PPO makes ten passes of minibatches with a clipped ratio. VPG
-takes one step of Adam. Options are the defaults, except for a learning rate of 0.03 for VPG.
+They share the collection of experience, advantages, critic and loop, and differ in what they do
+with a path of it. TRPO and the natural policy gradient (NPG) take a step of a given KL, TRPO with a
+line search and NPG without one. KLPenalty has the KL in its loss. PPO makes ten passes of
+minibatches with a clipped ratio. VPG takes one step of Adam. Options are the defaults, except for a
+learning rate of 0.03 for VPG.
 
 Run ``python docs/examples/algorithms.py``; it takes about three minutes.
 """

@@ -1,20 +1,23 @@
-"""What every algorithm shares, and what each does that the others do not."""
-
-import math
-from statistics import median
+"""What holds for every algorithm."""
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from torch import nn
+from torch.distributions import Independent, Normal
 
-from rl import NPG, PPO, TRPO, VPG, KLPenalty, KLPenaltyConfig, NPGConfig, PPOConfig, evaluate
-from rl.algorithms import load
-from rl.experience.surrogate import clipped_surrogate, normalise, surrogate
-from toys import Bandit, Clock, vector
+from agents import (
+    MEDIUM,
+    SMALL,
+    TwoNumbers,
+    every_algorithm,
+    logs_of,
+    same,
+    weights,
+)
+from rl import NPG, PPO, TRPO, VPG, EnvCollector, KLPenalty, Policy, Stepper, evaluate, load
+from rl.fits import FITS
+from toys import Bandit, Clock, Paid, Slide, vector
 
-ALGORITHMS = (TRPO, NPG, KLPenalty, PPO, VPG)
-SMALL = {"n_envs": 4, "steps_per_update": 256, "hidden": (16,)}
 BOLD = {
     TRPO: {"delta": 0.1},
     NPG: {"delta": 0.1},
@@ -24,20 +27,11 @@ BOLD = {
 }
 
 
-def every_algorithm(test):
-    return pytest.mark.parametrize("algorithm", ALGORITHMS, ids=lambda a: a.name)(test)
-
-
-def weights(agent):
-    return [p.detach().clone() for m in agent.modules().values() for p in m.parameters()]
-
-
 @every_algorithm
 @pytest.mark.parametrize("shared", [False, True])
 def test_it_learns_a_bandit(algorithm, shared):
-    agent = algorithm(vector(Bandit, 4), shared_encoder=shared, **SMALL, **BOLD[algorithm])
-    logs = []
-    agent.learn(2500, progress=False, callback=lambda _, log: logs.append(log))
+    agent = algorithm(vector(Bandit, 4), shared_encoder=shared, **MEDIUM, **BOLD[algorithm])
+    logs = logs_of(agent, 2500)
     assert evaluate(agent, vector(Bandit, 4), 8).mean == 1.0
     assert logs[-1]["rollout/ep_rew_mean"] > 0.9 > logs[0]["rollout/ep_rew_mean"]
     for key in ("train/kl_divergence_loss", "train/value_loss", "train/explained_variance"):
@@ -46,191 +40,45 @@ def test_it_learns_a_bandit(algorithm, shared):
 
 
 @every_algorithm
-def test_seeds_decide_everything(algorithm):
-    agents = [
-        algorithm("CartPole-v1", seed=s, **SMALL).learn(600, progress=False) for s in (3, 3, 4)
-    ]
+def test_seeds_decide_everything_and_the_global_state_nothing(algorithm):
+    agents = []
+    for seed, noise in ((3, 1), (3, 2), (4, 2)):
+        torch.manual_seed(noise)
+        state = torch.get_rng_state()
+        agents.append(algorithm("CartPole-v1", seed=seed, **MEDIUM).learn(600, progress=False))
+        assert torch.equal(torch.get_rng_state(), state)
     a, b, c = map(weights, agents)
-    assert all(map(torch.equal, a, b))
-    assert not all(map(torch.equal, a, c))
+    assert same(a, b)
+    assert not same(a, c)
 
 
 @every_algorithm
 def test_a_loaded_agent_continues_as_the_saved_one(algorithm, tmp_path):
-    agent = algorithm(vector(lambda: Clock(length=3), 4), **SMALL).learn(300, progress=False)
+    agent = algorithm(vector(lambda: Clock(length=3), 4), **MEDIUM).learn(300, progress=False)
     agent.save(tmp_path / "agent.zip")
     loaded = algorithm.load(tmp_path / "agent.zip", vector(lambda: Clock(length=3), 4))
-    rollout = agent._collector.collect(agent.policy, 64)
+    path = agent._collector.collect(agent.policy, 64)
     loaded.generator.set_state(agent.generator.get_state())
-    agent.update(rollout)
-    loaded.update(rollout)
-    assert all(map(torch.equal, weights(agent), weights(loaded)))
+    before = weights(agent)
+    agent.update(path)
+    loaded.update(path)
+    assert same(weights(agent), weights(loaded))
+    assert not same(before, weights(agent))
 
 
 @every_algorithm
-def test_masked_rows_reach_no_update(algorithm):
+def test_dummy_transitions_reach_no_update(algorithm):
+    """Whatever stands in masked rows, the update is the same bit for bit."""
     agents = [algorithm(vector(lambda: Clock(length=3), 4), **SMALL) for _ in range(2)]
     for agent, garbage in zip(agents, (0.0, 1e6), strict=True):
         agent.learn(1, progress=False)
-        rollout = agent._collector.collect(agent.policy, 64)
-        rollout.rewards[~rollout.valid] = garbage
-        rollout.actions[~rollout.valid] = int(garbage > 0)
-        agent.update(rollout)
-    assert all(map(torch.equal, *map(weights, agents)))
-
-
-# -- natural policy gradient
-
-
-def test_a_natural_step_has_the_kl_that_was_asked_for():
-    """To second order: the measured KL is within a few per cent of delta at a small delta."""
-    logs = []
-    agent = NPG("CartPole-v1", delta=1e-4, **SMALL)
-    agent.learn(1000, progress=False, callback=lambda _, log: logs.append(log))
-    for log in logs:
-        assert log["train/kl_divergence_loss"] == pytest.approx(1e-4, rel=0.05)
-        assert log["trust/actual_reduction"] == pytest.approx(
-            log["trust/predicted_reduction"], rel=0.2
-        )
-
-
-def test_a_fixed_step_is_proportional_to_its_size():
-    steps = []
-    for size in (1e-3, 2e-3):
-        agent = NPG("CartPole-v1", step_size=size, **SMALL)
-        before = torch.cat([p.detach().flatten().clone() for p in agent.policy.parameters()])
-        agent.learn(1, progress=False)
-        after = torch.cat([p.detach().flatten() for p in agent.policy.parameters()])
-        steps.append(after - before)
-    # differences of float32 parameters
-    torch.testing.assert_close(2 * steps[0], steps[1], rtol=1e-2, atol=1e-6)
-
-
-def test_it_is_trpo_without_the_search():
-    """Both go along the same direction."""
-    agents = [a("CartPole-v1", delta=1e-3, **SMALL) for a in (NPG, TRPO)]
-    moves = []
-    for agent in agents:
-        before = torch.cat([p.detach().flatten().clone() for p in agent.policy.parameters()])
-        agent.learn(1, progress=False)
-        after = torch.cat([p.detach().flatten() for p in agent.policy.parameters()])
-        moves.append(after - before)
-    assert torch.cosine_similarity(*moves, dim=0) > 0.999
-
-
-# -- the penalty
-
-
-def test_the_penalty_drives_the_kl_to_its_target():
-    logs = []
-    agent = KLPenalty("CartPole-v1", kl_target=0.005, penalty=100.0, **SMALL)
-    agent.learn(8000, progress=False, callback=lambda _, log: logs.append(log))
-    late = [log["train/kl_divergence_loss"] for log in logs[-16:]]
-    assert 0.005 / 2.5 < median(late) < 0.005 * 2.5
-    assert logs[0]["train/kl_divergence_loss"] < 0.001  # what the first price allows
-    assert logs[0]["trust/penalty_bound"] > 1e4
-
-
-def test_a_fixed_penalty_stays():
-    logs = []
-    agent = KLPenalty("CartPole-v1", kl_target=None, penalty=7.0, **SMALL)
-    agent.learn(1000, progress=False, callback=lambda _, log: logs.append(log))
-    assert {log["trust/penalty"] for log in logs} == {7.0}
-    # the objective pays for the KL
-    assert all(log["trust/actual_reduction"] >= 7 * log["train/kl_divergence_loss"] for log in logs)
-
-
-# -- PPO
-
-
-@given(
-    ratios=st.lists(st.floats(0.1, 3), min_size=1, max_size=5),
-    advantage=st.floats(-2, 2),
-    clip=st.floats(0.05, 0.5),
-)
-def test_the_clipped_objective_is_a_bound(ratios, advantage, clip):
-    log_prob = torch.tensor(ratios, dtype=torch.float64).log()
-    old, a = torch.zeros_like(log_prob), torch.full_like(log_prob, advantage)
-    clipped, share = clipped_surrogate(log_prob, old, a, clip)
-    assert clipped <= surrogate(log_prob, old, a) + 1e-12
-    by_hand = [
-        min(r * advantage, min(max(r, 1 - clip), 1 + clip) * advantage)
-        for r in log_prob.exp().tolist()
-    ]
-    assert clipped.item() == pytest.approx(sum(by_hand) / len(by_hand), abs=1e-12)
-    outside = [abs(r - 1) > clip for r in log_prob.exp().tolist()]
-    assert share.item() == pytest.approx(sum(outside) / len(outside))
-
-
-def test_one_optimizer_has_every_parameter_once():
-    for shared in (False, True):
-        agent = PPO("CartPole-v1", shared_encoder=shared, **SMALL)
-        held = [id(p) for group in agent.optimizer.param_groups for p in group["params"]]
-        both = {id(p) for m in (agent.policy, agent.critic) for p in m.parameters()}
-        assert len(held) == len(set(held))
-        assert set(held) == both
-
-
-def test_coefficients_move_over_learn():
-    logs, seen = [], []
-    agent = PPO(
-        "CartPole-v1", lr=1e-3, final_lr=0.0, entropy_coef=0.1, final_entropy_coef=0.0, **SMALL
-    )
-    scheduled = agent.scheduled
-    agent.scheduled = lambda *pair: seen.append(scheduled(*pair)) or seen[-1]
-    agent.learn(1000, progress=False, callback=lambda _, log: logs.append(log))
-    rates = [log["train/learning_rate"] for log in logs]
-    assert rates[0] == 1e-3
-    assert rates == sorted(rates, reverse=True)
-    assert 0 < rates[-1] < 5e-4
-    assert seen[0] == 0.1 > seen[-2]
-
-
-def test_the_entropy_bonus_keeps_entropy():
-    entropies = []
-    for coefficient in (0.0, 3.0):
-        logs = []
-        agent = PPO(vector(Bandit, 4), entropy_coef=coefficient, **SMALL, **BOLD[PPO])
-        agent.learn(2000, progress=False, callback=lambda _, log, logs=logs: logs.append(log))
-        entropies.append(-logs[-1]["train/entropy_loss"])
-    assert entropies[1] > 0.5 > 0.3 > entropies[0]
-
-
-def test_passes_end_at_the_kl_limit():
-    agent = PPO("CartPole-v1", lr=0.05, kl_limit=1e-3, **SMALL)
-    logs = []
-    agent.learn(500, progress=False, callback=lambda _, log: logs.append(log))
-    assert all(log["train/n_updates"] < 10 for log in logs)
-
-
-# -- bad input
-
-
-@pytest.mark.parametrize(
-    ("config", "options", "words"),
-    [
-        (PPOConfig, {"clip": 0}, "clip must be a positive"),
-        (PPOConfig, {"epochs": 0}, "epochs must be at least 1"),
-        (NPGConfig, {"step_size": -1.0}, "step_size must be a positive"),
-        (NPGConfig, {"delta": 0.0}, "delta must be a positive"),
-        (KLPenaltyConfig, {"penalty": math.inf}, "penalty must be a positive"),
-        (PPOConfig, {"advantages": "gea"}, "advantages must be one of"),
-        (PPOConfig, {"critic_fit": "sgd"}, "critic_fit must be one of"),
-    ],
-)
-def test_options_out_of_range_are_refused(config, options, words):
-    with pytest.raises(ValueError, match=words):
-        config(**options)
-
-
-def test_normalised_advantages_of_a_single_sample_are_zero():
-    assert normalise(torch.tensor([3.0])).tolist() == [0.0]
-
-
-@pytest.mark.parametrize("device", ["nonsense", "meta", "cuda:99"])
-def test_a_device_that_is_not_there_is_a_clear_error(device):
-    with pytest.raises(ValueError, match=f"cannot compute on device='{device}'.*such as 'cpu'"):
-        TRPO("CartPole-v1", device=device)
+        path = agent._collector.collect(agent.policy, 64)
+        assert not path.mask.all()
+        path.rewards[~path.mask] = garbage
+        path.actions[~path.mask] = int(garbage > 0)
+        path.log_prob[~path.mask] = garbage
+        agent.update(path)
+    assert same(*map(weights, agents))
 
 
 @every_algorithm
@@ -238,7 +86,151 @@ def test_the_device_is_kept_or_replaced(algorithm, tmp_path):
     options = {"steps_per_update": 64, "hidden": (8,), "normalise_observations": True}
     agent = algorithm("CartPole-v1", device="cpu:0", **options).learn(128, progress=False)
     agent.save(tmp_path / "agent.zip")
-    for device in (None, "cpu"):
-        again = load(tmp_path / "agent.zip", device=device)
-        assert again.config.device == (device or "cpu:0")
+    for options, expected in (({}, "cpu:0"), ({"device": "cpu"}, "cpu")):
+        again = load(tmp_path / "agent.zip", **options)
+        assert again.config.device == expected
         again.learn(64, progress=False)
+
+
+@every_algorithm
+def test_the_default_dtype_may_be_float64(algorithm):
+    torch.set_default_dtype(torch.float64)
+    try:
+        for env, options in (("CartPole-v1", {}), ("Pendulum-v1", {"normalise_rewards": True})):
+            agent = algorithm(env, normalise_observations=True, **options, **SMALL)
+            agent.learn(128, progress=False)
+            assert {p.dtype for p in weights(agent)} == {torch.float32}
+            agent.predict(agent.layout.space.sample())
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@every_algorithm
+def test_values_that_are_not_finite_update_nothing(algorithm):
+    agent = algorithm(Paid, **SMALL)
+    with torch.no_grad():
+        agent.critic.linear[0].bias.fill_(torch.nan)
+    before = [p.clone() for p in agent.policy.parameters()]
+    with pytest.raises(ValueError, match="advantages are not finite, as the critic's values are"):
+        agent.learn(64, progress=False)
+    assert same(before, list(agent.policy.parameters()))
+
+
+@every_algorithm
+@pytest.mark.parametrize("failure", [ZeroDivisionError, KeyboardInterrupt])
+def test_an_update_that_fails_leaves_the_scale_of_rewards(algorithm, failure):
+    agent = algorithm(Paid, normalise_rewards=True, **SMALL).learn(64, progress=False)
+    kept = {k: x.clone() for k, x in agent.reward_scale.state_dict().items()}
+    running = agent.reward_scale.running.clone()
+    estimate = agent.estimate
+
+    def failing(path):
+        # the scale has moved by now
+        assert not torch.equal(agent.reward_scale.moments.mean, kept["moments.mean"])
+        raise failure
+
+    agent.estimate = failing
+    with pytest.raises(failure):
+        agent.learn(64, progress=False)
+    assert same([*kept.values()], [*agent.reward_scale.state_dict().values()])
+    assert torch.equal(running, agent.reward_scale.running)
+    agent.estimate = estimate
+    agent.learn(64, progress=False)
+
+
+@every_algorithm
+def test_the_kl_is_that_of_a_policy_whose_distribution_holds_its_parameters(algorithm):
+    kls = []
+    for copies in (True, False):
+        agent = algorithm(Slide, policy=TwoNumbers(copies), **SMALL)
+        (log,) = logs_of(agent, 1)
+        kls.append(log["train/kl_divergence_loss"])
+    assert kls[0] > 1e-5
+    assert kls[1] == pytest.approx(kls[0], rel=1e-4)  # float32 in another order
+
+
+@every_algorithm
+def test_a_policy_whose_log_prob_is_a_column_is_refused_with_the_mend(algorithm):
+    class Column(TwoNumbers):
+        def forward(self, rows):
+            return super().forward(rows).base_dist
+
+    agent = algorithm(Slide, policy=Column(copies=True), **SMALL)
+    before = weights(agent)
+    words = r"log_prob must have shape \(48,\), one per action, got \(48, 1\).*Independent"
+    with pytest.raises(ValueError, match=words):
+        agent.learn(64, progress=False)
+    assert same(before, weights(agent))
+
+
+@every_algorithm
+@pytest.mark.parametrize("fit", FITS)
+def test_what_is_frozen_stays_and_can_be_saved(algorithm, fit, tmp_path):
+    agent = algorithm(Paid, critic_fit=fit, **SMALL)
+    layers = [agent.policy.encoder, agent.critic.encoder]
+    if algorithm is PPO:
+        layers = layers[1:]
+    for layer in layers:
+        layer.requires_grad_(requires_grad=False)
+    frozen = {p: p.clone() for layer in layers for p in layer.parameters()}
+    before = weights(agent)
+    agent.learn(64, progress=False)
+    assert all(torch.equal(p, old) for p, old in frozen.items())
+    assert not same(before, weights(agent))
+    agent.save(tmp_path / "agent.zip")
+    assert same(weights(agent), weights(load(tmp_path / "agent.zip", Paid)))
+
+
+@every_algorithm
+def test_one_step_episodes_are_fine(algorithm):
+    agent = algorithm(Bandit, **SMALL)
+    logs = logs_of(agent, 64)
+    assert [log["rollout/ep_len_mean"] for log in logs] == [1.0] * len(logs)
+    assert agent.iterations == 2  # every second step is a dummy one
+
+
+# -- evaluation mode
+
+
+class Noisy(Policy):
+    """Two layers with something between them that depends on the mode."""
+
+    def __init__(self, layer):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = layer
+        self.net = nn.Sequential(nn.Linear(2, 8), layer, nn.Tanh(), nn.Linear(8, 1))
+        self.modes = []
+
+    def forward(self, rows):
+        self.modes.append((self.layer.training, len(rows)))
+        return Independent(Normal(self.net(rows), 1.0), 1)
+
+
+LAYERS = [lambda: nn.Dropout(0.5), lambda: nn.BatchNorm1d(8)]
+
+
+@pytest.mark.parametrize("layer", LAYERS, ids=["dropout", "batch norm"])
+def test_acting_is_in_evaluation_mode_and_leaves_each_mode_as_it_was(layer):
+    policy = Noisy(layer())
+    policy.net.eval()  # all but one of its modules
+    policy.layer.train()
+    envs = vector(Slide, 2)
+    agent = TRPO(envs, policy=policy, steps_per_update=16)
+    state = {k: x.clone() for k, x in policy.state_dict().items()}
+    collector = EnvCollector(Stepper(envs), agent.layout, seed=0, generator=torch.Generator())
+    collector.collect(policy, 8)
+    agent.predict([0.0, 1.0])  # one observation: batch norm needs two to train
+    assert agent.predict([0.0, 1.0], True)[0] == agent.predict([0.0, 1.0], True)[0]
+    assert policy.modes
+    assert not any(training for training, _ in policy.modes)
+    assert same([*state.values()], [*policy.state_dict().values()])
+    assert [m.training for m in policy.net] == [False, True, False, False]
+
+
+@every_algorithm
+def test_a_policy_with_dropout_trains_and_predicts_the_same_twice(algorithm):
+    policy = Noisy(nn.Dropout(0.5))
+    agent = algorithm(Slide, policy=policy, **SMALL).learn(64, progress=False)
+    assert any(training for training, _ in policy.modes)
+    assert evaluate(agent, Slide, 2).returns == evaluate(agent, Slide, 2).returns

@@ -4,8 +4,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import oracles
-from rl import gae, n_step, td_lambda
-from rl.experience.surrogate import normalise, surrogate
+from agents import path_of
+from rl import GAE, TRPO, MonteCarlo, NStep, gae, n_step, td_lambda
+from rl.experience.advantages import ADVANTAGES
+from rl.experience.path import Values
+from toys import Clock
 
 
 @st.composite
@@ -138,32 +141,65 @@ def test_wrong_arguments_of_the_others_are_refused():
         td_lambda(x[:0], x[:0], no[:0], no[:0], gamma=0.9, trace=0.5)
 
 
-@given(st.lists(st.floats(-1e3, 1e3), min_size=2, max_size=20))
-def test_normalised_advantages_have_mean_zero_and_are_never_nan(values):
-    weights = normalise(torch.tensor(values, dtype=torch.float64))
-    assert weights.isfinite().all()
-    if weights.any():
-        # centring leaves a mean of eps times the values, seen through the spread
-        assert abs(weights.mean()) < 0.2
-        assert weights.square().mean().item() == pytest.approx(1, rel=1e-6)
-    else:
-        assert max(values) - min(values) < 1e-12 * max(map(abs, values), default=0) + 1e-300
+def test_shapes_that_differ_are_named():
+    x, no = torch.zeros(3, 2), torch.zeros(3, 2, dtype=torch.bool)
+    with pytest.raises(ValueError, match=r"one shape \(T, N\).*\(2, 2\), \(3, 2\)"):
+        gae(x, x[:2], x, no, no, gamma=0.9, gae_lambda=0.9)
+    with pytest.raises(ValueError, match=r"got \[\(3,\)\]"):
+        td_lambda(x[:, 0], x[:, 0], no[:, 0], no[:, 0], gamma=0.9, trace=0.9)
 
 
-@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
-def test_normalisation_works_at_every_scale(scale):
-    x = torch.tensor([1.0, 2.0, 4.0])
-    torch.testing.assert_close(normalise(x * scale), normalise(x))
+# -- estimators of a path
 
 
-def test_advantages_that_do_not_vary_become_zero():
-    assert not normalise(torch.full((3,), 0.95)).any()
+@given(batches(), factors, factors, st.integers(1, 20), st.sampled_from(["reward", "cost"]))
+def test_the_objects_are_the_functions(batch, gamma, trace, n, signal):
+    rewards, now, following, terminated, truncated = batch
+    other = torch.full_like(rewards, 1e6)
+    signals = {"reward": other, "cost": other} | {signal: rewards}
+    path = path_of(signals=signals, terminated=terminated, truncated=truncated)
+    values = Values(now, following)
+    for found, expected in (
+        (GAE(trace), gae(*batch, gamma=gamma, gae_lambda=trace)),
+        (NStep(n), n_step(*batch, gamma=gamma, n=n)),
+        (MonteCarlo(), gae(*batch, gamma=gamma, gae_lambda=1.0)),
+    ):
+        for x, y in zip(found(path, values, gamma, signal), expected, strict=True):
+            assert torch.equal(x, y)
 
 
-def test_the_surrogate_at_the_old_policy_is_the_mean_advantage_with_the_policy_gradient():
-    log_prob = torch.randn(5, dtype=torch.float64, requires_grad=True)
-    advantages = torch.randn(5, dtype=torch.float64)
-    objective = surrogate(log_prob, log_prob.detach(), advantages)
-    torch.testing.assert_close(objective.detach(), advantages.mean())
-    objective.backward()
-    torch.testing.assert_close(log_prob.grad, advantages / 5)
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: GAE(1.5), r"gae_lambda must lie in \[0, 1\], got 1.5"),
+        (lambda: GAE("much"), "gae_lambda must be a number, got 'much'"),
+        (lambda: NStep(0), "n must be at least 1, got 0"),
+        (lambda: NStep(2.5), "n must be a whole number, got 2.5"),
+    ],
+)
+def test_estimators_out_of_range_are_refused(make, words):
+    with pytest.raises(ValueError, match=words):
+        make()
+
+
+def test_monte_carlo_returns_are_those_of_whole_episodes():
+    """Of three steps that pay 1 each; where the rollout cuts an episode off, the critic knows."""
+    rewards, no = torch.ones(5, 1), torch.zeros(5, 1, dtype=torch.bool)
+    terminated = no.clone()
+    terminated[2] = True
+    path = path_of(signals={"reward": rewards}, terminated=terminated, truncated=no)
+    now = torch.full((5, 1), 2.0)
+    values = Values(now, torch.tensor([[2.0]] * 4 + [[8.0]]))
+    _, returns = MonteCarlo()(path, values, 0.5)
+    assert returns.flatten().tolist() == [1.75, 1.5, 1.0, 1.5 + 2.0, 1.0 + 4.0]
+
+
+def test_every_estimator_has_a_name():
+    assert {"gae": GAE, "n_step": NStep, "monte_carlo": MonteCarlo} == ADVANTAGES
+    for text, estimator in (
+        ("gae", GAE(0.5)),  # whose trace is also an option of its own
+        ("gae:gae_lambda=0.25", GAE(0.25)),
+        ("n_step:n=3", NStep(3)),
+        ("monte_carlo", MonteCarlo()),
+    ):
+        assert TRPO(Clock, advantages=text, gae_lambda=0.5).advantages == estimator

@@ -6,11 +6,10 @@ import pytest
 from gymnasium.spaces import Text
 from gymnasium.vector import SyncVectorEnv
 
+from agents import SMALL
 from rl import TRPO, EvaluateBest, evaluate, make_envs
 from rl.run.video import record
 from toys import Clock, vector
-
-SMALL = {"n_envs": 2, "steps_per_update": 8, "hidden": (4,)}
 
 
 class Closable(Clock):
@@ -33,7 +32,7 @@ class Failing:
 
 @pytest.fixture
 def agent():
-    return TRPO(Clock, **SMALL)
+    return TRPO(Clock, **SMALL | {"steps_per_update": 8})
 
 
 def made_by(factory, made):
@@ -78,7 +77,7 @@ def test_an_agent_that_cannot_be_made_leaves_the_users_environments_open():
     env, envs = Unlearnable(), vector(Unlearnable, 2)
     for source in (env, envs):
         with pytest.raises(ValueError, match="unsupported observation space"):
-            TRPO(source, **SMALL)
+            TRPO(source)
     gc.collect()
     assert env.closed == 0
     assert not envs.closed
@@ -88,7 +87,7 @@ def test_an_agent_that_cannot_be_made_closes_what_it_made():
     made = []
     with pytest.raises(ValueError, match="unsupported observation space"):
         TRPO(made_by(Unlearnable, made), **SMALL)
-    assert [env.closed for env in made] == [1, 1]
+    assert [env.closed for env in made] == [1] * 4
 
 
 def test_a_video_that_fails_closes_what_it_made(agent, monkeypatch, tmp_path):
