@@ -144,7 +144,7 @@ def _play(
         total += np.where(step.valid, step.rewards, 0.0)
         length += step.valid
         done = step.terminated | step.truncated
-        cut = ~done & ~stuck & (length == limit)
+        cut = ~done & (length == limit)
         for i in np.flatnonzero(done | cut):
             if left[i] and not stuck[i]:
                 left[i] -= 1

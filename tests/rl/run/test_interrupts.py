@@ -1,5 +1,6 @@
 """Ctrl-C, which a terminal sends to the worker processes, too."""
 
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -10,7 +11,9 @@ import pytest
 from gymnasium.vector import AsyncVectorEnv
 
 from rl import TRPO, evaluate
+from rl.algorithms import ALGORITHMS
 from rl.run import checkpoint
+from rl.run.cli import main
 from rl.run.interrupts import close, sparing_workers
 from toys import Clock
 
@@ -65,6 +68,31 @@ def test_an_interrupt_while_processes_are_started_is_not_lost():
         start()
     assert started
     assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+
+
+def interrupt_workers():
+    workers = multiprocessing.active_children()
+    assert len(workers) == 2
+    for worker in workers:
+        os.kill(worker.pid, signal.SIGINT)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there Ctrl-C reaches the workers")
+def test_workers_never_see_an_interrupt(tmp_path, monkeypatch):
+    class Interrupting(TRPO):
+        def improve(self, batch):
+            interrupt_workers()
+            return super().improve(batch)
+
+        def predict(self, *arguments, **options):
+            interrupt_workers()
+            return super().predict(*arguments, **options)
+
+    monkeypatch.setitem(ALGORITHMS, "trpo", Interrupting)
+    command = ["train", "CartPole-v1", "--n-envs", "2", "--vectorization", "async"]
+    command += ["--steps-per-update", "8", "--hidden", "4", "--total-timesteps", "16"]
+    command += ["--eval-episodes", "2", "--max-episode-steps", "5", "--out", str(tmp_path / "run")]
+    assert main(command) == 0
 
 
 def test_an_evaluation_that_fails_ends_its_workers(monkeypatch):
