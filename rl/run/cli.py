@@ -194,7 +194,8 @@ def _print_summary(agent: Agent, columns: dict[str, list[float]], out: Path) -> 
     accepted = f", {int(sum(success))} accepted" if success else ""
     print(entry("learning curve", out / "learning_curve.png"))
     print(entry("checkpoint", out / _CHECKPOINT))
-    print(entry("speed", f"{speed:,.0f} steps per second, with updates, for {seconds:.1f} s"))
+    rate = f"{speed:,.0f} steps per second ({agent.num_timesteps:,} in {seconds:.1f} s)"
+    print(entry("speed", f"{rate}, updates included"))
     print(entry("KL", f"{words} in {agent.iterations} updates{accepted}"))
 
 

@@ -100,8 +100,9 @@ def evaluate(
         seed: seed of the first reset.
         deterministic: take the most likely action instead of drawing one.
         max_episode_steps: steps after which an episode is cut off; by default 10,000, or the time
-            limit of the environment where that is longer. A copy whose episode does not end plays
-            no more, so that an evaluation takes no longer than that; it may have fewer episodes.
+            limit of the environment where that is longer. A copy whose episode was cut off begins
+            no other one unless that one ends. This bounds the time that an evaluation takes; there
+            may then be fewer than ``episodes``.
 
     Raises:
         ValueError: fewer than one episode or step, an environment that cannot be made, or the
@@ -164,15 +165,9 @@ def transitions(
     deterministic: bool,
     before: Callable[[], object] = lambda: None,
 ) -> Iterator[Transition]:
-    """Let a predictor play for as long as the caller goes on.
+    """Let a predictor play for as long as the caller goes on; ``before`` is called before it acts.
 
-    Args:
-        agent: the predictor; a recurrent one gets its state back, and is told where episodes start.
-        stepper: what is played in.
-        seed: of the reset.
-        deterministic: take the most likely action instead of drawing one.
-        before: called before each choice of actions.
-
+    A recurrent predictor gets its state back, and is told where episodes start.
     """
     layout, parameters = getattr(agent, "layout", None), inspect.signature(agent.predict).parameters
     masked = layout is not None and layout.info_mask is not None
@@ -202,7 +197,7 @@ def check_counts(**counts: int | None) -> None:
 
 
 def _copies(agent: Predictor) -> int:
-    """Return in how many copies a predictor was trained; stable-baselines3 has the number, too."""
+    """Return the number of copies in training; stable-baselines3's models have it, too."""
     return getattr(getattr(agent, "config", agent), "n_envs", None) or _COPIES
 
 

@@ -6,6 +6,7 @@ import importlib
 import inspect
 import warnings
 from collections.abc import Callable
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -144,8 +145,8 @@ def _ffmpeg() -> ModuleType:
 
 def _write_mp4(frames: list[np.ndarray], path: Path, fps: float, ffmpeg: ModuleType) -> None:
     height, width, _ = frames[0].shape
-    writer = ffmpeg.write_frames(str(path), (width, height), fps=fps, macro_block_size=2)
-    writer.send(None)  # starts it
-    for frame in frames:
-        writer.send(frame)
-    writer.close()
+    film = ffmpeg.write_frames(str(path), (width, height), fps=fps, macro_block_size=2)
+    with closing(film) as writer:
+        writer.send(None)  # starts it
+        for frame in frames:
+            writer.send(frame)
