@@ -30,7 +30,6 @@ import numpy as np
 import torch
 from gymnasium import spaces
 
-
 from rl import evaluate, load_preset
 from rl.algorithms import ALGORITHMS
 from rl.run.plots import bootstrap_interval, iqm

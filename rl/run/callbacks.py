@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from importlib.util import find_spec
 from numbers import Real
 from pathlib import Path
+from typing import Any
 
 import gymnasium
 from gymnasium.vector import VectorEnv
@@ -104,8 +105,8 @@ class EvaluateBest:
             raise TypeError(f"env must be an environment, an id or a function, got {env!r}")
         if isinstance(env, str) and find_spec("envpool") is None:  # whose ids are others
             make_envs(env, 1).close()  # a wrong id is named now, not after a rollout
-        self.env, self.episodes, self.seed = env, episodes, seed
-        self.max_episode_steps = max_episode_steps
+        self._options: dict[str, Any] = {"env": env, "episodes": episodes, "seed": seed}
+        self._options["max_episode_steps"] = max_episode_steps
         self.best = None if best is None else writable(best)
         self.best_mean = -math.inf
         if self.best is not None and self.best.exists():
@@ -119,13 +120,7 @@ class EvaluateBest:
 
     def __call__(self, agent: Agent, log: Log) -> None:
         """Evaluate it."""
-        result = evaluate(
-            agent,
-            self.env,
-            self.episodes,
-            seed=self.seed,
-            max_episode_steps=self.max_episode_steps,
-        )
+        result = evaluate(agent, **self._options)
         log[_MEAN] = result.mean
         log["eval/mean_ep_length"] = sum(result.lengths) / len(result.lengths)
         log["eval/cut_off"] = result.cut_off

@@ -39,7 +39,6 @@ from .commands import (
 )
 from .evaluation import check_counts, evaluate
 from .inspection import inspect_env
-from .interrupts import close, sparing_workers
 from .logs import CSVLog, Table, TensorBoardLog, entry, number, read_csv
 from .plots import plot_learning_curve, plot_runs
 from .video import record
@@ -55,16 +54,14 @@ def train(command: Train[Any], algorithm: type[Agent]) -> int:
         raise ValueError('--tensorboard needs pip install "torch-trustregion[tensorboard]"')
     kwargs = env_keywords(command.env_kwargs)
     env = env_source(command.env_id, kwargs)
-    with sparing_workers():
-        agent = algorithm(env, **command.config.to_dict())
-    finished = False
+    agent = algorithm(env, **command.config.to_dict())
     try:
         out = _make_run_folder(command, kwargs)
         print(f"{algorithm.__name__} on {describe(agent.envs)}")
         print(entry("run folder", out))
         finished = _learn(agent, command, out)
     finally:
-        close(agent.envs, at_once=not finished)
+        agent.close()
     if agent.iterations:
         columns = read_csv(out / "progress.csv")
         title = f"{algorithm.__name__} on {command.env_id}, seed {command.config.seed}"
@@ -84,10 +81,10 @@ def _learn(agent: Agent, command: Train[Any], out: Path) -> bool:
     # the power may fail
     often = Every(max(1, command.total_timesteps // 20), lambda a, _: a.save(path))
     boards = [TensorBoardLog(out / "tensorboard")] if command.tensorboard else []
-    callbacks = [CSVLog(out / "progress.csv"), *boards, table, often]
+    loggers = [CSVLog(out / "progress.csv"), *boards, table]
     progress = command.progress and sys.stderr.isatty()
     try:
-        agent.learn(command.total_timesteps, progress=progress, callback=callbacks)
+        agent.learn(command.total_timesteps, progress, callback=often, logger=loggers)
         return True
     except KeyboardInterrupt:
         print(f"interrupted: what was learnt is kept in {out}", file=sys.stderr)
@@ -194,7 +191,8 @@ def _print_summary(agent: Agent, columns: dict[str, list[float]], out: Path) -> 
     accepted = f", {int(sum(success))} accepted" if success else ""
     print(entry("learning curve", out / "learning_curve.png"))
     print(entry("checkpoint", out / _CHECKPOINT))
-    print(entry("speed", f"{speed:,.0f} steps per second, with updates, for {seconds:.1f} s"))
+    rate = f"{speed:,.0f} steps per second ({agent.num_timesteps:,} in {seconds:.1f} s)"
+    print(entry("speed", f"{rate}, updates included"))
     print(entry("KL", f"{words} in {agent.iterations} updates{accepted}"))
 
 

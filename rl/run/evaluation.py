@@ -17,7 +17,6 @@ from ..envs.make import EnvSource, Vectorization, make_envs
 from ..envs.pool import PoolVectorEnv
 from ..envs.stepper import Stepper, Transition, play
 from ..threads import few_threads
-from .interrupts import close, sparing_workers
 from .logs import number
 
 _COPIES = 8  # for a predictor that does not say how many environments it was trained in
@@ -100,8 +99,9 @@ def evaluate(
         seed: seed of the first reset.
         deterministic: take the most likely action instead of drawing one.
         max_episode_steps: steps after which an episode is cut off; by default 10,000, or the time
-            limit of the environment where that is longer. A copy whose episode does not end plays
-            no more, so that an evaluation takes no longer than that; it may have fewer episodes.
+            limit of the environment where that is longer. A copy whose episode was cut off begins
+            no other one unless that one ends. This bounds the time that an evaluation takes; there
+            may then be fewer than ``episodes``.
 
     Raises:
         ValueError: fewer than one episode or step, an environment that cannot be made, or the
@@ -117,18 +117,15 @@ def evaluate(
             "these are the environments the agent trains in, and stepping them would spoil its next"
             " rollout: evaluate in others, for example by id"
         )
-    with sparing_workers():
-        envs = make_envs(env, min(episodes, _copies(agent)), _vectorization(agent, env))
+    envs = make_envs(env, min(episodes, _copies(agent)), _vectorization(agent, env))
     networks = [policy] if isinstance(policy := getattr(agent, "policy", None), nn.Module) else []
-    limit, finished = max_episode_steps or _default_limit(envs), False
+    limit = max_episode_steps or _default_limit(envs)
     try:
         with few_threads(*networks):
-            result = _play(agent, Stepper(envs), episodes, seed, deterministic, limit)
-        finished = True
-        return result
+            return _play(agent, Stepper(envs), episodes, seed, deterministic, limit)
     finally:
         if envs is not env:
-            close(envs, at_once=not finished)
+            envs.close()
 
 
 def _play(
@@ -144,7 +141,7 @@ def _play(
         total += np.where(step.valid, step.rewards, 0.0)
         length += step.valid
         done = step.terminated | step.truncated
-        cut = ~done & ~stuck & (length == limit)
+        cut = ~done & (length == limit)
         for i in np.flatnonzero(done | cut):
             if left[i] and not stuck[i]:
                 left[i] -= 1
@@ -164,15 +161,9 @@ def transitions(
     deterministic: bool,
     before: Callable[[], object] = lambda: None,
 ) -> Iterator[Transition]:
-    """Let a predictor play for as long as the caller goes on.
+    """Let a predictor play for as long as the caller goes on; ``before`` is called before it acts.
 
-    Args:
-        agent: the predictor; a recurrent one gets its state back, and is told where episodes start.
-        stepper: what is played in.
-        seed: of the reset.
-        deterministic: take the most likely action instead of drawing one.
-        before: called before each choice of actions.
-
+    A recurrent predictor gets its state back, and is told where episodes start.
     """
     layout, parameters = getattr(agent, "layout", None), inspect.signature(agent.predict).parameters
     masked = layout is not None and layout.info_mask is not None
@@ -207,7 +198,7 @@ def _training_envs(agent: Predictor) -> Any:
 
 
 def _copies(agent: Predictor) -> int:
-    """Return in how many copies a predictor was trained; stable-baselines3 has the number, too."""
+    """Return the number of copies in training; stable-baselines3's models have it, too."""
     return getattr(getattr(agent, "config", agent), "n_envs", None) or _COPIES
 
 

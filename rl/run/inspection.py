@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import re
 import warnings
+from collections.abc import Callable
 from dataclasses import fields
-from typing import Any
+from typing import Any, TypeAlias
 
 import gymnasium
 from gymnasium.utils.env_checker import check_env
 
 from ..agent import Agent
 from ..config import Config
-from ..envs.make import EnvSource, describe, make_envs
+from ..envs.make import describe, make_envs
 from ..envs.pool import PoolVectorEnv
-from .interrupts import close
 from .logs import entry
 
+Source: TypeAlias = "str | Callable[[], gymnasium.Env[Any, Any]]"
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")  # gymnasium's warnings are yellow
 
 
-def inspect_env(env: EnvSource, algorithm: type[Agent], config: Config) -> tuple[list[str], bool]:
+def inspect_env(env: Source, algorithm: type[Agent], config: Config) -> tuple[list[str], bool]:
     """Make an agent for an environment, and run gymnasium's checker if the environment is its own.
 
     Args:
@@ -36,10 +37,9 @@ def inspect_env(env: EnvSource, algorithm: type[Agent], config: Config) -> tuple
 
     """
     envs = make_envs(env, config.n_envs, config.vectorization)
+    mode = envs.metadata["autoreset_mode"].value
     lines = [
-        entry(
-            "environments", f"{describe(envs)}, autoreset {envs.metadata['autoreset_mode'].value}"
-        ),
+        entry("environments", f"{describe(envs)}, autoreset {mode}"),
         entry("observations", " ".join(str(envs.single_observation_space).split())),
         entry("actions", envs.single_action_space),
     ]
@@ -50,7 +50,7 @@ def inspect_env(env: EnvSource, algorithm: type[Agent], config: Config) -> tuple
         lines.append(entry("no agent", error))
         sound = False
     finally:
-        close(envs)
+        envs.close()
     lines.append(entry("options", _changed(config) or "all at their defaults"))
     if isinstance(envs, PoolVectorEnv):
         lines.append(entry("gymnasium", "its checker cannot be run on environments by envpool"))
@@ -81,9 +81,9 @@ def _changed(config: Config) -> str:
     return ", ".join(f"{name}={value}" for name, value, usual in pairs if value != usual)
 
 
-def _gymnasium_check(env: EnvSource) -> tuple[list[str], list[str]]:
+def _gymnasium_check(env: Source) -> tuple[list[str], list[str]]:
     """Run the checker on a single environment; return why it failed, if so, and its warnings."""
-    single: Any = gymnasium.make(env) if isinstance(env, str) else env() if callable(env) else env
+    single = gymnasium.make(env) if isinstance(env, str) else env()
     failure: list[str] = []
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

@@ -109,6 +109,8 @@ class Table:
     @staticmethod
     def _cell(log: Log, key: str, width: int) -> str:
         value = log.get(key, "-")
+        if key.startswith("rollout/") and math.isnan(value):
+            value = "-"  # no episode has ended yet
         text = value[: width - 1] if isinstance(value, str) else number(value, width - 1)
         return text.rjust(width)
 

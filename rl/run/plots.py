@@ -24,7 +24,7 @@ _RETURN, _KL = "rollout/ep_rew_mean", "train/kl_divergence_loss"
 
 
 class _Style(NamedTuple):
-    """How a group of runs is drawn: apart from the others in black and white, too."""
+    """How a group of runs is drawn; groups differ in black and white, too."""
 
     color: str
     linestyle: str

@@ -6,6 +6,7 @@ import importlib
 import inspect
 import warnings
 from collections.abc import Callable
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -17,7 +18,6 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
 from ..envs.stepper import Stepper
 from .evaluation import Predictor, check_counts, transitions
-from .interrupts import close
 from .logs import writable
 
 _FPS = 30
@@ -70,7 +70,7 @@ def record(
             if len(returns) == episodes or len(frames) >= max_frames:
                 break
     finally:
-        close(envs)
+        envs.close()
     fps = envs.metadata.get("render_fps") or _FPS
     if ffmpeg is not None:
         _write_mp4(frames, path, fps, ffmpeg)
@@ -144,8 +144,8 @@ def _ffmpeg() -> ModuleType:
 
 def _write_mp4(frames: list[np.ndarray], path: Path, fps: float, ffmpeg: ModuleType) -> None:
     height, width, _ = frames[0].shape
-    writer = ffmpeg.write_frames(str(path), (width, height), fps=fps, macro_block_size=2)
-    writer.send(None)  # starts it
-    for frame in frames:
-        writer.send(frame)
-    writer.close()
+    film = ffmpeg.write_frames(str(path), (width, height), fps=fps, macro_block_size=2)
+    with closing(film) as writer:
+        writer.send(None)  # starts it
+        for frame in frames:
+            writer.send(frame)

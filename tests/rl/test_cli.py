@@ -1,10 +1,6 @@
 """The command line as a user meets it."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
 
 import gymnasium
 import numpy as np
@@ -148,27 +144,6 @@ def test_usage_errors_exit_with_two_and_say_why(tmp_path, capsys, arguments, wor
     assert caught.value.code == 2
     assert words in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
-
-
-def test_an_interrupt_keeps_what_was_learnt(tmp_path):
-    out = tmp_path / "run"
-    command = [sys.executable, "-m", "rl", "train", "CartPole-v1", "--out", str(out), *TINY]
-    process = subprocess.Popen(
-        [*command, "--total-timesteps", "100000000"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "PYTHONUNBUFFERED": "1"},
-    )
-    assert process.stdout is not None
-    for line in process.stdout:
-        if line.rstrip().endswith("accepted"):
-            process.send_signal(signal.SIGINT)
-            break
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert "interrupted" in err
-    assert main(["eval", str(out), "--episodes", "1"]) == 0
 
 
 def test_an_error_in_training_keeps_what_was_learnt(tmp_path, capsys, monkeypatch):

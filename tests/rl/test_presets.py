@@ -8,7 +8,7 @@ import gymnasium
 import pytest
 import yaml
 
-from rl import TRPO, PPOConfig, Preset, TRPOConfig, load_preset
+from rl import TRPO, PPOConfig, TRPOConfig, load_preset
 from rl.algorithms import ALGORITHMS
 from rl.run.cli import main
 

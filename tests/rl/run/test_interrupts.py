@@ -1,5 +1,6 @@
 """Ctrl-C, which a terminal sends to the worker processes, too."""
 
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -7,10 +8,11 @@ import sys
 import textwrap
 
 import pytest
-from gymnasium.vector import AsyncVectorEnv
 
 from rl import TRPO, checkpoint, evaluate
-from rl.run.interrupts import close, sparing_workers
+from rl.algorithms import ALGORITHMS
+from rl.envs.copies import Processes
+from rl.run.cli import main
 from toys import Clock
 
 ENVIRONMENT = """
@@ -51,19 +53,29 @@ def test_an_interrupt_with_worker_processes_is_one_line_and_keeps_what_was_learn
     assert checkpoint.read(tmp_path / "run" / "checkpoint.zip")["agent"]["iterations"] >= 1
 
 
+def interrupt_workers():
+    workers = multiprocessing.active_children()
+    assert len(workers) == 2
+    for worker in workers:
+        os.kill(worker.pid, signal.SIGINT)
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="there Ctrl-C reaches the workers")
-def test_an_interrupt_while_processes_are_started_is_not_lost():
-    started = []
+def test_workers_never_see_an_interrupt(tmp_path, monkeypatch):
+    class Interrupting(TRPO):
+        def update(self, path):
+            interrupt_workers()
+            return super().update(path)
 
-    def start():
-        with sparing_workers():
-            signal.raise_signal(signal.SIGINT)
-            started.append(True)
+        def predict(self, *arguments, **options):
+            interrupt_workers()
+            return super().predict(*arguments, **options)
 
-    with pytest.raises(KeyboardInterrupt):
-        start()
-    assert started
-    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    monkeypatch.setitem(ALGORITHMS, "trpo", Interrupting)
+    command = ["train", "CartPole-v1", "--n-envs", "2", "--vectorization", "async"]
+    command += ["--steps-per-update", "8", "--hidden", "4", "--total-timesteps", "16"]
+    command += ["--eval-episodes", "2", "--max-episode-steps", "5", "--out", str(tmp_path / "run")]
+    assert main(command) == 0
 
 
 def test_an_evaluation_that_fails_ends_its_workers(monkeypatch):
@@ -76,7 +88,7 @@ def test_an_evaluation_that_fails_ends_its_workers(monkeypatch):
             raise KeyboardInterrupt
 
     def keep(*arguments):
-        made.append(AsyncVectorEnv([Clock] * 2))
+        made.append(Processes([Clock] * 2))
         return made[0]
 
     monkeypatch.setattr("rl.run.evaluation.make_envs", keep)
@@ -84,9 +96,3 @@ def test_an_evaluation_that_fails_ends_its_workers(monkeypatch):
         evaluate(Interrupted(), Clock, 2)
     assert made[0].closed
     assert not any(process.is_alive() for process in made[0].processes)
-
-
-def test_other_environments_are_closed_in_their_own_way():
-    agent = TRPO(Clock, n_envs=2, steps_per_update=8, hidden=(4,))
-    close(agent.envs, at_once=True)
-    assert agent.envs.closed

@@ -71,6 +71,11 @@ def test_a_row_has_80_columns_that_stay_apart(capsys, size):
     assert len(row.split()) == 10
 
 
+def test_a_return_that_is_not_known_yet_is_a_dash(capsys):
+    Table()(None, log(**{"rollout/ep_rew_mean": math.nan, "train/kl_divergence_loss": math.nan}))
+    assert capsys.readouterr().out.splitlines()[1].split()[1:4] == ["-", "1.000", "nan"]
+
+
 def rows(capsys):
     lines = capsys.readouterr().out.splitlines()
     return [int(line.split()[0].replace(",", "")) for line in lines if "steps" not in line]
