@@ -52,16 +52,18 @@ def test_the_choice_is_the_users():
 
 @needs_onednn
 @pytest.mark.parametrize(
-    ("name", "mkl", "chosen"),
+    ("tells", "mkl", "chosen"),
     [
-        ("AMD EPYC 9755", True, True),
-        ("AMD EPYC 9755", False, False),
-        ("Intel Xeon", True, False),
-        (None, True, False),
+        ({"cpu_name": "AMD EPYC 9755", "avx_vnni": True}, True, True),
+        ({"cpu_name": "AMD EPYC 9755", "avx_vnni": True}, False, False),
+        ({"cpu_name": "AMD EPYC 9654", "avx_vnni": False}, True, False),
+        ({"cpu_name": "AMD EPYC 9755"}, True, False),
+        ({"cpu_name": "Intel Xeon", "avx_vnni": True}, True, False),
+        ({}, True, False),
     ],
 )
-def test_the_default_follows_the_processor(monkeypatch, name, mkl, chosen):
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"cpu_name": name}, raising=False)
+def test_the_default_follows_the_processor(monkeypatch, tells, mkl, chosen):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: tells, raising=False)
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: mkl)
     assert uses_onednn() == chosen
 
