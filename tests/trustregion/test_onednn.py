@@ -27,14 +27,14 @@ def fresh(monkeypatch):
         cached.cache_clear()
 
 
-def product():
+def product(rows=700):
     torch.manual_seed(0)
     layer = nn.Linear(40, 64)
-    return [layer(torch.randn(700, 40))], ParameterVector(layer.parameters())
+    return [layer(torch.randn(rows, 40))], ParameterVector(layer.parameters())
 
 
-def uses_onednn(backend="tape"):
-    J = linearise(*product(), backend)
+def uses_onednn(backend="tape", rows=700):
+    J = linearise(*product(rows), backend)
     return any(isinstance(s.rule, onednn.DenseProduct) for s in J._steps)
 
 
@@ -48,6 +48,12 @@ def test_the_choice_is_the_users():
     prefer_onednn(True)
     with torch.backends.mkldnn.flags(enabled=False):
         assert not uses_onednn()
+
+
+@needs_onednn
+def test_a_product_too_small_for_the_call_is_torchs():
+    prefer_onednn(True)
+    assert not uses_onednn(rows=500)  # 2.6 million operations
 
 
 @needs_onednn
