@@ -16,7 +16,6 @@ if _util.find_spec("gymnasium") is None:
     )
 
 from .agent import Agent as Agent
-from .agent import Estimates as Estimates
 from .algorithms import load as load
 from .checkpoint import CheckpointError as CheckpointError
 from .config import Config as Config
@@ -34,6 +33,7 @@ from .experience.advantages import td_lambda as td_lambda
 from .experience.collector import Collector as Collector
 from .experience.collector import EnvCollector as EnvCollector
 from .experience.collector import Episodes as Episodes
+from .experience.estimates import Estimates as Estimates
 from .experience.path import Path as Path
 from .experience.path import Values as Values
 from .experience.surrogate import Objective as Objective
@@ -43,6 +43,7 @@ from .experience.surrogate import surrogate as surrogate
 from .fits import AdamFit as AdamFit
 from .fits import CriticFit as CriticFit
 from .fits import LBFGSFit as LBFGSFit
+from .fits import Regression as Regression
 from .fits import TrustRegionFit as TrustRegionFit
 from .kl_penalty import KLPenalty as KLPenalty
 from .kl_penalty import KLPenaltyConfig as KLPenaltyConfig
@@ -123,6 +124,7 @@ __all__ = [
     "CriticFit",
     "AdamFit",
     "LBFGSFit",
+    "Regression",
     "TrustRegionFit",
     "Path",
     "Policy",

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 from gymnasium import Space
 from gymnasium.vector import VectorEnv
 from torch import nn
 
 from .config import Config
-from .envs.layout import ObservationLayout
+from .envs.layout import MASK, ObservationLayout
 from .envs.stepper import Stepper
 from .networks.critic import Critic
 from .networks.encoders import Encoder
@@ -78,3 +80,59 @@ def make_networks(
             encoder = Encoder(layout, hidden, norm, config.activation)
         critic = Critic(encoder)
     return policy, critic
+
+
+def with_copies(config: Config, options: dict[str, Any], envs: VectorEnv) -> Any:
+    """Return the config of an agent of these environments."""
+    n = envs.num_envs
+    if options.get("n_envs", n) != n:
+        raise ValueError(
+            f"n_envs={options['n_envs']}, but the environment that was passed is {n}: pass an id,"
+            " or a function that makes one environment"
+        )
+    return replace(config, n_envs=n)
+
+
+def environment_seed(config: Config, num_timesteps: int) -> int:
+    """Return a seed that is unrelated between runs, and between the parts of a resumed run."""
+    entropy = config.seed or 0, num_timesteps
+    return int(np.random.SeedSequence(entropy).generate_state(1)[0])
+
+
+def check_spaces(
+    layout: ObservationLayout, action_space: Space[Any] | None, envs: VectorEnv
+) -> None:
+    """Raise a ValueError where environments have other spaces than an agent; None for any."""
+    for name, mine, other in (
+        ("observations", layout.space, envs.single_observation_space),
+        ("actions", action_space, envs.single_action_space),
+    ):
+        if mine is not None and mine != other:
+            raise ValueError(f"the agent has {name} of {mine}, the environment of {other}")
+
+
+def masks_as_infos(layout: ObservationLayout, masks: Any) -> dict[str, Any] | None:
+    """Return action masks as the infos of an environment have them.
+
+    Raises:
+        ValueError: there are masks, and none were there in training.
+
+    """
+    if masks is None:
+        return None
+    if layout.info_mask is None:
+        raise ValueError(
+            "action_masks are for environments that give them in their infos, and this one does"
+            " not: forbidden actions could not be told apart in training"
+        )
+    return {MASK: masks}
+
+
+def refuse_positional(agent: Any, *arguments: Any) -> None:
+    """Raise a TypeError for more than one argument without a name, as stable-baselines3 has."""
+    if len(arguments) > 1:
+        raise TypeError(
+            f"{type(agent).__name__} takes the environment as its only positional argument, and"
+            f" options by name; got {arguments!r}. There is no policy name: networks follow from"
+            " the spaces, or pass policy= a module of your own"
+        )

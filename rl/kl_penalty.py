@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import torch
-
 from trustregion import NaturalTrustRegion
 from trustregion.optim import Adapt
 
@@ -71,10 +69,6 @@ class KLPenalty(Agent):
             adapt=Adapt(kl_target=c.kl_target),
             process_group=False,
         )
-
-    def optimizers(self) -> dict[str, torch.optim.Optimizer]:
-        """Return both optimizers."""
-        return super().optimizers() | {"policy_optimizer": self.policy_optimizer}
 
     def update(self, path: Path) -> Log:
         """Estimate advantages, take the step, fit the critic."""

@@ -12,8 +12,9 @@ from torch.distributions import Distribution
 
 from trustregion import mean_kl
 
-from .agent import Agent, Estimates
+from .agent import Agent
 from .config import Config
+from .experience.estimates import Estimates
 from .experience.path import Path
 from .experience.surrogate import clipped_surrogate, distribution_now, normalise
 from .fits import explained_variance
@@ -91,10 +92,6 @@ class PPO(Agent):
         self.optimizer = torch.optim.Adam(
             list(parameters.values()), lr=self.config.lr, eps=1e-5, fused=True
         )
-
-    def optimizers(self) -> dict[str, torch.optim.Optimizer]:
-        """Return the optimizer."""
-        return {"optimizer": self.optimizer}
 
     def update(self, path: Path) -> Log:
         """Estimate advantages and make the passes."""

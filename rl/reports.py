@@ -50,6 +50,20 @@ def stops(answers: Iterable[object]) -> bool:
     return any(isinstance(each, bool | np.bool_) and not each for each in answers)
 
 
+def progress_log(agent: Any, episodes: Any, steps: int, elapsed: float) -> Log:
+    """Return what to log of a call of ``learn``, after some steps and seconds of it."""
+    return {
+        "time/steps": steps,
+        "time/progress": agent.progress,
+        "time/iterations": agent.iterations,
+        "time/total_timesteps": agent.num_timesteps,
+        "time/time_elapsed": elapsed,
+        "time/fps": steps / elapsed,
+        "rollout/ep_rew_mean": episodes.mean_return,
+        "rollout/ep_len_mean": episodes.mean_length,
+    }
+
+
 def step_log(optimizer: NaturalTrustRegion) -> Log:
     """Return what to log of the last step, under stable-baselines3's keys and ``trust/*``."""
     info = optimizer.info

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
 from torch.distributions import Distribution
 
 from trustregion import NaturalTrustRegion, subsample
@@ -79,10 +78,6 @@ class TRPO(Agent):
             maximize=True,
             process_group=False,
         )
-
-    def optimizers(self) -> dict[str, torch.optim.Optimizer]:
-        """Return both optimizers."""
-        return super().optimizers() | {"policy_optimizer": self.policy_optimizer}
 
     def update(self, path: Path) -> Log:
         """Run the three steps."""

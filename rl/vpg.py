@@ -49,10 +49,6 @@ class VPG(Agent):
             self.policy.parameters(), lr=self.config.policy_lr, fused=True
         )
 
-    def optimizers(self) -> dict[str, torch.optim.Optimizer]:
-        """Return both optimizers."""
-        return super().optimizers() | {"policy_optimizer": self.policy_optimizer}
-
     def update(self, path: Path) -> Log:
         """Estimate advantages, take the step, fit the critic."""
         estimates = self.estimate(path)

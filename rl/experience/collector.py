@@ -45,6 +45,16 @@ class Episodes:
             spent[i], counted[i] = totals[t, i], steps[t, i]
         self._return, self._length = totals[-1] - spent, steps[-1] - counted
 
+    @property
+    def mean_return(self) -> float:
+        """Mean of the returns; NaN before the first."""
+        return float(np.mean(self.returns)) if self.returns else float("nan")
+
+    @property
+    def mean_length(self) -> float:
+        """Mean of the lengths; NaN before the first."""
+        return float(np.mean(self.lengths)) if self.lengths else float("nan")
+
     def restart(self) -> None:
         """Forget the episodes that have not ended."""
         self._return[:], self._length[:] = 0.0, 0

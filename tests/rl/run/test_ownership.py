@@ -62,7 +62,7 @@ def test_repeated_evaluations_leave_them_open(agent):
     assert env.episode > 4  # it was played in
 
 
-@pytest.mark.parametrize(("player", "copies"), [(None, 2), (Failing(), 3)])
+@pytest.mark.parametrize(("player", "copies"), [(None, 3), (Failing(), 3)])
 def test_evaluation_closes_what_it_made(agent, player, copies):
     made = []
     if player is None:
