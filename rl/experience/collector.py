@@ -16,7 +16,7 @@ from ..envs.layout import ObservationLayout
 from ..envs.masks import forbidden_rows
 from ..envs.stepper import Stepper, Transition
 from ..networks.modes import evaluating
-from ..networks.numpy_twin import actor
+from ..networks.numpy_twin import actor, distribution_function
 from ..networks.policy import Policy
 from .path import Path
 
@@ -186,7 +186,7 @@ class EnvCollector:
 def _with_log_prob(path: Path, policy: Policy) -> Path:
     """Return a path on the policy's device with the log-probabilities of its actions."""
     path = path.to(next((p.device for p in policy.parameters()), torch.device("cpu")))
-    log_prob = policy(path.rows).log_prob(path.flat(path.actions))
+    log_prob = distribution_function(policy)(path.rows).log_prob(path.flat(path.actions))
     if log_prob.shape != (path.steps,):
         raise ValueError(
             f"the policy's log_prob must have shape ({path.steps},), one per action, got"
