@@ -129,7 +129,6 @@ cartpole: $(READY)
 
 training: $(READY_BENCH)
 	@$(INSTALL) --editable ".[mujoco,envpool]"
-	@$(BIN)/python -m benchmarks.rl_threads
 	@$(BIN)/python -m benchmarks.rl_update
 	@$(BIN)/python -m benchmarks.rl_speed
 	@$(BIN)/python -m benchmarks.rl_scaling

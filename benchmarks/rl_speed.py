@@ -1,97 +1,90 @@
-"""Steps per second of whole trainings, against sb3-contrib, and of the bare rollout loop.
+"""Steps per second of plain training scripts, whatever the number of torch's threads.
 
-Everybody has as many environments, steps an update and threads; "fast" makes fewer passes over the
-critic's data and takes the curvature from a tenth of the states. envpool steps its environments in
-threads of its own, as many as there are cores. The trainings take turns, A, B, A, B, so that a slow
-moment of the machine falls on all; the first turn warms up. "bare loop" is the policy's network,
-sampling and the environments, and nothing else, in plain torch on gymnasium's SyncVectorEnv: what a
-loop that costs nothing would reach.
+Each row is a Python process of its own with no environment variable set, which imports, makes an
+agent with all options at their defaults, warms up for one update and trains. torch's threads are
+unset, 1, 2 or 4. The same of sb3-contrib's TRPO with as many environments and steps per update.
+Then two such trainings at once. "Bare loop" is a policy network, sampling and gymnasium's
+SyncVectorEnv in plain torch on one thread, with nothing learnt: what a loop that costs nothing else
+would reach. The processes take turns, so that a slow moment of the machine falls on all of them.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
+import os
+import subprocess
+import sys
 import tempfile
-import time
-import warnings
-from collections.abc import Callable
-from importlib.util import find_spec
 from statistics import median
-from typing import Any
 
-import gymnasium
-import torch
-from sb3_contrib import TRPO as Sb3TRPO
+OURS = """
+import time
+from rl import TRPO
+agent = TRPO("{env}")
+agent.learn(2048, progress=False)
+begin, before = time.perf_counter(), agent.num_timesteps
+agent.learn({steps}, progress=False)
+print((agent.num_timesteps - before) / (time.perf_counter() - begin))
+"""
+SB3 = """
+import time
+from sb3_contrib import TRPO
 from stable_baselines3.common.env_util import make_vec_env
-from threadpoolctl import threadpool_limits
+model = TRPO("MlpPolicy", make_vec_env("{env}", 8), n_steps=256, device="cpu")
+model.learn(2048)
+begin, before = time.perf_counter(), model.num_timesteps
+model.learn({steps}, reset_num_timesteps=False)
+print((model.num_timesteps - before) / (time.perf_counter() - begin))
+"""
+BARE = """
+import time
+import gymnasium, torch
 from torch import nn
+torch.set_num_threads(1)
+envs = gymnasium.make_vec("{env}", 8, "sync", vector_kwargs=dict(copy=False))
+space = envs.single_action_space
+discrete = isinstance(space, gymnasium.spaces.Discrete)
+inputs, outputs = envs.single_observation_space.shape[0], space.n if discrete else space.shape[0]
+net = nn.Sequential(
+    nn.Linear(inputs, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, outputs)
+)
+observation, _ = envs.reset(seed=0)
+begin = time.perf_counter()
+with torch.inference_mode():
+    for _ in range({steps} // 8):
+        out = net(torch.as_tensor(observation, dtype=torch.float32))
+        if discrete:
+            action = (out - torch.empty_like(out).exponential_().log()).argmax(-1).numpy()
+        else:
+            action = (out + torch.randn_like(out)).clamp(-1, 1).numpy()
+        observation, *_ = envs.step(action)
+print({steps} // 8 * 8 / (time.perf_counter() - begin))
+"""
+SCRIPTS = {"ours": OURS, "sb3-contrib": SB3}
+THREADS = (None, 1, 2, 4)
+UNSET = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_WAIT_POLICY")
 
-from rl import TRPO, LBFGSFit
 
-N_ENVS, STEPS = 8, 2048
-FAST: dict[str, Any] = {"critic_fit": LBFGSFit(steps=5), "curvature_fraction": 0.1}
-
-
-def ours(env: str, **options: Any) -> Callable[[int], int]:
-    """Return a training of ours that goes on for so many steps, and says how many it took."""
-    agent = TRPO(env, n_envs=N_ENVS, steps_per_update=STEPS, **options)
-
-    def train(steps: int) -> int:
-        before = agent.num_timesteps
-        agent.learn(steps, progress=False)
-        return agent.num_timesteps - before
-
-    return train
-
-
-def sb3(env: str) -> Callable[[int], int]:
-    """Return a training of sb3-contrib's."""
-    envs = make_vec_env(env, N_ENVS, seed=0)
-    model = Sb3TRPO(
-        "MlpPolicy",
-        envs,
-        n_steps=STEPS // N_ENVS,
-        batch_size=128,
-        n_critic_updates=10,
-        device="cpu",
+def start(script: str, threads: int | None, folder: str) -> subprocess.Popen[str]:
+    """Start a training, in a process with default settings."""
+    chosen = "" if threads is None else f"import torch\ntorch.set_num_threads({threads})\n"
+    variables = {name: value for name, value in os.environ.items() if name not in UNSET}
+    variables["PYTHONPATH"] = os.getcwd()
+    return subprocess.Popen(
+        [sys.executable, "-W", "ignore", "-c", chosen + script],
+        env=variables,
+        cwd=folder,  # MuJoCo logs its warnings to the working directory
+        stdout=subprocess.PIPE,
+        text=True,
     )
 
-    def train(steps: int) -> int:
-        before = model.num_timesteps
-        model.learn(steps, reset_num_timesteps=False)
-        return model.num_timesteps - before
 
-    return train
-
-
-def bare(env: str) -> Callable[[int], int]:
-    """Return the loop without any learning."""
-    envs = gymnasium.make_vec(env, N_ENVS, "sync", vector_kwargs={"copy": False})
-    space = envs.single_action_space
-    discrete = isinstance(space, gymnasium.spaces.Discrete)
-    shape = envs.single_observation_space.shape
-    assert shape is not None
-    outputs = int(space.n) if isinstance(space, gymnasium.spaces.Discrete) else space.shape[0]  # pyright: ignore[reportOptionalSubscript] # a Box has one
-    net = nn.Sequential(
-        nn.Linear(shape[0], 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, outputs)
-    )
-    observation, _ = envs.reset(seed=0)
-    state = [torch.as_tensor(observation, dtype=torch.float32)]
-
-    @torch.inference_mode()
-    def loop(steps: int) -> int:
-        for _ in range(steps // N_ENVS):
-            out = net(state[0])
-            if discrete:
-                action = (out - torch.empty_like(out).exponential_().log()).argmax(-1).numpy()
-            else:
-                action = (out + torch.randn_like(out)).clamp(-1, 1).numpy()
-            observation, *_ = envs.step(action)
-            state[0] = torch.as_tensor(observation, dtype=torch.float32)
-        return steps // N_ENVS * N_ENVS
-
-    return loop
+def speeds(processes: list[subprocess.Popen[str]]) -> list[float]:
+    """Wait for trainings and return their steps per second."""
+    outputs = [process.communicate()[0] for process in processes]
+    if any(process.returncode for process in processes):
+        raise RuntimeError("a training failed: its error is above")
+    return [float(output) for output in outputs]
 
 
 def main() -> None:
@@ -100,36 +93,37 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--envs", nargs="+", default=["CartPole-v1", "Hopper-v5"])
-    parser.add_argument("--turns", type=int, default=5)
-    parser.add_argument("--updates", type=int, default=4, help="a turn")
+    parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=20_480)
     args = parser.parse_args()
-    warnings.simplefilter("ignore")  # MuJoCo's of its own models
-    torch.set_num_threads(1)
-    threadpool_limits(1)
-    print("| environment | what | steps / s | times sb3-contrib |")
-    print("| --- | --- | ---: | ---: |")
+    print("| environment | side | torch's threads | steps / s | of its best | times sb3-contrib |")
+    print("| --- | --- | --- | ---: | ---: | ---: |")
     for env in args.envs:
-        runs = {
-            "sb3-contrib": sb3(env),
-            "ours": ours(env),
-            "ours, sync": ours(env, vectorization="sync"),
-            "ours, fast": ours(env, **FAST),
-            "bare loop, sync": bare(env),
-        }
-        if find_spec("envpool"):
-            runs["ours, fast, envpool"] = ours(env, vectorization="envpool", **FAST)
-        speeds: dict[str, list[float]] = {name: [] for name in runs}
-        # MuJoCo logs its warnings to the working directory
-        with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
-            for turn in range(args.turns + 1):
-                for name, run in runs.items():
-                    begin = time.perf_counter()
-                    steps = run(args.updates * STEPS)
-                    if turn:
-                        speeds[name].append(steps / (time.perf_counter() - begin))
-        for name, values in speeds.items():
-            ratio = median(v / s for v, s in zip(values, speeds["sb3-contrib"], strict=True))
-            print(f"| {env} | {name} | {median(values):,.0f} | {ratio:.2f} |", flush=True)
+        rows = measure(env, args.turns, args.steps)
+        best = {side: max(v for (name, _), v in rows.items() if name == side) for side, _ in rows}
+        for (side, threads), speed in rows.items():
+            print(
+                f"| {env} | {side} | {threads} | {speed:,.0f} | {speed / best[side]:.2f} |"
+                f" {speed / best['sb3-contrib']:.2f} |",
+                flush=True,
+            )
+
+
+def measure(env: str, turns: int, steps: int) -> dict[tuple[str, str], float]:
+    """Return the median steps per second of each side and setting of threads."""
+    rows: dict[tuple[str, str], list[float]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for _ in range(turns):
+            for side, template in SCRIPTS.items():
+                script = template.format(env=env, steps=steps)
+                for threads in THREADS:
+                    key = side, "default" if threads is None else str(threads)
+                    rows.setdefault(key, []).extend(speeds([start(script, threads, folder)]))
+                both = speeds([start(script, None, folder) for _ in range(2)])
+                rows.setdefault((side, "default, two at once"), []).append(sum(both) / 2)
+            bare = start(BARE.format(env=env, steps=steps), None, folder)
+            rows.setdefault(("bare loop", "1"), []).extend(speeds([bare]))
+    return {key: median(values) for key, values in rows.items()}
 
 
 if __name__ == "__main__":

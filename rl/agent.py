@@ -6,52 +6,43 @@ import abc
 import copy
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 from functools import cached_property
 from pathlib import Path as FilePath
-from typing import Any, ClassVar, NamedTuple, Self, TypeAlias, cast
+from typing import Any, ClassVar, Self, cast
 
 import numpy as np
 import torch
-from gymnasium import Space
 from gymnasium.vector import VectorEnv
 from torch import Tensor, nn
 
-from . import checkpoint
-from .build import make_networks, observation_layout, observation_norm
+from . import checkpoint, saving
+from .build import (
+    check_spaces,
+    environment_seed,
+    make_networks,
+    masks_as_infos,
+    observation_layout,
+    observation_norm,
+    refuse_positional,
+    with_copies,
+)
 from .config import Config
-from .envs.layout import MASK, ObservationLayout, as_batch
+from .envs.batches import as_batch
+from .envs.layout import ObservationLayout
 from .envs.make import EnvSource, make_envs
-from .envs.spaces_json import space_from_json, space_to_json
 from .envs.stepper import Stepper
-from .experience.advantages import Advantages, td_lambda
+from .experience.advantages import Advantages
 from .experience.collector import Collector, EnvCollector
+from .experience.estimates import Estimates, estimate
 from .experience.path import Path
 from .experience.reward_scale import RewardScale
 from .experience.surrogate import Objective, surrogate_closure
-from .fits import CriticFit, explained_variance
+from .fits import CriticFit, Regression, explained_variance
 from .networks.modes import evaluating
-from .networks.numpy_twin import actor, value_function
+from .networks.numpy_twin import actor
 from .networks.policy import Policy
+from .reports import Callback, Log, as_callbacks, progress_log, stops
 from .threads import few_threads
-
-Log: TypeAlias = dict[str, Any]
-Callback: TypeAlias = "Callable[[Agent, Log], bool | None]"
-
-
-class Estimates(NamedTuple):
-    """What an update learns from, each ``(T, N)``.
-
-    Attributes:
-        advantages: not normalised.
-        returns: what the critic is to predict.
-        values: by the critic before its update.
-
-    """
-
-    advantages: Tensor
-    returns: Tensor
-    values: Tensor
 
 
 class Agent(abc.ABC):
@@ -66,12 +57,7 @@ class Agent(abc.ABC):
         options: fields of the algorithm's config, by name.
 
     Attributes:
-        layout: what lies where in a row of observations.
-        action_space: of one environment.
-
-    Raises:
-        ValueError: an option that is unknown or out of range, an unknown environment, an
-            unsupported space.
+        layout: where things are in a row of observations.
 
     """
 
@@ -87,40 +73,35 @@ class Agent(abc.ABC):
         collector: Callable[..., Collector] = EnvCollector,
         **options: Any,
     ) -> None:
-        if others:
-            raise TypeError(
-                f"{type(self).__name__} takes the environment as its only positional argument, and"
-                f" options by name; got {(env, *others)!r}. There is no policy name: networks"
-                " follow from the spaces, or pass policy= a module of your own"
-            )
+        refuse_positional(self, env, *others)
         config = self.config_class.from_dict(options)
+        self.source, self._make_collector = env, collector
         envs = make_envs(env, config.n_envs, config.vectorization)
         try:
-            config = _with_copies(config, options, envs)
-            layout = observation_layout(envs, _environment_seed(config, 0))
-            self._build(config, layout, envs.single_action_space, policy, critic)
+            config = with_copies(config, options, envs)
+            layout = observation_layout(envs, config, environment_seed(config, 0))
+            self.build(config, layout, envs.single_action_space, policy, critic)
         except Exception:
-            if not isinstance(env, VectorEnv):
-                envs.close()
+            self._close(envs)
             raise
-        self._source, self._make_collector = env, collector
         vars(self)["envs"] = envs  # otherwise made when first asked for
 
-    def _build(
+    def build(
         self,
         config: Config,
         layout: ObservationLayout,
-        action_space: Space[Any],
+        action_space: Any,
         policy: Policy | None,
         critic: nn.Module | None,
     ) -> None:
+        """Make networks and optimizers, anew."""
         config.check_batch()
         config.check_device()
         self.config, self.layout, self.action_space = config, layout, action_space
         self.advantages = cast("Advantages", config.advantages)  # the config made them objects
         self.critic_fit = cast("CriticFit", config.critic_fit)
         self.num_timesteps = self.iterations = 0
-        self._progress_made = 0.0  # of the call of learn()
+        self.progress = 0.0  # of the call of learn(), 1 at its end
         self.generator = torch.Generator().manual_seed(config.seed or 0)
         self._predict_generator = torch.Generator().manual_seed(config.seed or 0)
         self._collector: Collector | None = None
@@ -139,20 +120,18 @@ class Agent(abc.ABC):
     @cached_property
     def envs(self) -> VectorEnv:
         """The environments; those of an agent that was loaded are made when first asked for."""
-        if self._source is None:
+        if self.source is None:
             raise ValueError(
                 "this agent was loaded without an environment, which predict does not need: pass"
                 " env= to load"
             )
-        envs = make_envs(self._source, self.config.n_envs, self.config.vectorization)
-        for name, mine, other in (
-            ("observations", self.layout.space, envs.single_observation_space),
-            ("actions", self.action_space, envs.single_action_space),
-        ):
-            if mine != other:
-                if not isinstance(self._source, VectorEnv):
-                    envs.close()
-                raise ValueError(f"the agent has {name} of {mine}, the environment of {other}")
+        envs = make_envs(self.source, self.config.n_envs, self.config.vectorization)
+        try:
+            check_spaces(self.layout, self.action_space, envs)
+        except ValueError:
+            self._close(envs)
+            raise
+        self.action_space = envs.single_action_space
         return envs
 
     @property
@@ -163,12 +142,16 @@ class Agent(abc.ABC):
     @property
     def env_id(self) -> str | None:
         """The id that the environments are made from, or None."""
-        return self._source if isinstance(self._source, str) else None
+        return self.source if isinstance(self.source, str) else None
 
     def close(self) -> None:
         """Close the environments, unless a vector environment was passed in."""
-        if self.has_envs and not isinstance(self._source, VectorEnv):
-            self.envs.close()
+        if self.has_envs:
+            self._close(self.envs)
+
+    def _close(self, envs: VectorEnv) -> None:
+        if not isinstance(self.source, VectorEnv):
+            envs.close()
 
     def setup(self) -> None:
         """Make the optimizers: here the critic's, of what the policy does not share with it."""
@@ -185,53 +168,19 @@ class Agent(abc.ABC):
         """Improve policy and critic from one path; return what to log."""
 
     def estimate(self, path: Path) -> Estimates:
-        """Estimate advantages and returns with the critic, by the option ``advantages``.
-
-        Raises:
-            ValueError: they are not finite, or not one per step.
-
-        """
+        """Estimate advantages and returns, by the options ``advantages`` and ``td_lambda``."""
         c = self.config
-        with torch.no_grad(), evaluating(self.critic):
-            values = path.values(value_function(self.critic))
-            advantages, returns = self.advantages(path, values, c.gamma)
-            if c.td_lambda is not None:
-                ends = path.terminated, path.truncated
-                decay = {"gamma": c.gamma, "trace": c.td_lambda}
-                returns = td_lambda(path.rewards, values.following, *ends, **decay)
-        for name, x in (("advantages", advantages), ("returns", returns)):
-            if x.shape != path.mask.shape:
-                raise ValueError(
-                    f"{name} must be one per step, shape {tuple(path.mask.shape)}, got"
-                    f" {tuple(x.shape)}"
-                )
-            if not bool(x.isfinite().all()):
-                raise ValueError(
-                    f"{name} are not finite, as the critic's values are: nothing was updated"
-                )
-        return Estimates(advantages, returns, values.now)
+        return estimate(path, self.critic, self.advantages, c.gamma, c.td_lambda)
 
     def objective(self, path: Path, advantages: Tensor) -> Objective:
-        """Return the closure of what the policy maximises, and of its distribution.
-
-        Args:
-            path: T steps of N environments.
-            advantages: normalised, ``(T, N)``.
-
-        """
+        """Return the closure of what the policy maximises, for normalised advantages ``(T, N)``."""
         return surrogate_closure(self.policy, path, advantages)
 
     def fit_critic(self, path: Path, estimates: Estimates) -> Log:
         """Regress the critic on the returns, by the option ``critic_fit``; return what to log."""
         returns = path.flat(estimates.returns)
-        value_loss = self.critic_fit(
-            self.critic,
-            self.critic_parameters,
-            self.critic_optimizer,
-            path.rows,
-            returns,
-            self.generator,
-        )
+        task = Regression(self.critic, self.critic_parameters, path.rows, returns, self.generator)
+        value_loss = self.critic_fit(task, self.critic_optimizer)
         return {
             "train/value_loss": value_loss,
             "train/explained_variance": explained_variance(path.flat(estimates.values), returns),
@@ -242,34 +191,32 @@ class Agent(abc.ABC):
         total_timesteps: int,
         progress: bool = True,
         callback: Callback | Iterable[Callback | None] | None = None,
+        logger: Callback | Iterable[Callback | None] | None = None,
     ) -> Self:
-        """Train until ``total_timesteps`` more environment steps are done.
-
-        Whole rollouts are collected, so the count may end up to one rollout above.
+        """Train for ``total_timesteps`` more environment steps, rounded up to whole rollouts.
 
         Args:
             total_timesteps: environment steps to add; resets do not count.
             progress: show a progress bar.
-            callback: called with the agent and the log after each update; False stops. Of several,
-                all are called: see :mod:`rl.run.callbacks`.
-
-        Returns:
-            The agent itself.
-
-        Raises:
-            ValueError: ``total_timesteps`` is not positive, or an environment gave a NaN.
-            TypeError: a callback cannot be called.
+            callback: called with the agent and the log after each update, and may add to the log;
+                False stops. Of several, all are called: see :mod:`rl.run.callbacks`.
+            logger: called after all callbacks, with what they added: see :mod:`rl.run.logs`.
 
         """
         from tqdm import tqdm
 
         if total_timesteps <= 0:
             raise ValueError(f"total_timesteps must be positive, got {total_timesteps}")
-        callbacks = _as_callbacks(callback)
-        collector = self._collector = self._collector or self._new_collector()
+        callbacks, loggers = as_callbacks(callback), as_callbacks(logger)
+        collector = self._collector = self._collector or self._make_collector(
+            Stepper(self.envs),
+            self.layout,
+            seed=environment_seed(self.config, self.num_timesteps),
+            generator=self.generator,
+        )
         rows = self.config.steps_per_update // self.config.n_envs
         first, started = self.num_timesteps, time.perf_counter()
-        self._progress_made = 0.0
+        self.progress = 0.0
         with tqdm(total=total_timesteps, unit="step", disable=not progress, leave=False) as bar:
             while self.num_timesteps < first + total_timesteps:
                 with few_threads(self.policy, self.critic):
@@ -277,37 +224,30 @@ class Agent(abc.ABC):
                     log = self._learn_from(path)
                 self.num_timesteps += path.steps
                 self.iterations += 1
-                self._progress_made = min((self.num_timesteps - first) / total_timesteps, 1.0)
+                steps = self.num_timesteps - first
+                self.progress = min(steps / total_timesteps, 1.0)
                 bar.update(min(path.steps, total_timesteps - bar.n))
                 elapsed = time.perf_counter() - started
-                log = self._progress(collector, self.num_timesteps - first, elapsed) | log
+                log = progress_log(self, collector.episodes, steps, elapsed) | log
                 answers = [call(self, log) for call in callbacks]
-                if any(isinstance(answer, bool | np.bool_) and not answer for answer in answers):
+                for write in loggers:
+                    write(self, log)
+                if stops(answers):
                     break
         return self
-
-    def _new_collector(self) -> Collector:
-        return self._make_collector(
-            Stepper(self.envs),
-            self.layout,
-            seed=_environment_seed(self.config, self.num_timesteps),
-            generator=self.generator,
-        )
 
     def _learn_from(self, path: Path) -> Log:
         """Update, with the scale of rewards and the moments of observations.
 
-        The moments of observations move afterwards, so that the surrogate sees those that the
-        actions were chosen from. The scale of rewards moves first: the critic is to know it from
-        its first fit on.
+        The moments move afterwards: the surrogate sees those that the actions were chosen from. The
+        scale of rewards moves first: the critic is to know it from its first fit on.
         """
         kept = copy.deepcopy(self.reward_scale)
         try:
-            scaled = path
             if self.reward_scale is not None:
                 self.reward_scale.update(path)
-                scaled = self.reward_scale(path)
-            log = self.update(scaled)
+                path = self.reward_scale(path)
+            log = self.update(path)
         except BaseException:
             self.reward_scale = kept
             raise
@@ -317,19 +257,7 @@ class Agent(abc.ABC):
 
     def scheduled(self, start: float, end: float | None) -> float:
         """Return an option that moves linearly over :meth:`learn`; its start where it does not."""
-        return start if end is None else start + (end - start) * self._progress_made
-
-    def _progress(self, collector: Collector, steps: int, elapsed: float) -> Log:
-        returns, lengths = collector.episodes.returns, collector.episodes.lengths
-        return {
-            "time/steps": steps,  # of this call of learn()
-            "time/iterations": self.iterations,
-            "time/total_timesteps": self.num_timesteps,
-            "time/time_elapsed": elapsed,
-            "time/fps": steps / elapsed,
-            "rollout/ep_rew_mean": float(np.mean(returns)) if returns else float("nan"),
-            "rollout/ep_len_mean": float(np.mean(lengths)) if lengths else float("nan"),
-        }
+        return start if end is None else start + (end - start) * self.progress
 
     @torch.no_grad()
     def predict(
@@ -343,33 +271,24 @@ class Agent(abc.ABC):
             action_masks: the allowed actions, if the environment gives them in its infos.
 
         Returns:
-            The action or actions, and None: there is no recurrent state.
-
-        Raises:
-            ValueError: the shape is not that of the observation space, or the mask is missing.
+            The action or actions, and None as the recurrent state.
 
         """
         batch, single = as_batch(self.layout.space, obs)
-        if action_masks is not None and self.layout.info_mask is None:
-            raise ValueError(
-                "action_masks are for environments that give them in their infos, and this one does"
-                " not: forbidden actions could not be told apart in training"
-            )
-        masks = [action_masks] if single else action_masks
-        rows = self.layout.flat(batch, None if action_masks is None else {MASK: masks})
+        masks = [action_masks] if single and action_masks is not None else action_masks
+        rows = torch.from_numpy(self.layout.flat(batch, masks_as_infos(self.layout, masks)))
         with evaluating(self.policy):
             if deterministic:
-                on_device = torch.from_numpy(rows).to(self.config.device)
-                actions = self.policy.mode(on_device).cpu().numpy()
+                actions = self.policy.mode(rows.to(self.config.device)).cpu().numpy()
             else:
                 noise = self.policy.noise(1, len(rows), self._predict_generator)
-                actions = actor(self.policy, noise)(0, rows)
+                actions = actor(self.policy, noise)(0, rows.numpy())
         chosen = self.policy.to_env(actions)
         return (chosen[0] if single else chosen), None
 
     def optimizers(self) -> dict[str, torch.optim.Optimizer]:
-        """Return the optimizers, whose state a checkpoint keeps."""
-        return {"critic_optimizer": self.critic_optimizer}
+        """Return the optimizers among the attributes, whose state a checkpoint keeps."""
+        return {k: x for k, x in vars(self).items() if isinstance(x, torch.optim.Optimizer)}
 
     def _parts(self) -> dict[str, Any]:
         """Return what has a ``state_dict``."""
@@ -386,20 +305,8 @@ class Agent(abc.ABC):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what :meth:`state_dict` returned.
-
-        Raises:
-            ValueError: names or shapes do not fit.
-
-        """
-        try:
-            for name, part in self._parts().items():
-                if isinstance(part, torch.optim.Optimizer):
-                    _check_optimizer(name, part, state["parts"][name])
-                part.load_state_dict(state["parts"][name])
-        except (RuntimeError, KeyError, ValueError) as error:
-            reason = " ".join(str(error).split())
-            raise ValueError(f"the state does not fit this agent: {reason}") from error
+        """Take over what :meth:`state_dict` returned; a ValueError if it does not fit."""
+        saving.load_parts(self._parts(), state["parts"])
         self.generator.set_state(state["generator"])
         self.num_timesteps, self.iterations = state["num_timesteps"], state["iterations"]
 
@@ -411,18 +318,8 @@ class Agent(abc.ABC):
             notes: plain values to keep with them.
 
         """
-        description = {
-            "algorithm": self.name,
-            "env_id": self.env_id,
-            "config": self.config.to_dict(),
-            "layout": {
-                "space": space_to_json(self.layout.space),
-                "mask": 0 if self.layout.info_mask is None else self.layout.info_mask.shape[0],
-            },
-            "action_space": space_to_json(self.action_space),
-            "notes": notes or {},
-        }
-        checkpoint.write(FilePath(path), description | {"agent": self.state_dict()})
+        state = {"notes": notes or {}, "agent": self.state_dict()}
+        checkpoint.write(FilePath(path), saving.describe(self) | state)
 
     @classmethod
     def load(
@@ -438,98 +335,28 @@ class Agent(abc.ABC):
         """Return the agent of a file written by :meth:`save`.
 
         The environments start new episodes, and draws of ``predict`` start over; everything else
-        continues where it was. Environments are made by the first call that needs them, which
-        ``predict`` does not.
+        continues where it was. Environments are made when they are first needed, which is not by
+        ``predict``.
 
         Args:
             path: the file.
             env: environments to use instead of those of the saved id.
-            policy: the policy, where the agent was made with one of its own; likewise ``critic``.
+            policy: your own policy, if the agent had one; likewise ``critic`` and ``collector``.
             critic: see there.
-            collector: as for the agent.
+            collector: see there.
             options: options to change, for example ``device`` or ``delta``.
 
         Raises:
             CheckpointError: the file is truncated, damaged, of another format or algorithm.
-            FileNotFoundError: there is no such file.
-            ValueError: an unknown option, or environments with other spaces.
 
         """
-        saved = checkpoint.read(FilePath(path))
         agent = cls.__new__(cls)
-        agent._source, agent._make_collector = env, collector
+        agent.source, agent._make_collector = env, collector
         try:
-            if saved["algorithm"] != cls.name:
-                raise checkpoint.CheckpointError(
-                    f"{path} holds an agent of {saved['algorithm']!r}, not {cls.name!r}"
-                )
-            agent._restore(path, saved, options, policy, critic)
+            saving.load_into(agent, FilePath(path), options, policy, critic)
         except BaseException as error:
             agent.close()
             if isinstance(error, KeyError):
                 raise checkpoint.CheckpointError(f"{path} is incomplete: no {error}") from error
             raise
         return agent
-
-    def _restore(
-        self,
-        path: str | FilePath,
-        saved: dict[str, Any],
-        options: dict[str, Any],
-        policy: Policy | None,
-        critic: nn.Module | None,
-    ) -> None:
-        self.config = self.config_class.from_dict({**saved["config"], **options})
-        space = space_from_json(saved["layout"]["space"])
-        self.layout = ObservationLayout(space, mask=saved["layout"]["mask"])
-        self.action_space = space_from_json(saved["action_space"])
-        if self._source is None:
-            self._source = saved["env_id"]
-        else:
-            self.config = _with_copies(self.config, options, self.envs)
-        self._build(self.config, self.layout, self.action_space, policy, critic)
-        state = saved["agent"]
-        if "critic_fit" in options and "critic_optimizer" in state["parts"]:
-            state["parts"]["critic_optimizer"] = self.critic_optimizer.state_dict()
-        try:
-            self.load_state_dict(state)
-        except ValueError as error:
-            raise checkpoint.CheckpointError(f"{path}: {error}") from error
-        optimizers = [o for k, o in self.optimizers().items() if k != "critic_optimizer"]
-        for group in (group for o in optimizers for group in o.param_groups):
-            group.update({name: getattr(self.config, name) for name in options if name in group})
-
-
-def _with_copies(config: Config, options: dict[str, Any], envs: VectorEnv) -> Any:
-    """Return the config of an agent of these environments."""
-    n = envs.num_envs
-    if options.get("n_envs", n) != n:
-        raise ValueError(
-            f"n_envs={options['n_envs']}, but the environment that was passed is {n}: pass an id,"
-            " or a function that makes one environment"
-        )
-    return replace(config, n_envs=n)
-
-
-def _as_callbacks(callback: Any) -> list[Callback]:
-    """Return callbacks as a list; raise a TypeError, before anything is spent, for others."""
-    several = callback if isinstance(callback, list | tuple) else [callback]
-    for call in several:
-        if call is not None and (not callable(call) or isinstance(call, type)):
-            raise TypeError(
-                "callback must be a function of the agent and the log, None, or a list of them, got"
-                f" {call!r}"
-            )
-    return [call for call in several if call is not None]
-
-
-def _check_optimizer(name: str, optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
-    count = sum(len(group["params"]) for group in optimizer.param_groups)
-    if not set(saved["state"]) <= set(range(count)):  # frozen parameters have none
-        raise KeyError(f"the state of {name} is not that of {count} parameters")
-
-
-def _environment_seed(config: Config, num_timesteps: int) -> int:
-    """Return a seed that is unrelated between runs, and between the parts of a resumed run."""
-    entropy = config.seed or 0, num_timesteps
-    return int(np.random.SeedSequence(entropy).generate_state(1)[0])

@@ -57,15 +57,13 @@ class Config:
     """Options that every algorithm has."""
 
     seed: int | None = 0
-    """Seed of weights, actions and environments; None to draw one. torch's global random state is
-    not used."""
+    """Seed of weights, actions and environments; None to draw one."""
 
     n_envs: int = 8
     """Number of copies of the environment."""
 
     device: str = "cpu"
-    """Where networks and updates are: cpu, cuda, ..., or auto for an accelerator where there is
-    one. The environments stay on the CPU."""
+    """Device of networks and updates: cpu, cuda, ... or auto. Environments stay on the CPU."""
 
     steps_per_update: int = 2048
     """Environment steps per update, over all copies."""
@@ -77,7 +75,7 @@ class Config:
     """Widths of the hidden layers of policy and critic."""
 
     critic_hidden: tuple[int, ...] | None = None
-    """Widths of the hidden layers of the critic, if they differ from those of the policy."""
+    """The same for the critic, if it is to differ."""
 
     activation: Activation = "tanh"
     """Nonlinearity of the hidden layers."""
@@ -101,20 +99,16 @@ class Config:
     """Discount."""
 
     gae_lambda: float = 0.98
-    """Trace decay of advantages="gae"."""
+    """Trace decay of the advantage estimator gae."""
 
     advantages: Advantages | str = "gae"
-    """Advantage estimates: gae, n_step, as in n_step:n=5, or monte_carlo. In Python also GAE(0.98),
-    NStep(5), MonteCarlo(), or a function of your own."""
+    """Advantage estimator; in Python also GAE(0.98), NStep(5), ... or a function of your own."""
 
     td_lambda: float | None = None
-    """Trace decay of the returns that the critic is fitted to; by default they are values plus
-    advantages."""
+    """Trace decay of the critic's targets; by default they are values plus advantages."""
 
     critic_fit: CriticFit | str = "adam"
-    """How the critic is fitted: adam, as in adam:lr=0.001,epochs=10,batch_size=128, lbfgs:steps=20
-    or trust_region:steps=20. In Python also AdamFit(lr=1e-3), LBFGSFit(), TrustRegionFit(), or an
-    object of your own."""
+    """How the critic is fitted; in Python also AdamFit(lr=1e-3), ... or an object of your own."""
 
     def __post_init__(self) -> None:
         """Convert and check the values."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,25 @@ from .options import check_counts, check_not_negative, check_positive, convert_f
 from .undo import undone_on_error
 
 
+class Regression(NamedTuple):
+    """A critic and what it is to predict.
+
+    Attributes:
+        critic: rows ``(B, d)`` to values ``(B,)``.
+        parameters: those that are fitted.
+        rows: of observations, ``(B, d)``.
+        returns: targets, ``(B,)``.
+        generator: source of random numbers.
+
+    """
+
+    critic: nn.Module
+    parameters: list[nn.Parameter]
+    rows: Tensor
+    returns: Tensor
+    generator: torch.Generator
+
+
 class CriticFit(Protocol):
     """How a critic is regressed on returns: options, and no state of its own.
 
@@ -30,27 +49,10 @@ class CriticFit(Protocol):
         """Return the optimizer for the parameters of a critic that are to be fitted."""
         ...
 
-    def __call__(
-        self,
-        critic: nn.Module,
-        parameters: list[nn.Parameter],
-        optimizer: torch.optim.Optimizer,
-        rows: Tensor,
-        returns: Tensor,
-        generator: torch.Generator,
-    ) -> float:
-        """Fit the critic. If this raises or is interrupted, the critic and optimizer are as before.
+    def __call__(self, task: Regression, optimizer: torch.optim.Optimizer) -> float:
+        """Fit the critic and return the mean squared error of the values.
 
-        Args:
-            critic: rows ``(B, d)`` to values ``(B,)``.
-            parameters: those that are fitted.
-            optimizer: as :meth:`optimizer` made it.
-            rows: of observations, ``(B, d)``.
-            returns: targets, ``(B,)``.
-            generator: source of random numbers.
-
-        Returns:
-            The mean squared error of the values.
+        If this raises or is interrupted, the critic and the optimizer are as before.
 
         Raises:
             ValueError: the error became NaN or infinite.
@@ -84,24 +86,16 @@ class AdamFit:
         """Return Adam over one flat copy: a step takes half the time of one over the list."""
         return torch.optim.Adam([_flat(parameters)], lr=self.lr, fused=True)
 
-    def __call__(
-        self,
-        critic: nn.Module,
-        parameters: list[nn.Parameter],
-        optimizer: torch.optim.Optimizer,
-        rows: Tensor,
-        returns: Tensor,
-        generator: torch.Generator,
-    ) -> float:
+    def __call__(self, task: Regression, optimizer: torch.optim.Optimizer) -> float:
         """Make the passes."""
-        vector, (x,) = ParameterVector(parameters), optimizer.param_groups[0]["params"]
-        start, frozen = vector.values(), _frozen(parameters)
+        vector, (x,) = ParameterVector(task.parameters), optimizer.param_groups[0]["params"]
+        start, frozen, n = vector.values(), _frozen(task.parameters), len(task.returns)
         x.data.copy_(start)
-        error, total = squared_error(critic, x, parameters, rows, returns), 0.0
-        with undone_on_error(critic, optimizer=optimizer):
+        error, total = squared_error(task.critic, x, *task[1:4]), 0.0
+        with undone_on_error(task.critic, optimizer=optimizer):
             for epoch in range(self.epochs):
                 total = 0.0
-                order = torch.randperm(len(returns), generator=generator)
+                order = torch.randperm(n, generator=task.generator)
                 for positions in order.split(self.batch_size):
                     value = error(positions)
                     if not math.isfinite(value):
@@ -114,7 +108,7 @@ class AdamFit:
                         x.data[frozen] = start[frozen]
                     total += value * len(positions)
             vector.assign(x.detach())
-        return total / len(returns)
+        return total / n
 
 
 @dataclass(frozen=True)
@@ -142,21 +136,13 @@ class LBFGSFit:
             line_search_fn="strong_wolfe",
         )
 
-    def __call__(
-        self,
-        critic: nn.Module,
-        parameters: list[nn.Parameter],
-        optimizer: torch.optim.Optimizer,
-        rows: Tensor,
-        returns: Tensor,
-        generator: torch.Generator,  # noqa: ARG002 # it shuffles nothing
-    ) -> float:
+    def __call__(self, task: Regression, optimizer: torch.optim.Optimizer) -> float:
         """Run the iterations; keep the parameters if they end in a worse error."""
-        vector, (x,) = ParameterVector(parameters), optimizer.param_groups[0]["params"]
+        vector, (x,) = ParameterVector(task.parameters), optimizer.param_groups[0]["params"]
         x.data.copy_(vector.values())
-        error = squared_error(critic, x, parameters, rows, returns)
-        everywhere = torch.arange(len(returns), device=returns.device)
-        frozen = _frozen(parameters)
+        error = squared_error(task.critic, x, *task[1:4])
+        everywhere = torch.arange(len(task.returns), device=task.returns.device)
+        frozen = _frozen(task.parameters)
 
         def closure() -> float:
             value = error(everywhere)
@@ -164,7 +150,7 @@ class LBFGSFit:
                 x.grad[frozen] = 0.0
             return value
 
-        with undone_on_error(critic):
+        with undone_on_error(task.critic):
             try:
                 first = float(optimizer.step(closure))
                 if not math.isfinite(first):
@@ -218,17 +204,10 @@ class TrustRegionFit:
             process_group=False,
         )
 
-    def __call__(
-        self,
-        critic: nn.Module,
-        parameters: list[nn.Parameter],  # noqa: ARG002 # the optimizer has them
-        optimizer: torch.optim.Optimizer,
-        rows: Tensor,
-        returns: Tensor,
-        generator: torch.Generator,  # noqa: ARG002 # it shuffles nothing
-    ) -> float:
+    def __call__(self, task: Regression, optimizer: torch.optim.Optimizer) -> float:
         """Take the steps."""
         assert isinstance(optimizer, NaturalTrustRegion)  # made above
+        critic, _, rows, returns, _ = task
         with torch.no_grad(), evaluating(critic):
             error = (critic(rows) - returns).square().mean().item()
         if not math.isfinite(error):

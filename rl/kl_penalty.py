@@ -1,21 +1,19 @@
-"""KL-penalised policy iteration: a price on the KL instead of a bound."""
+"""KL-penalised policy iteration: a penalty on the KL instead of a bound."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
 
-import torch
-
 from trustregion import NaturalTrustRegion
 from trustregion.optim import Adapt
 
-from .agent import Agent, Log
+from .agent import Agent
 from .config import NaturalConfig
 from .experience.path import Path
 from .experience.surrogate import normalise
 from .options import check_positive
-from .reports import step_log
+from .reports import Log, step_log
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,10 +21,10 @@ class KLPenaltyConfig(NaturalConfig):
     """Options of KL-penalised policy iteration."""
 
     penalty: float = 5.0
-    """C, the price of a nat, in units of normalised advantages; the first one if it adapts."""
+    """C, the coefficient of the KL, in normalised advantages per nat; if it adapts, the first."""
 
     kl_target: float | None = 0.01
-    """KL(old || new) that C is to lead to; None to keep C."""
+    """KL(old || new) that C is adapted to reach; None to keep C."""
 
     def __post_init__(self) -> None:
         """Check the ranges."""
@@ -37,15 +35,15 @@ class KLPenaltyConfig(NaturalConfig):
 class KLPenalty(Agent):
     r"""Policy iteration with a penalty.
 
-    For each path one step that raises :math:`E[\pi(a|s)/\pi_{old}(a|s)\,A] - C\,
+    For each path one step that increases :math:`E[\pi(a|s)/\pi_{old}(a|s)\,A] - C\,
     \mathrm{KL}(\pi_{old} \| \pi)`. C is fixed, or it is doubled after a KL above 1.5 times the
     target and halved after one below the target over 1.5 (Schulman et al., Proximal Policy
     Optimization Algorithms, 2017, section 4).
 
     The C for which improvement is guaranteed (Schulman et al., Trust Region Policy Optimization,
     2015, theorem 1) is :math:`4 \epsilon \gamma / (1 - \gamma)^2` with the largest advantage
-    :math:`\epsilon`. It is logged as ``trust/penalty_bound``, in the same units: thousands, for a
-    KL that nothing could be learnt within.
+    :math:`\epsilon`. It is logged as ``trust/penalty_bound``, in the same units. It is in the
+    thousands: the steps that it allows are too small to learn anything.
 
     Args:
         env: as for every :class:`Agent`.
@@ -71,10 +69,6 @@ class KLPenalty(Agent):
             adapt=Adapt(kl_target=c.kl_target),
             process_group=False,
         )
-
-    def optimizers(self) -> dict[str, torch.optim.Optimizer]:
-        """Return both optimizers."""
-        return super().optimizers() | {"policy_optimizer": self.policy_optimizer}
 
     def update(self, path: Path) -> Log:
         """Estimate advantages, take the step, fit the critic."""

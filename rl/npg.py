@@ -1,4 +1,4 @@
-"""Natural policy gradient (Kakade, 2001), with a step of a given length or a given KL."""
+"""Natural policy gradient (Kakade, 2001), with a step of given length or given KL."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ import torch
 from trustregion import FisherOperator, Identity, cg, kl_ball_step, mean_kl
 from trustregion.operators import ParameterVector
 
-from .agent import Agent, Log
+from .agent import Agent
 from .config import NaturalConfig
 from .experience.path import Path
 from .experience.surrogate import distribution_now, normalise
 from .options import check_positive
+from .reports import Log
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,10 +22,10 @@ class NPGConfig(NaturalConfig):
     """Options of the natural policy gradient."""
 
     delta: float = 0.01
-    """KL(old || new) of a step to second order, in nats; it is not measured before the step."""
+    """KL(old || new) of a step to second order, in nats. The KL is not measured before the step."""
 
     step_size: float | None = None
-    """Factor on the natural gradient; where given, it takes the place of delta."""
+    """Factor on the natural gradient, instead of delta."""
 
     def __post_init__(self) -> None:
         """Check the ranges."""
@@ -38,8 +39,8 @@ class NPG(Agent):
     For each path one step :math:`s = \alpha\, (F + \lambda I)^{-1} g` along the gradient ``g``
     of the expected advantage, with :math:`\alpha` fixed (Kakade, 2001) or such that
     :math:`\frac12 s'Fs = \delta` (Rajeswaran et al., Towards Generalization and Simplicity in
-    Continuous Control, 2017, eq. 5). Unlike :class:`TRPO` it does not look back: no line search,
-    no measured bound. A step that is not finite is not taken.
+    Continuous Control, 2017, eq. 5). Unlike :class:`TRPO` it has no line search
+    and no measured bound. A step that is not finite is not taken.
 
     Args:
         env: as for every :class:`Agent`.

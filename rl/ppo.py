@@ -12,12 +12,14 @@ from torch.distributions import Distribution
 
 from trustregion import mean_kl
 
-from .agent import Agent, Estimates, Log
+from .agent import Agent
 from .config import Config
+from .experience.estimates import Estimates
 from .experience.path import Path
 from .experience.surrogate import clipped_surrogate, distribution_now, normalise
 from .fits import explained_variance
 from .options import check_counts, check_not_negative, check_positive
+from .reports import Log
 from .undo import undone_on_error
 
 
@@ -26,7 +28,7 @@ class PPOConfig(Config):
     """Options of PPO."""
 
     clip: float = 0.2
-    """Ratios beyond 1 - clip and 1 + clip gain nothing more."""
+    """Probability ratios outside 1 - clip to 1 + clip do not increase the objective."""
 
     epochs: int = 10
     """Passes over a rollout."""
@@ -50,10 +52,10 @@ class PPOConfig(Config):
     """Weight of the entropy at the end of learn(), reached linearly; None to keep it."""
 
     max_grad_norm: float = 0.5
-    """Gradients are shortened to this norm."""
+    """Gradients are clipped to this norm."""
 
     kl_limit: float | None = None
-    """Passes end where KL(old || new) is beyond this; None to make them all."""
+    """The passes end early where KL(old || new) exceeds this; None to make them all."""
 
     gae_lambda: float = 0.95
     """Trace decay of gae."""
@@ -90,10 +92,6 @@ class PPO(Agent):
         self.optimizer = torch.optim.Adam(
             list(parameters.values()), lr=self.config.lr, eps=1e-5, fused=True
         )
-
-    def optimizers(self) -> dict[str, torch.optim.Optimizer]:
-        """Return the optimizer."""
-        return {"optimizer": self.optimizer}
 
     def update(self, path: Path) -> Log:
         """Estimate advantages and make the passes."""
@@ -155,7 +153,7 @@ class PPO(Agent):
         }
 
     def _descend(self, loss: Tensor) -> None:
-        """Take one step of Adam along a shortened gradient."""
+        """Take one step of Adam along the clipped gradient."""
         self.optimizer.zero_grad()
         loss.backward()
         parameters = self.optimizer.param_groups[0]["params"]

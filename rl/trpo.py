@@ -5,17 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
 from torch.distributions import Distribution
 
 from trustregion import NaturalTrustRegion, subsample
 
-from .agent import Agent, Log
+from .agent import Agent
 from .config import NaturalConfig
 from .experience.path import Path
 from .experience.surrogate import normalise
 from .options import check_positive
-from .reports import step_log
+from .reports import Log, step_log
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,10 +78,6 @@ class TRPO(Agent):
             maximize=True,
             process_group=False,
         )
-
-    def optimizers(self) -> dict[str, torch.optim.Optimizer]:
-        """Return both optimizers."""
-        return super().optimizers() | {"policy_optimizer": self.policy_optimizer}
 
     def update(self, path: Path) -> Log:
         """Run the three steps."""

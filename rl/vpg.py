@@ -8,11 +8,12 @@ import torch
 
 from trustregion import mean_kl
 
-from .agent import Agent, Log
+from .agent import Agent
 from .config import Config
 from .experience.path import Path
 from .experience.surrogate import distribution_now, normalise
 from .options import check_positive
+from .reports import Log
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,10 +48,6 @@ class VPG(Agent):
         self.policy_optimizer = torch.optim.Adam(
             self.policy.parameters(), lr=self.config.policy_lr, fused=True
         )
-
-    def optimizers(self) -> dict[str, torch.optim.Optimizer]:
-        """Return both optimizers."""
-        return super().optimizers() | {"policy_optimizer": self.policy_optimizer}
 
     def update(self, path: Path) -> Log:
         """Estimate advantages, take the step, fit the critic."""

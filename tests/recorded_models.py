@@ -213,6 +213,14 @@ MODELS = {
         lambda: Of(lambda x, a: (x @ a).softmax(-1) * x + (x @ a).log_softmax(0), FULL),
         ROWS,
     ),
+    "log sum exp": (
+        lambda: Of(lambda x, a: x @ a - (x @ a).logsumexp(-1, True) + (x @ a).logsumexp(0), FULL),
+        ROWS,
+    ),
+    "log sum exp over two dimensions": (
+        lambda: Of(lambda x, a: (x @ a) * (x @ a).logsumexp((0, -1)), FULL),
+        ROWS,
+    ),
     **{
         f.__name__: (lambda f=f: nn.Sequential(nn.Linear(4, 4), f(), nn.LazyLinear(2)), ROWS)
         for f in ACTIVATIONS

@@ -29,6 +29,7 @@ LEVELS = {
         ["fits"],
         ["config"],
         ["build"],
+        ["saving"],
         ["agent"],
         ["trpo", "npg", "kl_penalty", "ppo", "vpg"],
         ["algorithms"],

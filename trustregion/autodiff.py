@@ -53,6 +53,15 @@ def differentiate(
         )
 
 
+def under_transform() -> bool:
+    """Return whether a :mod:`torch.func` transform, such as ``vmap``, is running."""
+    try:
+        torch.zeros(()).requires_grad_()
+    except RuntimeError:  # Only torch.func forbids this.
+        return True
+    return False
+
+
 def out_of_memory(error: BaseException) -> bool:
     """Return whether an error reports exhausted memory, which no fallback may hide."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):

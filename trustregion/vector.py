@@ -11,6 +11,8 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
+from .arguments import finite
+
 
 class ParameterVector:
     """The flat view ``theta`` of shape ``(n,)`` of a list of parameters.
@@ -155,11 +157,10 @@ class ParameterVector:
 
     def name_nonfinite(self, vector: Tensor) -> str | None:
         """Return the name of the first parameter whose slice is not finite, or None."""
-        if bool(vector.isfinite().all()):
+        if finite(vector):
             return None
-        parts = self.unravel(vector)
-        bad = (n for n, part in zip(self.names, parts, strict=True) if not part.isfinite().all())
-        return next(bad)
+        parts = zip(self.names, self.unravel(vector), strict=True)
+        return next(name for name, part in parts if not finite(part))
 
 
 def split_like(vector: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:

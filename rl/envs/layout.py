@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any
+from copy import copy
+from dataclasses import dataclass, field
+from typing import Any, Self
 
 import numpy as np
 from gymnasium import Space, spaces
 
-MASK = "action_mask"  # the key of the actions that are allowed, in observations and in infos
-_SMALLEST_IMAGE = 8  # pixels a side; a smaller array of bytes is a list of numbers
+from .batches import batch_size
+from .masks import MASK, mask_of_each, whole_masks
+
+_SMALLEST_IMAGE = 8  # pixels per side; a smaller array of bytes is a list of numbers
 
 
 @dataclass(frozen=True)
@@ -24,6 +28,7 @@ class Part:
             three dimensions; ``"mask"``: 1 for an action that is allowed.
         start: first column.
         shape: of the part, as in the space.
+        wide: whether its numbers may be of a type that float32 rounds.
 
     """
 
@@ -31,11 +36,12 @@ class Part:
     kind: str
     start: int
     shape: tuple[int, ...]
+    wide: bool = field(default=False, repr=False)
 
     @property
     def stop(self) -> int:
         """One past the last column."""
-        return self.start + int(np.prod(self.shape))
+        return self.start + math.prod(self.shape)
 
     @property
     def columns(self) -> slice:
@@ -53,9 +59,11 @@ class ObservationLayout:
     Args:
         space: of one observation.
         mask: number of actions whose mask comes with an environment's infos; 0 for none.
+        origin: float64 ``(width,)``, subtracted from observations before they become float32; None
+            for zeros. See :meth:`with_origin`.
 
     Raises:
-        ValueError: a space that has no such form.
+        ValueError: a space that has no such form, or an origin of another shape.
 
     Example:
         >>> space = spaces.Dict(position=spaces.Box(-1, 1, (2,)), gear=spaces.Discrete(3))
@@ -67,17 +75,37 @@ class ObservationLayout:
 
     """
 
-    def __init__(self, space: Space[Any], mask: int = 0) -> None:
+    def __init__(self, space: Space[Any], mask: int = 0, origin: np.ndarray | None = None) -> None:
         self.space = space
         self.parts: tuple[Part, ...] = tuple(_parts("", space, 0))
         self.info_mask: Part | None = None
         if mask:
             self.info_mask = Part(MASK, "mask", self.width, (mask,))
             self.parts += (self.info_mask,)
-        if len(self.of_kind("mask")) > 1:
+        self._masks = self.of_kind("mask")
+        if len(self._masks) > 1:
             raise ValueError(f"several action masks, in {space} and in the environment's infos")
         images = all(part.kind == "image" for part in self.parts)
         self.dtype = np.dtype(np.uint8 if images else np.float32)
+        self.origin = None if origin is None else np.asarray(origin, np.float64)
+        if self.origin is not None and self.origin.shape != (self.width,):
+            raise ValueError(f"origin must have shape {(self.width,)}, got {self.origin.shape}")
+
+    def with_origin(self, observations: Any) -> Self:
+        """Return this layout with its origin at the first observation of a batch.
+
+        float32 has seven digits: those of a time in seconds since 1970 end at two minutes. So what
+        comes in a wider type is measured from its first value, unless that is not finite.
+        """
+        wide = [c for part in self.parts if part.wide for c in range(part.start, part.stop)]
+        if not wide:
+            return self
+        rows = np.zeros((batch_size(self.space, observations), self.width))
+        _write(self.space, observations, rows, 0, None)
+        layout = copy(self)
+        layout.origin = np.zeros(self.width)
+        layout.origin[wide] = np.where(np.isfinite(rows[0, wide]), rows[0, wide], 0.0)
+        return layout
 
     @property
     def width(self) -> int:
@@ -94,71 +122,52 @@ class ObservationLayout:
         return [c for part in self.of_kind("vector") for c in range(part.start, part.stop)]
 
     def flat(
-        self, observations: Any, infos: Mapping[str, Any] | None = None, *, mask: bool = True
+        self,
+        observations: Any,
+        infos: Mapping[str, Any] | None = None,
+        ended: np.ndarray | bool = False,
     ) -> np.ndarray:
-        """Return a batch of observations as new rows, ``(N, width)``.
-
-        Args:
-            observations: the batch.
-            infos: where the mask is, if it is not in the observations.
-            mask: False to leave the columns of that mask zero, for a state that has no action.
-
-        """
-        rows = np.zeros((batch_size(self.space, observations), self.width), self.dtype)
-        if mask:
-            self.write(observations, rows, infos)
-        else:
-            _write(self.space, observations, rows, 0)
+        """Return a batch of observations as new rows, ``(N, width)``; see :meth:`write`."""
+        rows = np.empty((batch_size(self.space, observations), self.width), self.dtype)
+        self.write(observations, rows, infos, ended)
         return rows
 
     def write(
-        self, observations: Any, rows: np.ndarray, infos: Mapping[str, Any] | None = None
+        self,
+        observations: Any,
+        rows: np.ndarray,
+        infos: Mapping[str, Any] | None = None,
+        ended: np.ndarray | bool = False,
     ) -> None:
         """Write a batch of observations into rows ``(N, width)``.
 
+        Args:
+            observations: the batch.
+            rows: where to write.
+            infos: where the masks are, if they are not in the observations.
+            ended: bool, or bool ``(N,)``; True where no action will be chosen, since the episode
+                ended. Masks are all ones there, and may be missing.
+
         Raises:
-            ValueError: an entry outside its space that has no column, or infos without a mask.
+            ValueError: observations of another shape, a choice that is not in its space, a mask
+                that is missing, or one that comes up though the first reset gave none.
 
         """
-        _write(self.space, observations, rows, 0)
-        if self.info_mask is not None:
-            if infos is None or MASK not in infos:
-                raise ValueError(
-                    f"the environment gave no infos[{MASK!r}], which it gave at its first reset"
-                )
-            masks = infos[MASK]  # gymnasium stacks them to an object array where one is missing
-            rows[:, self.info_mask.columns] = np.stack(list(masks))
-
-
-def batch_size(space: Space[Any], observations: Any) -> int:
-    """Return how many observations a batch holds."""
-    if isinstance(space, spaces.Dict):
-        key, inner = next(iter(space.items()))
-        return batch_size(inner, observations[key])
-    if isinstance(space, spaces.Tuple):
-        return batch_size(space.spaces[0], observations[0])
-    return len(observations)
-
-
-def as_batch(space: Space[Any], observation: Any) -> tuple[Any, bool]:
-    """Return observations as a batch, and whether it was a single one.
-
-    Raises:
-        ValueError: they have the shape of neither.
-
-    """
-    if isinstance(space, spaces.Dict):
-        parts = {key: as_batch(inner, observation[key]) for key, inner in space.items()}
-        return {key: batch for key, (batch, _) in parts.items()}, any(s for _, s in parts.values())
-    if isinstance(space, spaces.Tuple):
-        pairs = [as_batch(inner, part) for inner, part in zip(space, observation, strict=True)]
-        return tuple(batch for batch, _ in pairs), any(single for _, single in pairs)
-    values, shape = np.asarray(observation), space.shape or ()
-    if values.shape == shape:
-        return values[None], True
-    if values.shape[1:] != shape or values.ndim == 0:
-        raise ValueError(f"obs must have shape {shape} or (batch, *{shape}), got {values.shape}")
-    return values, False
+        _write(self.space, observations, rows, 0, self.origin)
+        infos, n = infos or {}, len(rows)
+        unexpected = MASK in infos and self.info_mask is None
+        if unexpected and any(mask is not None for mask in mask_of_each(infos, n)):
+            raise ValueError(
+                f"the environment gave infos[{MASK!r}], and none at its first reset, so nothing was"
+                " set up to obey it: give a mask at every reset too, all ones if everything is"
+                " allowed"
+            )
+        for part in self._masks:  # one at most
+            over = np.broadcast_to(ended, n)
+            if part is self.info_mask:
+                rows[:, part.columns] = whole_masks(infos, over, part.shape[0])
+            else:
+                rows[over, part.columns] = 1
 
 
 def _parts(name: str, space: Space[Any], start: int) -> Iterator[Part]:
@@ -186,7 +195,8 @@ def _parts(name: str, space: Space[Any], start: int) -> Iterator[Part]:
         kind = "mask"
     elif _is_image(space):
         kind = "image"
-    yield Part(name, kind, start, shape)
+    wide = isinstance(space, spaces.Box) and not np.can_cast(space.dtype, np.float32)
+    yield Part(name, kind, start, shape, wide and kind == "vector")
 
 
 def _shape(space: Space[Any]) -> tuple[int, ...] | None:
@@ -211,29 +221,43 @@ def _is_image(space: Space[Any]) -> bool:
     return len(space.shape) in (2, 3) and min(sides) >= _SMALLEST_IMAGE
 
 
-def _write(space: Space[Any], observations: Any, rows: np.ndarray, start: int) -> int:
+def _write(
+    space: Space[Any], observations: Any, rows: np.ndarray, start: int, origin: np.ndarray | None
+) -> int:
     """Write a batch from a column on; return one past the last column written."""
     if isinstance(space, spaces.Dict | spaces.Tuple):
         pairs = space.items() if isinstance(space, spaces.Dict) else enumerate(space)
         for key, inner in pairs:
-            start = _write(inner, observations[key], rows, start)
+            start = _write(inner, observations[key], rows, start, origin)
         return start
-    values = np.asarray(observations)
+    values, shape = np.asarray(observations), space.shape or ()
+    size = math.prod(shape)
+    if values.size != len(rows) * size:
+        raise ValueError(
+            f"a batch of {len(rows)} observations of {space} must have shape"
+            f" {(len(rows), *shape)}, got {values.shape}"
+        )
+    entries = values.reshape(len(rows), size)
     if isinstance(space, spaces.Discrete):
-        return _write_one_hot(values - space.start, int(space.n), rows, start)
+        return _write_one_hot(entries[:, 0], int(space.n), int(space.start), rows, start)
     if isinstance(space, spaces.MultiDiscrete):
-        entries = (values - space.start).reshape(len(rows), -1)
-        for entry, n in zip(entries.T, space.nvec.flat, strict=True):
-            start = _write_one_hot(entry, int(n), rows, start)
+        counts = zip(entries.T, space.nvec.flat, space.start.flat, strict=True)
+        for entry, n, first in counts:
+            start = _write_one_hot(entry, int(n), int(first), rows, start)
         return start
-    entries = values.reshape(len(rows), -1)
-    stop = start + entries.shape[1]
+    stop = start + size
+    if origin is not None and origin[start:stop].any():
+        entries = entries.astype(np.float64) - origin[start:stop]
     rows[:, start:stop] = entries
     return stop
 
 
-def _write_one_hot(choices: np.ndarray, n: int, rows: np.ndarray, start: int) -> int:
-    if ((choices < 0) | (choices >= n)).any():
-        raise ValueError(f"an observation is choice {choices.min()} or {choices.max()} of {n}")
-    rows[:, start : start + n] = choices[:, None] == np.arange(n)
+def _write_one_hot(choices: np.ndarray, n: int, first: int, rows: np.ndarray, start: int) -> int:
+    block = rows[:, start : start + n]
+    block[:] = choices[:, None] == np.arange(first, first + n)
+    if not block.any(1).all():
+        raise ValueError(
+            f"an observation is not in its space: it must be a whole number from {first} to"
+            f" {first + n - 1}, and the batch goes from {choices.min()} to {choices.max()}"
+        )
     return start + n

@@ -1,4 +1,4 @@
-"""Environments that the package envpool steps in threads of its own, as a vector environment."""
+"""Environments of the package envpool, which steps them in its own threads."""
 
 from __future__ import annotations
 
@@ -23,18 +23,19 @@ _SEEDS = 2**31  # envpool keeps a seed in a signed integer of 32 bits
 class PoolVectorEnv(VectorEnv):
     """Copies of one of envpool's environments.
 
-    These are envpool's own environments: an id that gymnasium has too may differ in physics, in
-    precision and in the numbers drawn from a seed. An episode that terminates in the very step in
-    which its time is up is only truncated: envpool tells no more.
+    These are envpool's own environments. One whose id gymnasium has too may differ from it in
+    physics, in precision and in the numbers drawn from a seed. An episode that terminates at the
+    very step of its time limit is reported as truncated only.
 
     Args:
         env_id: one of ``envpool.list_all_envs()``.
         n_envs: number of copies.
-        threads: that step them; None for as many as this process may use, at most ``n_envs``.
+        threads: number of threads that step them; None for the number of cores that this process
+            may use, at most ``n_envs``.
 
     Raises:
-        ValueError: no envpool, an id that it does not have, a task of several players, or fewer
-            than one thread.
+        ValueError: envpool is not installed or does not have the id, the environment has several
+            players, or there is not at least one thread.
 
     """
 
@@ -80,11 +81,11 @@ class PoolVectorEnv(VectorEnv):
         """Start new episodes everywhere.
 
         Args:
-            seed: environment ``i`` starts over from ``seed + i``; None to draw on.
-            options: there are none.
+            seed: environment ``i`` starts from ``seed + i``; None to continue its random numbers.
+            options: must be empty.
 
         Raises:
-            ValueError: options.
+            ValueError: options were given.
 
         """
         if options:
@@ -109,7 +110,7 @@ class PoolVectorEnv(VectorEnv):
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Leave out what gymnasium says of envpool's bounds, which are of a higher precision."""
+    """Silence gymnasium's warning that it rounds envpool's bounds, which have more digits."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*precision lowered by casting")
         yield
@@ -120,7 +121,7 @@ def _package() -> ModuleType:
         return importlib.import_module("envpool")
     except ImportError as error:
         raise ValueError(
-            "vectorization='envpool' needs envpool, which is there for Linux:"
+            "vectorization='envpool' needs the package envpool, which exists for Linux:"
             " pip install 'torch-trustregion[envpool]'"
         ) from error
 
@@ -130,7 +131,7 @@ def _check_id(envpool: ModuleType, env_id: str) -> None:
     if env_id in known:
         return
     near = difflib.get_close_matches(env_id, known, 4)
-    hint = f"the nearest it has are {', '.join(near)}" if near else "see envpool.list_all_envs()"
+    hint = f"the nearest are {', '.join(near)}" if near else "see envpool.list_all_envs()"
     raise ValueError(f"cannot make environment {env_id!r}: envpool has no such id, {hint}")
 
 
@@ -142,9 +143,9 @@ def _available_cores() -> int:
 
 
 def _with_true_bounds(space: Space[Any]) -> Space[Any]:
-    """Return a space whose boxes are unbounded where envpool has no bounds.
+    """Return a space whose boxes are unbounded where envpool means them to be.
 
-    It writes the smallest positive and the largest number there: clipped to these, no action would
+    It writes the smallest positive and the largest number there. Clipped to these, no action would
     ever be negative.
     """
     if isinstance(space, spaces.Dict):

@@ -1,17 +1,17 @@
-"""One step of a vector environment, alike in every autoreset mode."""
+"""The one loop that steps a vector environment, alike in every autoreset mode."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import gymnasium
 import numpy as np
-from gymnasium import spaces
 from gymnasium.vector import AutoresetMode, VectorEnv
-from gymnasium.vector.utils import concatenate, create_empty_array
 
-from .layout import MASK
+from .answers import as_numpy, flags, reals
+from .batches import take
+from .masks import flat_mask, mask_of_each, whole_masks, with_masks
 
 
 @dataclass(frozen=True)
@@ -19,12 +19,16 @@ class Transition:
     """What one step of a vector environment led to.
 
     Attributes:
-        observations: a batch, from which the next actions are chosen.
-        rewards: shape ``(N,)``.
+        observations: a batch, from which the next actions are chosen. The environments may
+            overwrite it at the next step.
+        rewards: float64 ``(N,)``.
         terminated: bool ``(N,)``.
         truncated: bool ``(N,)``.
         valid: bool ``(N,)``; False where the environment ignored the action and reset itself.
-        infos: as the environment gave them.
+        ended: bool ``(N,)``; True where ``observations`` holds the last one of an episode, from
+            which no action will be chosen.
+        infos: as the environment gave them. If it gave action masks at its reset, they are
+            complete: all ones where an episode ended.
         finals: a batch of the last observations of the episodes that ended, in the order of the
             environments; None where ``observations`` has them, and where none ended.
 
@@ -35,6 +39,7 @@ class Transition:
     terminated: np.ndarray
     truncated: np.ndarray
     valid: np.ndarray
+    ended: np.ndarray
     infos: dict[str, Any]
     finals: Any = None
 
@@ -43,16 +48,24 @@ class Stepper:
     """Steps a vector environment in its own autoreset mode.
 
     Under next-step autoreset the environment answers the step after a done with its reset, ignoring
-    the action; under same-step autoreset the step of the done does, with the last observation in
-    its infos; with autoreset disabled this class resets.
+    the action. Under same-step autoreset it resets in the step of the done, with the last
+    observation in its infos. With autoreset disabled, this class resets it.
+
+    The environment may answer with torch tensors on any device, and with rewards and dones of any
+    numeric type. Actions go to it as they are given.
 
     Args:
         envs: the vector environment.
+
+    Attributes:
+        choices: number of entries of a mask in the infos; None if the last reset gave none.
 
     Raises:
         ValueError: it does not say which mode it has.
 
     """
+
+    choices: int | None = None
 
     def __init__(self, envs: VectorEnv) -> None:
         self.envs = envs
@@ -63,43 +76,80 @@ class Stepper:
                 f"{envs} does not say how it resets: metadata['autoreset_mode'] must be a"
                 f" gymnasium.vector.AutoresetMode, got {envs.metadata.get('autoreset_mode')!r}"
             ) from error
-        self._everywhere = np.ones(envs.num_envs, np.bool_)
-        self._valid = self._everywhere
+        self._nowhere = np.zeros(envs.num_envs, np.bool_)
+        self._ended = self._nowhere
 
     def reset(self, seed: int | None) -> tuple[Any, dict[str, Any]]:
-        """Start new episodes everywhere."""
-        self._valid = self._everywhere
-        return self.envs.reset(seed=seed)
+        """Start new episodes everywhere; return observations and infos.
 
-    def step(self, actions: np.ndarray) -> Transition:
-        """Step every environment once."""
+        Raises:
+            ValueError: some environments gave an action mask, and others none.
+
+        """
+        self._ended = self._nowhere
+        observations, infos = self.envs.reset(seed=seed)
+        masks = mask_of_each(infos, self.envs.num_envs)
+        self.choices = next((flat_mask(mask).size for mask in masks if mask is not None), None)
+        if self.choices is not None:
+            infos = with_masks(infos, whole_masks(infos, self._nowhere, self.choices))
+        return as_numpy(observations), infos
+
+    def step(self, actions: Any) -> Transition:
+        """Step every environment once.
+
+        Raises:
+            ValueError: rewards or dones of another shape or kind, or an action mask that is missing
+                or does not fit.
+
+        """
+        shape = (self.envs.num_envs,)
         observations, rewards, terminated, truncated, infos = self.envs.step(actions)
-        valid, done = self._valid, terminated | truncated
-        finals = None
-        if self.mode is AutoresetMode.NEXT_STEP:
-            self._valid = ~done
-        elif done.any():
-            ended = np.flatnonzero(done)
-            space = self.envs.single_observation_space
-            if self.mode is AutoresetMode.SAME_STEP:
-                finals = take(space, infos["final_obs"], ended)
-            else:
-                finals = take(space, observations, ended)  # a copy: the reset may write to it
-                observations, fresh = self.envs.reset(options={"reset_mask": done})
-                if MASK in infos and MASK in fresh:  # those that go on have theirs in the step's
-                    both = zip(done, fresh[MASK], infos[MASK], strict=True)
-                    fresh = fresh | {MASK: [new if ended else old for ended, new, old in both]}
-                infos = fresh
-        return Transition(observations, rewards, terminated, truncated, valid, infos, finals)
+        observations, rewards = as_numpy(observations), reals("rewards", rewards, shape)
+        terminated = flags("terminated", terminated, shape)
+        truncated = flags("truncated", truncated, shape)
+        valid, done, finals = ~self._ended, terminated | truncated, None
+        self._ended = done if self.mode is AutoresetMode.NEXT_STEP else self._nowhere
+        if self.mode is not AutoresetMode.NEXT_STEP and done.any():
+            observations, finals, infos = self._renewed(observations, infos, done)
+        if self.choices is not None:
+            infos = with_masks(infos, whole_masks(infos, self._ended, self.choices))
+        return Transition(
+            observations, rewards, terminated, truncated, valid, self._ended, infos, finals
+        )
+
+    def _renewed(
+        self, observations: Any, infos: dict[str, Any], done: np.ndarray
+    ) -> tuple[Any, Any, dict[str, Any]]:
+        """Return observations after the resets, the last ones before them, and infos."""
+        space, n, ends = self.envs.single_observation_space, len(done), np.flatnonzero(done)
+        if self.mode is AutoresetMode.SAME_STEP:
+            if "final_obs" not in infos:
+                raise ValueError(
+                    f"{self.envs} gave no infos['final_obs'] at the end of an episode, which"
+                    " same-step autoreset must give"
+                )
+            return observations, take(space, infos["final_obs"], ends), infos
+        finals = take(space, observations, ends)  # a copy: the reset may write there
+        observations, fresh = self.envs.reset(options={"reset_mask": done})
+        if self.choices is not None:  # the masks of those that go on came with the step
+            both = zip(done, mask_of_each(fresh, n), mask_of_each(infos, n), strict=True)
+            infos = with_masks(infos, [new if over else old for over, new, old in both])
+        return as_numpy(observations), finals, infos
 
 
-def take(space: gymnasium.Space[Any], batch: Any, rows: np.ndarray) -> Any:
-    """Return some rows of a batch of observations, as a batch of its own."""
-    if isinstance(batch, np.ndarray) and batch.dtype == object:  # of whole observations
-        chosen = [batch[i] for i in rows]
-        return concatenate(space, chosen, create_empty_array(space, len(chosen)))
-    if isinstance(space, spaces.Dict):
-        return {key: take(inner, batch[key], rows) for key, inner in space.items()}
-    if isinstance(space, spaces.Tuple):
-        return tuple(take(inner, part, rows) for inner, part in zip(space, batch, strict=True))
-    return np.asarray(batch)[rows]
+def play(
+    stepper: Stepper, seed: int | None, choose: Callable[[Any, dict[str, Any]], Any]
+) -> Iterator[Transition]:
+    """Yield transitions for ever, from new episodes on.
+
+    Args:
+        stepper: the environments.
+        seed: of the reset.
+        choose: returns actions for a batch of observations and its infos.
+
+    """
+    observations, infos = stepper.reset(seed)
+    while True:
+        step = stepper.step(choose(observations, infos))
+        yield step
+        observations, infos = step.observations, step.infos

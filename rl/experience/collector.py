@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
+from gymnasium import Space
 from gymnasium.vector import AutoresetMode
 
 from ..envs.layout import ObservationLayout
+from ..envs.masks import forbidden_rows
 from ..envs.stepper import Stepper, Transition
 from ..networks.modes import evaluating
-from ..networks.numpy_twin import actor
+from ..networks.numpy_twin import actor, distribution_function
 from ..networks.policy import Policy
 from .path import Path
 
@@ -42,6 +44,16 @@ class Episodes:
             self.lengths.append(int(steps[t, i] - counted[i]))
             spent[i], counted[i] = totals[t, i], steps[t, i]
         self._return, self._length = totals[-1] - spent, steps[-1] - counted
+
+    @property
+    def mean_return(self) -> float:
+        """Mean of the returns; NaN before the first."""
+        return float(np.mean(self.returns)) if self.returns else float("nan")
+
+    @property
+    def mean_length(self) -> float:
+        """Mean of the lengths; NaN before the first."""
+        return float(np.mean(self.lengths)) if self.lengths else float("nan")
 
     def restart(self) -> None:
         """Forget the episodes that have not ended."""
@@ -127,9 +139,9 @@ class EnvCollector:
                 for name, x in self.signals(step).items():
                     signals.setdefault(name, np.full((steps, n), np.nan))[t] = x
                 terminated[t], truncated[t], mask[t] = step.terminated, step.truncated, step.valid
-                layout.write(step.observations, rows[t + 1], step.infos)
+                layout.write(step.observations, rows[t + 1], step.infos, step.ended)
                 if step.finals is not None:
-                    finals.append(layout.flat(step.finals, mask=False))
+                    finals.append(layout.flat(step.finals, ended=True))
                     ended = np.flatnonzero(step.terminated | step.truncated)
                     final_at.append(np.column_stack([np.full_like(ended, t), ended]))
             path = Path(
@@ -145,7 +157,7 @@ class EnvCollector:
                 final_at=torch.from_numpy(np.concatenate(final_at)),
                 version=version,
             )
-            _check(path, layout)
+            _check(path, layout, self.stepper.envs.single_action_space)
             path = _with_log_prob(path, policy)
         self.episodes.add(signals["reward"], terminated | truncated, mask)
         self._row = rows[steps].copy()
@@ -174,7 +186,7 @@ class EnvCollector:
 def _with_log_prob(path: Path, policy: Policy) -> Path:
     """Return a path on the policy's device with the log-probabilities of its actions."""
     path = path.to(next((p.device for p in policy.parameters()), torch.device("cpu")))
-    log_prob = policy(path.rows).log_prob(path.flat(path.actions))
+    log_prob = distribution_function(policy)(path.rows).log_prob(path.flat(path.actions))
     if log_prob.shape != (path.steps,):
         raise ValueError(
             f"the policy's log_prob must have shape ({path.steps},), one per action, got"
@@ -186,7 +198,7 @@ def _with_log_prob(path: Path, policy: Policy) -> Path:
     return replace(path, log_prob=everywhere)
 
 
-def _check(path: Path, layout: ObservationLayout) -> None:
+def _check(path: Path, layout: ObservationLayout, action_space: Space[Any]) -> None:
     """Raise a ValueError where the environments gave what nothing can be learnt from."""
     # row t + 1 of the observations is what step t led to; row 0 was checked unless it is a reset's
     for name, x, first in (
@@ -210,11 +222,12 @@ def _check(path: Path, layout: ObservationLayout) -> None:
             " nothing was updated"
         )
     for part in layout.of_kind("mask"):
-        allowed = (path.observations[:-1, :, part.columns] != 0).any(-1)
-        stuck = (~allowed & path.mask).nonzero()
-        if len(stuck):
-            t, i = stuck[0].tolist()
+        masks = path.observations[:-1, :, part.columns].numpy()
+        stuck = forbidden_rows(masks, action_space) & path.mask.numpy()[..., None]
+        if stuck.any():
+            t, i, component = np.argwhere(stuck)[0].tolist()
+            where = f" in component {component}" if stuck.shape[-1] > 1 else ""
             raise ValueError(
-                f"environment {i} allowed no action at step {t} of this rollout: its action mask"
-                " is all zeros. Nothing was updated"
+                f"environment {i} allowed no action at step {t} of this rollout{where}: its action"
+                " mask is all zeros there. Nothing was updated"
             )

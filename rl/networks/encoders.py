@@ -79,13 +79,13 @@ class ImageFeatures(nn.Module):
 class Encoder(nn.Module):
     """Features of observations: rows ``(..., d)`` to ``(..., width)``.
 
-    Images go through convolutions, everything else but an action mask goes as it is, or normalised;
-    then all of it through hidden layers.
+    Images go through convolutions. Everything else except an action mask is taken as it is, or
+    normalised. All of it then goes through the hidden layers.
 
     Args:
-        layout: what lies where in a row.
-        hidden: widths of the layers.
-        norm: normalisation of what is neither image nor mask.
+        layout: where things are in a row.
+        hidden: widths of the hidden layers.
+        norm: normalisation of the columns that are neither image nor mask.
         activation: nonlinearity after each layer.
 
     """

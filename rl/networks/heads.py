@@ -1,4 +1,4 @@
-"""From the output of a network to actions: a family of distributions for each kind of space."""
+"""Action heads: from the outputs of a network to a distribution over the actions of a space."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from torch.distributions import Bernoulli, Categorical, Distribution, Independen
 
 
 class ActionHead(nn.Module, abc.ABC):
-    """Distributions over the actions of a space, from the outputs of a network.
+    """A family of distributions over the actions of a space, parametrised by network outputs.
 
     Noise is drawn for a whole rollout at once and turned into actions step by step.
 
     Attributes:
-        width: number of outputs it takes.
-        masks: how many outputs are logits of actions that a mask may forbid, by -inf.
+        width: number of outputs that it takes.
+        masks: how many of the outputs are logits of actions that a mask may forbid, by -inf.
 
     """
 
@@ -28,15 +28,15 @@ class ActionHead(nn.Module, abc.ABC):
 
     @abc.abstractmethod
     def forward(self, outputs: Tensor) -> Distribution:
-        """Return the distribution of each row of outputs ``(B, width)``."""
+        """Return the distribution for each row of outputs ``(B, width)``."""
 
     @abc.abstractmethod
     def noise(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-        """Return noise for so many actions, ``(*shape, k)``."""
+        """Return noise for actions of batch shape ``shape``, ``(*shape, k)``."""
 
     @abc.abstractmethod
     def draw(self, outputs: Tensor, noise: Tensor) -> Tensor:
-        """Return one action a row, distributed as :meth:`forward` says, from its noise."""
+        """Return one action per row, distributed as :meth:`forward` says, from its noise."""
 
     @abc.abstractmethod
     def mode(self, outputs: Tensor) -> Tensor:
@@ -44,11 +44,11 @@ class ActionHead(nn.Module, abc.ABC):
 
     @abc.abstractmethod
     def to_env(self, actions: np.ndarray) -> np.ndarray:
-        """Turn actions into what the environment takes."""
+        """Convert actions to what the environment takes."""
 
 
 class CategoricalHead(ActionHead):
-    """One logit an action of a Discrete space."""
+    """A Categorical over the actions of a Discrete space: one logit per action."""
 
     def __init__(self, space: spaces.Discrete) -> None:
         super().__init__()
@@ -60,7 +60,7 @@ class CategoricalHead(ActionHead):
         return Categorical(logits=outputs, validate_args=False)
 
     def noise(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-        """Return Gumbel noise, whose argmax with the logits is a draw."""
+        """Return Gumbel noise: the argmax of logits plus noise is a sample."""
         return _gumbel((*shape, self.width), generator)
 
     def draw(self, outputs: Tensor, noise: Tensor) -> Tensor:
@@ -77,9 +77,9 @@ class CategoricalHead(ActionHead):
 
 
 class MultiCategoricalHead(ActionHead):
-    """Independent choices of a MultiDiscrete space, ``(B, k)``.
+    """Independent Categoricals over the components of a MultiDiscrete space, ``(B, k)``.
 
-    The logits are padded to the largest number of alternatives by ones that cannot be chosen.
+    The logits are padded with -inf to the largest number of alternatives.
     """
 
     index: Tensor
@@ -103,7 +103,7 @@ class MultiCategoricalHead(ActionHead):
         return torch.cat([outputs, padding], dim=-1)[..., self.index]
 
     def forward(self, outputs: Tensor) -> Independent:
-        """Return independent Categoricals, one event a row."""
+        """Return independent Categoricals, one event per row."""
         each = Categorical(logits=self._logits(outputs), validate_args=False)
         return Independent(each, 1, validate_args=False)
 
@@ -116,7 +116,7 @@ class MultiCategoricalHead(ActionHead):
         return (self._logits(outputs) + noise).argmax(-1)
 
     def mode(self, outputs: Tensor) -> Tensor:
-        """Return the index of each largest logit."""
+        """Return the index of the largest logit of each component."""
         return self._logits(outputs).argmax(-1)
 
     def to_env(self, actions: np.ndarray) -> np.ndarray:
@@ -125,7 +125,7 @@ class MultiCategoricalHead(ActionHead):
 
 
 class BernoulliHead(ActionHead):
-    """Independent coins, one an entry of a MultiBinary space, ``(B, k)``."""
+    """Independent Bernoullis over the entries of a MultiBinary space, ``(B, k)``."""
 
     def __init__(self, space: spaces.MultiBinary) -> None:
         super().__init__()
@@ -133,11 +133,11 @@ class BernoulliHead(ActionHead):
         self.width = int(np.prod(space.shape))
 
     def forward(self, outputs: Tensor) -> Independent:
-        """Return independent Bernoullis, one event a row."""
+        """Return independent Bernoullis, one event per row."""
         return Independent(Bernoulli(logits=outputs, validate_args=False), 1, validate_args=False)
 
     def noise(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-        """Return logistic noise: a logit plus it is above zero with the logit's probability."""
+        """Return logistic noise: logit plus noise is positive with the probability of the logit."""
         ones, zeros = _gumbel((2, *shape, self.width), generator)
         return ones - zeros
 
@@ -157,10 +157,10 @@ class BernoulliHead(ActionHead):
 class GaussianHead(ActionHead):
     r"""Independent normals over the entries of a Box, ``(B, k)``.
 
-    Actions leave the box on their way to the environment only: they are clipped to it, or squashed
-    to :math:`\tanh u` in its units. The distribution is over what goes in, ``u``. Since tanh is a
-    bijection, probability ratios and KL divergences of ``u`` are those of the squashed action; the
-    entropy is not, and is that of ``u``.
+    Actions are brought into the box only on their way to the environment: by clipping, or by
+    squashing to :math:`\tanh u`, scaled to the box. The distribution is that of ``u``, before
+    either. Since tanh is a bijection, probability ratios and KL divergences of ``u`` are those of
+    the squashed action; its entropy is not.
 
     Args:
         space: of the actions.
@@ -197,7 +197,7 @@ class GaussianHead(ActionHead):
         return mean, log_std.exp()
 
     def forward(self, outputs: Tensor) -> Independent:
-        """Return independent normals, one event a row."""
+        """Return independent normals, one event per row."""
         mean, std = self._moments(outputs)
         return Independent(Normal(mean, std, validate_args=False), 1, validate_args=False)
 

@@ -1,4 +1,4 @@
-"""Running moments: observations and rewards in units that a network likes."""
+"""Running moments, and observations normalised by them."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch import Tensor, nn
 class RunningMoments(nn.Module):
     """Mean and variance of all samples seen so far, in float64.
 
-    Batches are merged by the update of Chan et al., which does not subtract large numbers from each
-    other. The buffers are part of an agent's checkpoint.
+    Batches are merged by the formula of Chan et al., which avoids cancellation. The buffers are
+    part of an agent's checkpoint.
 
     Args:
         shape: of one sample.
@@ -64,14 +64,14 @@ class RunningMoments(nn.Module):
 
 
 class ObservationNorm(nn.Module):
-    """Observations with mean 0 and variance 1, cut at ``clip``; as they are before any were seen.
+    """Observations with mean 0 and variance 1, clipped; the identity before the first update.
 
-    It changes in :meth:`update` only, which an algorithm calls after its update: between the
-    log-probabilities of a rollout and its surrogate the same statistics hold.
+    The statistics change only in :meth:`update`, which the agent calls after its own update: the
+    log-probabilities of a rollout and the surrogate of its update use the same ones.
 
     Args:
         dim: entries of an observation.
-        clip: bound on what comes out.
+        clip: bound on the absolute value of the result.
 
     """
 

@@ -10,11 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributions import Distribution
 
 from .critic import Critic
 from .encoders import Encoder
@@ -48,6 +50,15 @@ def actor(policy: Policy, noise: Tensor) -> Actor:
         return policy.act(torch.from_numpy(rows).to(device), noise[t]).cpu().numpy()
 
     return act
+
+
+def distribution_function(policy: Policy) -> Callable[[Tensor], Distribution]:
+    """Return a function that gives the distribution of rows ``(B, d)``, without a gradient."""
+    if type(policy) is HeadPolicy and policy.columns is None:
+        twin, head = _twin(policy), policy.head
+        if twin is not None:
+            return lambda rows: head(torch.from_numpy(twin(rows.numpy())))
+    return policy
 
 
 def value_function(critic: nn.Module) -> Callable[[Tensor], Tensor]:
@@ -87,9 +98,10 @@ def squared_error(
         twin = _twin(critic)
         if twin is not None:
             frozen, fitted = twin.split({id(p) for p in parameters})
-            if [id(p) for p in fitted.parameters()] == [id(p) for p in parameters]:
-                inputs = frozen(rows.numpy())
-                return fitted.at(x).squared_error(inputs, returns.numpy())
+            if [id(p) for la in fitted.layers for p in la.module.parameters()] == [
+                id(p) for p in parameters
+            ]:
+                return _error_at(fitted.layers, x, frozen(rows.numpy()), returns.numpy())
     names = {id(p): name for name, p in critic.named_parameters()}
     keys, shapes = [names[id(p)] for p in parameters], [p.shape for p in parameters]
     sizes = [p.numel() for p in parameters]
@@ -134,77 +146,63 @@ class _Network:
             x = layer(x)
         return x
 
-    def parameters(self) -> list[nn.Parameter]:
-        return [p for layer in self.layers for p in layer.module.parameters()]
-
     def split(self, wanted: set[int]) -> tuple[_Network, _Network]:
         """Return the layers before the first with any of some parameters, and the others."""
         has = [any(id(p) in wanted for p in la.module.parameters()) for la in self.layers]
         first = has.index(True) if any(has) else len(has)
-        return (
-            _Network(self.prepare, self.layers[:first]),
-            _Network(None, self.layers[first:]),
-        )
-
-    def at(self, x: nn.Parameter) -> _Flat:
-        """Return the network whose parameters are ``x``."""
-        values = x.detach().numpy()
-        gradient = np.empty_like(values)
-        layers: list[_Layer] = []
-        slopes: list[tuple[Array, Array]] = []
-        start = 0
-        for layer in self.layers:
-            views = []
-            for array in (layer.weight, layer.bias):
-                stop = start + array.size
-                views.append([a[start:stop].reshape(array.shape) for a in (values, gradient)])
-                start = stop
-            (weight, by_weight), (bias, by_bias) = views
-            layers.append(_Layer(layer.module, weight, bias, layer.tanh))
-            slopes.append((by_weight, by_bias))
-        x.grad = torch.from_numpy(gradient)
-        return _Flat(tuple(layers), tuple(slopes), x, x.grad)
+        return _Network(self.prepare, self.layers[:first]), _Network(None, self.layers[first:])
 
 
-@dataclass(frozen=True, eq=False)
-class _Flat:
-    """A network of one output whose parameters and gradient are views of two flat vectors."""
+def _error_at(
+    layers: Sequence[_Layer], x: nn.Parameter, rows: Array, targets: Array
+) -> Callable[[Tensor], float]:
+    """Return the mean squared error of layers whose parameters are ``x``, by back-propagation.
 
-    layers: tuple[_Layer, ...]
-    slopes: tuple[tuple[Array, Array], ...]
-    x: nn.Parameter
-    gradient: Tensor
+    Its arrays are kept from call to call: new ones of this size come with page faults, which take
+    as long as the arithmetic.
+    """
+    values, gradient, start = x.detach().numpy(), np.empty(x.shape, np.float32), 0
+    views: list[list[Array]] = []  # weight, its gradient, bias, its gradient
+    for array in (a for layer in layers for a in (layer.weight, layer.bias)):
+        stop = start + array.size
+        views.append([whole[start:stop].reshape(array.shape) for whole in (values, gradient)])
+        start = stop
+    weights, biases, grad = views[::2], views[1::2], torch.from_numpy(gradient)
 
-    def squared_error(self, rows: Array, targets: Array) -> Callable[[Tensor], float]:
-        """Return the mean squared error over positions in a batch; it leaves the gradient."""
+    @cache
+    def buffers(size: int) -> tuple[list[Array], list[Array], list[Array], Array]:
+        widths = [rows.shape[1], *(len(bias) for bias, _ in biases)]
+        made = [[np.empty((size, width), np.float32) for width in widths] for _ in range(3)]
+        return *made, np.ones(size, np.float32)  # pyright: ignore[reportReturnType] # three
 
-        def error(positions: Tensor) -> float:
-            i = positions.numpy()
-            with np.errstate(all="ignore"):  # the caller looks at the error
-                value = self._backpropagate(rows[i], targets[i])
-            self.x.grad = self.gradient
-            return value
-
-        return error
-
-    def _backpropagate(self, rows: Array, targets: Array) -> float:
-        values = [rows]
-        for layer in self.layers:
-            values.append(layer(values[-1]))
-        residual = values[-1][:, 0] - targets
-        u = residual[:, None] * np.float32(2 / len(targets))
-        for k in reversed(range(len(self.layers))):
-            layer, before, after = self.layers[k], values[k], values[k + 1]
+    def error(positions: Tensor) -> float:
+        i, n = positions.numpy(), len(positions)
+        outputs, slopes, spare, ones = buffers(n)
+        np.take(rows, i, axis=0, out=outputs[0], mode="clip")  # other modes copy once more
+        for k, layer in enumerate(layers):
+            y = np.dot(outputs[k], weights[k][0].T, out=outputs[k + 1])
+            y += biases[k][0]
             if layer.tanh:
-                slope = np.square(after)
-                np.subtract(1, slope, out=slope)
-                u *= slope
-            by_weight, by_bias = self.slopes[k]
-            np.matmul(u.T, before, out=by_weight)
-            u.sum(0, out=by_bias)
+                np.tanh(y, out=y)
+        residual = outputs[-1][:, 0] - targets[i]
+        np.multiply(residual[:, None], np.float32(2 / n), out=slopes[-1])
+        for k in reversed(range(len(layers))):
+            slope = slopes[k + 1]
+            if layers[k].tanh:
+                derivative = np.square(outputs[k + 1], out=spare[k + 1])
+                slope *= np.subtract(1, derivative, out=derivative)
+            np.dot(slope.T, outputs[k], out=weights[k][1])
+            np.dot(ones, slope, out=biases[k][1])
             if k:
-                u = u @ layer.weight
-        return float(residual @ residual) / len(targets)
+                np.dot(slope, weights[k][0], out=slopes[k])
+        x.grad = grad
+        return float(residual @ residual) / n
+
+    def quiet(positions: Tensor) -> float:
+        with np.errstate(all="ignore"):  # the caller looks at the error
+            return error(positions)
+
+    return quiet
 
 
 def _twin(network: HeadPolicy | Critic) -> _Network | None:

@@ -17,10 +17,10 @@ from .heads import ActionHead
 class Policy(nn.Module, abc.ABC):
     """A distribution over actions for each observation.
 
-    ``policy(rows)`` returns a torch distribution with one sample a row. That is all that a policy
-    of your own has to have, where the environment takes the samples as they are; :meth:`to_env`
-    can turn them into something else. Drawing needs a generator of the agent's own, so that
-    training neither reads nor moves torch's global random state.
+    ``policy(rows)`` returns a torch distribution with one sample per row. A policy of your own
+    needs nothing else if the environment takes the samples as they are; otherwise override
+    :meth:`to_env`. Samples are drawn with a generator of the agent, so that training neither reads
+    nor changes torch's global random state.
     """
 
     @abc.abstractmethod
@@ -28,11 +28,11 @@ class Policy(nn.Module, abc.ABC):
         """Return the distribution over actions, batch shape ``(B,)``, of rows ``(B, d)``."""
 
     def noise(self, steps: int, n: int, generator: torch.Generator) -> Tensor:  # noqa: ARG002 # for overrides
-        """Return what :meth:`act` needs for ``steps`` steps of ``n`` actions, one row a step."""
+        """Return the noise that :meth:`act` needs for ``steps`` steps of ``n`` actions, by step."""
         return torch.randint(2**62, (steps,), generator=generator)
 
     def act(self, rows: Tensor, noise: Tensor) -> Tensor:
-        """Draw one action a row. Here from torch's global state, put back afterwards."""
+        """Draw one action per row. Here from torch's global state, which is put back."""
         with torch.random.fork_rng(devices=[rows.device] if rows.is_cuda else []):
             torch.manual_seed(int(noise))
             return self(rows).sample()
@@ -42,7 +42,7 @@ class Policy(nn.Module, abc.ABC):
         return self(rows).mode
 
     def to_env(self, actions: np.ndarray) -> np.ndarray:
-        """Turn actions into what the environment takes."""
+        """Convert actions to what the environment takes."""
         return actions
 
 
@@ -51,11 +51,11 @@ class HeadPolicy(Policy):
 
     Args:
         encoder: features of observations.
-        head: what makes a distribution of ``head.width`` numbers.
+        head: from ``head.width`` outputs to a distribution.
         mask: the part of a row that is an action mask.
 
     Raises:
-        ValueError: a mask that is not one of the head's actions.
+        ValueError: the mask does not fit the head's actions.
 
     """
 
@@ -85,7 +85,7 @@ class HeadPolicy(Policy):
         return self.head.noise((steps, n), generator)
 
     def act(self, rows: Tensor, noise: Tensor) -> Tensor:
-        """Draw one action a row."""
+        """Draw one action per row."""
         return self.head.draw(self._outputs(rows), noise)
 
     def mode(self, rows: Tensor) -> Tensor:
@@ -93,5 +93,5 @@ class HeadPolicy(Policy):
         return self.head.mode(self._outputs(rows))
 
     def to_env(self, actions: np.ndarray) -> np.ndarray:
-        """Turn actions into what the environment takes."""
+        """Convert actions to what the environment takes."""
         return self.head.to_env(actions)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from difflib import get_close_matches
 from importlib import resources
 from pathlib import Path
 from typing import Any, get_type_hints
 
 from ..algorithms import ALGORITHMS
-from .values import convert
+from ..options import convert
 from .zoo import Target, translate
 
 _DEFAULT = "default"
@@ -110,16 +110,10 @@ def _preset(algorithm: str, env_id: str, entry: Any) -> Preset:
     if not isinstance(entry, dict):
         raise ValueError(f"an entry must map options to values, got {entry!r}")
     config_class = ALGORITHMS[algorithm].config_class
-    hints = get_type_hints(config_class)
-    kinds = {field.name: hints[field.name] for field in fields(config_class)}
-    kinds["total_timesteps"] = int
-    own = {key: convert(key, kinds[key], entry[key]) for key in entry if key in kinds}
+    kinds = {**get_type_hints(config_class), "total_timesteps": int}
+    own = {k: convert(k, kinds[k], v, text=True) for k, v in entry.items() if k in kinds}
     target = Target(algorithm, env_id, n_envs=own.get("n_envs", 1), kinds=kinds)
-    options: dict[str, Any] = {}
-    for key, value in entry.items():
-        if key not in own:
-            options |= translate(key, value, target)
-    options |= own
+    options = translate({k: v for k, v in entry.items() if k not in kinds}, target) | own
     total_timesteps = options.pop("total_timesteps", None)
     if total_timesteps is not None and total_timesteps < 1:
         raise ValueError(f"total_timesteps must be at least 1, got {total_timesteps}")

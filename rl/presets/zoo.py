@@ -6,23 +6,26 @@ out keep the defaults of this package.
 
 from __future__ import annotations
 
+import ast
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, get_args
 
 from gymnasium import spaces
 
 from ..envs.make import make_envs
-from .values import convert, parse_literal
+from ..fits import AdamFit
+from ..networks.encoders import Activation
+from ..options import convert
 
 # a key that sets one option: the first of these that the algorithm has
 _ONE: dict[str, tuple[str, ...]] = {
     "n_timesteps": ("total_timesteps",),
-    "learning_rate": ("lr", "policy_lr", "critic_lr"),
-    "batch_size": ("critic_batch_size",),  # PPO has an option of that name
-    "n_critic_updates": ("critic_epochs",),
+    "learning_rate": ("lr", "policy_lr", "critic_fit.lr"),
+    "batch_size": ("critic_fit.batch_size",),  # PPO has an option of that name
+    "n_critic_updates": ("critic_fit.epochs",),
     "cg_damping": ("damping",),
     "cg_max_steps": ("cg_max_iter",),
     "target_kl": ("delta", "kl_target", "kl_limit"),
@@ -31,6 +34,7 @@ _ONE: dict[str, tuple[str, ...]] = {
     "vf_coef": ("value_coef",),
     "clip_range": ("clip",),
 }
+_CRITIC = {"critic_fit.lr": float, "critic_fit.batch_size": int, "critic_fit.epochs": int}
 # what is not there, and the values that do not ask for it
 _NOT_THERE: dict[str, Any] = {
     "use_sde": False,
@@ -39,77 +43,89 @@ _NOT_THERE: dict[str, Any] = {
     "frame_stack": 1,
     "env_wrapper": None,
 }
+_OTHERS = ("n_steps", "normalize", "policy", "policy_kwargs")
 
 
 @dataclass(frozen=True)
 class Target:
-    """What the keys are translated for.
-
-    Attributes:
-        algorithm: its name.
-        env_id: the environment.
-        n_envs: number of copies of the environment.
-        kinds: types of the options there are, by name.
-
-    """
+    """What keys are translated for: an algorithm, with the types of its options, in some copies."""
 
     algorithm: str
     env_id: str
     n_envs: int
     kinds: Mapping[str, Any]
 
+    def name_of(self, key: str) -> str | None:
+        """Return the option that one of the keys above sets; None if the algorithm has none."""
+        kinds = self.kinds if "epochs" in self.kinds else {**self.kinds, **_CRITIC}  # not of PPO
+        return next((name for name in _ONE.get(key, ()) if name in kinds), None)
 
-def translate(key: str, value: Any, target: Target) -> dict[str, Any]:
-    """Return the options, by our names, that one of the zoo's keys stands for.
+
+def translate(entries: Mapping[str, Any], target: Target) -> dict[str, Any]:
+    """Return the options, by our names, that the zoo's keys stand for.
 
     Raises:
         ValueError: an unknown key, one that asks for what is not there, or a value of the wrong
             type.
 
     """
+    options: dict[str, Any] = {}
+    for key, value in entries.items():
+        options |= _one(key, value, target)
+    critic = {k: options.pop(k) for k in _CRITIC if k in options}
+    if critic:
+        options["critic_fit"] = AdamFit(**{k.partition(".")[2]: v for k, v in critic.items()})
+    return options
+
+
+def _one(key: str, value: Any, target: Target) -> dict[str, Any]:
     if key in _NOT_THERE:
         if value is None or value == _NOT_THERE[key]:
             return {}
         raise ValueError(
             f"{key}={value!r} asks for what is not there: deleting the line trains without it"
         )
-    if key in _RULES:
-        return _RULES[key](value, target)
-    name = _option(key, target)
+    match key:
+        case "n_steps":  # of each copy; there is one where the file does not say
+            steps = convert(key, int, value, text=True)
+            return {"n_envs": target.n_envs, "steps_per_update": steps * target.n_envs}
+        case "normalize":
+            return _normalize(value)
+        case "policy":
+            if value != "MlpPolicy":
+                raise ValueError(
+                    f"policy must be MlpPolicy, got {value!r}: deleting the line leaves the"
+                    " networks to the observations (images go through a CNN) and to hidden"
+                )
+            return {}
+        case "policy_kwargs":
+            return _policy_kwargs(value)
+    name = target.name_of(key)
     if name is None:
-        raise ValueError(_unknown(key, target))
-    kind = target.kinds[name]
+        known = [*target.kinds, *_OTHERS, *(k for k in _ONE if target.name_of(k))]
+        near = get_close_matches(str(key), known, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(target.kinds)}"
+        raise ValueError(f"{target.algorithm} has no option {key!r}: {hint}")
+    kind = {**target.kinds, **_CRITIC}[name]
     if isinstance(value, str) and value.startswith("lin_"):
-        if f"final_{name}" not in target.kinds:
+        if f"final_{name}" not in target.kinds or name == "delta":
             raise ValueError(
                 f"{key}={value!r} is a schedule, and {name} of {target.algorithm} has none: give a"
                 " number"
             )
-        return {name: convert(key, kind, value.removeprefix("lin_")), f"final_{name}": 0.0}
-    number = convert(key, kind, value)
+        start = convert(key, kind, value.removeprefix("lin_"), text=True)
+        return {name: start, f"final_{name}": 0.0}
+    number = convert(key, kind, value, text=True)
     if key in ("target_kl", "cg_damping") and number is not None:
         number *= _kl_factor(name, target.env_id)  # a damping is relative to the KL's curvature
     return {name: number}
 
 
-def _option(key: str, target: Target) -> str | None:
-    return next((name for name in _ONE.get(key, ()) if name in target.kinds), None)
-
-
-def _unknown(key: str, target: Target) -> str:
-    known = [*target.kinds, *_RULES, *(name for name in _ONE if _option(name, target))]
-    near = get_close_matches(str(key), known, n=1)
-    hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(target.kinds)}"
-    return f"{target.algorithm} has no option {key!r}: {hint}"
-
-
 def _kl_factor(name: str, env_id: str) -> float:
     """Return our bound on the KL over theirs.
 
-    Their PPO estimates the joint KL from log-probabilities, as ours is, and stops beyond 1.5 times
-    the target. Their TRPO takes the mean over the matrix of KLs by state and component of the
-    action, for distributions that have one per component; that of Discrete and MultiDiscrete
-    actions is joint.
+    Their PPO estimates the joint KL, as ours is, and stops beyond 1.5 times the target. Their TRPO
+    averages the KL over the components of Box and MultiBinary actions.
     """
     if name == "kl_limit":
         return 1.5
@@ -121,13 +137,7 @@ def _kl_factor(name: str, env_id: str) -> float:
     return 1
 
 
-def _steps(value: Any, target: Target) -> dict[str, Any]:
-    """Translate n_steps, which is of each copy; there is one copy where the file does not say."""
-    steps = convert("n_steps", int, value)
-    return {"n_envs": target.n_envs, "steps_per_update": steps * target.n_envs}
-
-
-def _normalize(value: Any, _: Target) -> dict[str, Any]:
+def _normalize(value: Any) -> dict[str, Any]:
     given = parse_literal("normalize", value) if isinstance(value, str) else value
     if isinstance(given, bool):
         given = {"norm_obs": given, "norm_reward": given}
@@ -142,17 +152,8 @@ def _normalize(value: Any, _: Target) -> dict[str, Any]:
     }
 
 
-def _policy(value: Any, _: Target) -> dict[str, Any]:
-    if value != "MlpPolicy":
-        raise ValueError(
-            f"policy must be MlpPolicy, got {value!r}: deleting the line leaves the networks to the"
-            " observations (images go through a CNN) and to hidden"
-        )
-    return {}
-
-
-def _policy_kwargs(value: Any, _: Target) -> dict[str, Any]:
-    """Translate widths; of the rest only what the networks are anyway is accepted."""
+def _policy_kwargs(value: Any) -> dict[str, Any]:
+    """Translate widths and activation; of the rest only what the networks are is accepted."""
     given = parse_literal("policy_kwargs", value) if isinstance(value, str) else value
     if not isinstance(given, dict):
         raise ValueError(f"policy_kwargs must be a mapping, got {value!r}")
@@ -160,12 +161,13 @@ def _policy_kwargs(value: Any, _: Target) -> dict[str, Any]:
     for key, item in given.items():
         where = f"{key} of policy_kwargs"
         if key == "net_arch":
-            options["hidden"] = _hidden(where, item)
+            options |= _widths(where, item)
         elif key == "activation_fn":
-            if str(item).rpartition(".")[2] != "Tanh":
-                raise ValueError(
-                    f"{where} must be nn.Tanh, got {item!r}: deleting it trains with tanh layers"
-                )
+            name = str(item).rpartition(".")[2].lower()
+            if name not in get_args(Activation):
+                known = ", ".join(get_args(Activation))
+                raise ValueError(f"{where} must be one of {known}, got {item!r}")
+            options["activation"] = name
         elif key == "ortho_init":
             if item is not True:
                 raise ValueError(
@@ -176,25 +178,53 @@ def _policy_kwargs(value: Any, _: Target) -> dict[str, Any]:
     return options
 
 
-def _hidden(where: str, net_arch: Any) -> tuple[int, ...]:
-    """Return the widths of policy and critic, which have the same."""
+def _widths(where: str, net_arch: Any) -> dict[str, Any]:
     given = net_arch
     match given:
         case [dict()]:  # how older versions of the zoo write it
             given = given[0]
-    if isinstance(given, dict):
-        widths = given.get("pi")
-        if given.keys() != {"pi", "vf"} or widths != given["vf"]:
-            raise ValueError(
-                f"{where} must give policy (pi) and critic (vf) the same widths, got {net_arch!r}"
-            )
-        given = widths
-    return convert(where, tuple[int, ...], given)
+    if not isinstance(given, dict):
+        return {"hidden": convert(where, tuple[int, ...], given, text=True)}
+    if given.keys() != {"pi", "vf"}:
+        raise ValueError(
+            f"{where} must give the widths of policy (pi) and critic (vf), got {given!r}"
+        )
+    policy, critic = (convert(where, tuple[int, ...], given[k], text=True) for k in ("pi", "vf"))
+    return {"hidden": policy} | ({"critic_hidden": critic} if critic != policy else {})
 
 
-_RULES: dict[str, Callable[[Any, Target], dict[str, Any]]] = {
-    "n_steps": _steps,
-    "normalize": _normalize,
-    "policy": _policy,
-    "policy_kwargs": _policy_kwargs,
-}
+def parse_literal(key: str, text: str) -> Any:
+    """Return what a Python expression of literals, ``dict(...)`` and dotted names says.
+
+    Nothing is evaluated: names, such as ``nn.Tanh``, come back as strings.
+
+    Args:
+        key: what to call the expression in an error.
+        text: the expression.
+
+    Raises:
+        ValueError: it is anything else.
+
+    """
+    try:
+        return ast.literal_eval(_Plain().visit(ast.parse(text.strip(), mode="eval")))
+    except (SyntaxError, ValueError, TypeError):
+        raise ValueError(
+            f"{key} must be a mapping, or a string such as 'dict(a=1, b=[2, 3])', got {text!r}"
+        ) from None
+
+
+class _Plain(ast.NodeTransformer):
+    """Writes ``dict(...)`` as a literal and names as strings; other calls stay, and are refused."""
+
+    def visit_Call(self, node: ast.Call) -> ast.AST:
+        names = [keyword.arg for keyword in node.keywords]
+        if ast.unparse(node.func) != "dict" or node.args or None in names:  # None is of **mapping
+            raise ValueError
+        values = [self.visit(keyword.value) for keyword in node.keywords]
+        return ast.Dict([ast.Constant(name) for name in names], values)
+
+    def visit_Name(self, node: ast.Name | ast.Attribute) -> ast.AST:
+        return ast.Constant(ast.unparse(node))
+
+    visit_Attribute = visit_Name

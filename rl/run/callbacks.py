@@ -1,29 +1,37 @@
 """What can be done after each update of :meth:`Agent.learn`.
 
 A callback is called with the agent and the log of the update, a dict that it may add to. False ends
-the training; anything else lets it go on. Of several, all are called.
+the training; anything else lets it go on. If there are several, all are called.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable
+from importlib.util import find_spec
+from numbers import Real
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any
 
-from ..agent import Agent, Callback, Log
-from ..envs.make import EnvSource
-from .evaluation import evaluate
+import gymnasium
+from gymnasium.vector import VectorEnv
 
-Callbacks: TypeAlias = "Callback | Sequence[Callback]"
+from .. import checkpoint
+from ..agent import Agent
+from ..envs.make import EnvSource, make_envs
+from ..reports import Callback, Log, as_callbacks, stops
+from .evaluation import check_counts, evaluate
+from .logs import writable
+
+_MEAN = "eval/mean_reward"
 
 
 class Every:
-    """Calls another callback once in so many environment steps.
+    """Calls other callbacks once every so many environment steps.
 
     Args:
-        steps: environment steps between two calls; counted, so that updates of any size fit.
-        callback: what to call.
+        steps: environment steps between two calls, whatever the size of an update.
+        callback: a callback, or several.
 
     Example:
         >>> from rl import TRPO
@@ -34,31 +42,30 @@ class Every:
 
     """
 
-    def __init__(self, steps: int, callback: Callback) -> None:
-        if steps < 1:
-            raise ValueError(f"steps must be at least 1, got {steps}")
-        self.steps, self.callback = steps, callback
+    def __init__(self, steps: float, callback: Callback | Iterable[Callback | None]) -> None:
+        if not isinstance(steps, Real) or not steps >= 1:
+            raise ValueError(f"steps must be at least 1, got {steps!r}")
+        self.steps, self.callbacks = steps, as_callbacks(callback)
         self._agent: Agent | None = None
-        self._next = 0
+        self._next = 0.0
 
-    def __call__(self, agent: Agent, log: Log) -> bool | None:
-        """Call it if it is due."""
+    def __call__(self, agent: Agent, log: Log) -> bool:
+        """Call them if that is due."""
         done = agent.num_timesteps
         if agent is not self._agent:  # agents go on counting where they were
             self._agent, self._next = agent, done - log["time/steps"] + self.steps
         due = self._next
         late = (done - due) // self.steps + 1  # calls that are due: an update may have many steps
         self._next = due + self.steps * max(late, 0)
-        if done < due:
-            return None
-        return self.callback(agent, log)
+        return done < due or not stops([call(agent, log) for call in self.callbacks])
 
 
 class SaveCheckpoint:
-    """Saves the agent as ``folder/STEPS.zip``."""
+    """Saves the agent as ``folder/STEPS.zip``; the folder is made."""
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
 
     def __call__(self, agent: Agent, log: Log) -> None:  # noqa: ARG002 # the protocol's
         """Save it."""
@@ -70,12 +77,17 @@ class EvaluateBest:
 
     Args:
         env: the environment to evaluate in, as for :func:`evaluate`.
-        best: file of the best agent; None to keep none.
-        episodes: of each evaluation.
-        seed: of the environments' first reset, the same every time.
+        best: file of the best agent; None to keep none. If it exists, as when a training is
+            resumed, only a better agent replaces it: the file says what its agent reached.
+        episodes: number of episodes of each evaluation.
+        seed: seed of the environments' first reset, the same every time.
+        max_episode_steps: steps after which an episode is cut off, as for :func:`evaluate`.
 
     Attributes:
         best_mean: the highest mean return so far.
+
+    Raises:
+        ValueError: ``best`` exists and does not say what its agent reached.
 
     """
 
@@ -86,20 +98,36 @@ class EvaluateBest:
         *,
         episodes: int = 20,
         seed: int = 0,
+        max_episode_steps: int | None = None,
     ) -> None:
-        self.env, self.episodes, self.seed = env, episodes, seed
-        self.best = None if best is None else Path(best)
+        check_counts(episodes=episodes, max_episode_steps=max_episode_steps)
+        if not (isinstance(env, str | gymnasium.Env | VectorEnv) or callable(env)):
+            raise TypeError(f"env must be an environment, an id or a function, got {env!r}")
+        if isinstance(env, str) and find_spec("envpool") is None:  # whose ids are others
+            make_envs(env, 1).close()  # a wrong id is named now, not after a rollout
+        self._options: dict[str, Any] = {"env": env, "episodes": episodes, "seed": seed}
+        self._options["max_episode_steps"] = max_episode_steps
+        self.best = None if best is None else writable(best)
         self.best_mean = -math.inf
+        if self.best is not None and self.best.exists():
+            notes = checkpoint.read(self.best)["notes"]
+            if _MEAN not in notes:
+                raise ValueError(
+                    f"{self.best} exists and does not say what its agent reached, so that it could"
+                    " be lost to a worse one: name another file, or remove this one"
+                )
+            self.best_mean = notes[_MEAN]
 
     def __call__(self, agent: Agent, log: Log) -> None:
         """Evaluate it."""
-        result = evaluate(agent, self.env, self.episodes, seed=self.seed)
-        log["eval/mean_reward"] = result.mean
+        result = evaluate(agent, **self._options)
+        log[_MEAN] = result.mean
         log["eval/mean_ep_length"] = sum(result.lengths) / len(result.lengths)
+        log["eval/cut_off"] = result.cut_off
         if result.mean > self.best_mean:
             self.best_mean = result.mean
             if self.best is not None:
-                agent.save(self.best)
+                agent.save(self.best, notes={_MEAN: result.mean})
 
 
 class StopOnReward:
@@ -107,12 +135,14 @@ class StopOnReward:
 
     Args:
         threshold: the mean return at which to stop.
-        key: of the log; ``"eval/mean_reward"`` for what an :class:`EvaluateBest` before this one
-            found. Updates that have no such key do not stop.
+        key: key of the log; ``"eval/mean_reward"`` for what an :class:`EvaluateBest` before this
+            one found. Updates without this key do not stop.
 
     """
 
     def __init__(self, threshold: float, key: str = "rollout/ep_rew_mean") -> None:
+        if not isinstance(threshold, Real) or math.isnan(threshold):
+            raise ValueError(f"threshold must be a number, got {threshold!r}")
         self.threshold, self.key = threshold, key
 
     def __call__(self, agent: Agent, log: Log) -> bool:  # noqa: ARG002 # the protocol's

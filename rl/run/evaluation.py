@@ -2,41 +2,58 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import gymnasium
 import numpy as np
-from gymnasium.vector import VectorEnv
+from gymnasium.vector import AsyncVectorEnv, AutoresetMode, VectorEnv
 from torch import nn
 
 from ..envs.layout import MASK
 from ..envs.make import EnvSource, Vectorization, make_envs
 from ..envs.pool import PoolVectorEnv
-from ..envs.stepper import Stepper
+from ..envs.stepper import Stepper, Transition, play
 from ..threads import few_threads
+from .logs import number
+
+_COPIES = 8  # for a predictor that does not say how many environments it was trained in
+_STEPS = 10_000  # after which an episode is cut off
 
 
 class Predictor(Protocol):
-    """Whatever chooses actions for a batch of observations."""
+    """Anything that chooses actions for a batch of observations, as stable-baselines3's models do.
 
-    def predict(self, obs: Any, deterministic: bool = False) -> tuple[np.ndarray, None]:
-        """Return one action an observation. With masks in infos, ``action_masks`` are passed."""
+    ``action_masks`` are passed to an agent of this package whose environment gives masks in its
+    infos; ``state`` and ``episode_start`` are passed where ``predict`` has both parameters.
+    """
+
+    def predict(self, obs: Any, deterministic: bool = False) -> tuple[Any, Any]:
+        """Return one action per observation, and the recurrent state or None."""
         ...
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Returns and lengths of whole episodes.
+    """Returns and lengths of episodes.
 
     Attributes:
         returns: undiscounted return of each episode.
-        lengths: steps of each episode.
+        lengths: number of steps of each episode.
+        cut_off: number of episodes that had not ended after ``max_episode_steps``; their returns
+            are those up to there.
+
+    Example:
+        >>> print(Evaluation(returns=(9.0, 10.0), lengths=(9, 10)))
+        mean return 9.500 (standard deviation 0.5000) over 2 episodes
 
     """
 
     returns: tuple[float, ...]
     lengths: tuple[int, ...]
+    cut_off: int = 0
 
     @property
     def mean(self) -> float:
@@ -48,6 +65,15 @@ class Evaluation:
         """Standard deviation of the returns."""
         return float(np.std(self.returns))
 
+    def __str__(self) -> str:
+        """Return the result in words."""
+        n = len(self.returns)
+        words = f"mean return {number(self.mean)} (standard deviation {number(self.std)}) over {n}"
+        words += " episode" if n == 1 else " episodes"
+        if self.cut_off:
+            words += f", {self.cut_off} of them cut off after {max(self.lengths):,} steps"
+        return words
+
 
 def evaluate(
     agent: Predictor,
@@ -56,78 +82,138 @@ def evaluate(
     *,
     seed: int = 0,
     deterministic: bool = True,
+    max_episode_steps: int | None = None,
 ) -> Evaluation:
-    """Run whole episodes and return what they earned.
+    """Run episodes and return what they earned.
 
-    Each environment plays a fixed share of the episodes, so that short ones are not favoured.
+    Each copy of the environment plays a fixed share of the episodes, so that short ones are not
+    favoured.
 
     Args:
-        agent: anything with ``predict(obs, deterministic=...) -> (actions, None)``.
-        env: as for an agent; of an id or a function up to 32 copies run at once. The id of an
-            agent that learns in envpool's environment is envpool's. An environment that is passed
-            in stays open.
+        agent: anything with ``predict(obs, deterministic=...) -> (actions, state)``.
+        env: an environment, as for an agent. Given an id or a function, as many copies are made as
+            the agent was trained in, at most ``episodes``, and they are stepped in the same way:
+            in processes of their own, or by envpool if the id is that of the training. An
+            environment object stays open.
         episodes: number of episodes.
-        seed: of the environments' first reset.
+        seed: seed of the first reset.
         deterministic: take the most likely action instead of drawing one.
+        max_episode_steps: steps after which an episode is cut off; by default 10,000, or the time
+            limit of the environment where that is longer. A copy whose episode was cut off begins
+            no other one unless that one ends. This bounds the time that an evaluation takes; there
+            may then be fewer than ``episodes``.
 
     Raises:
-        ValueError: fewer than one episode, an environment that cannot be made, or the one the
-            agent trains in.
+        ValueError: fewer than one episode or step, an environment that cannot be made, or the
+            environment object that the agent is trained in.
 
     """
-    if episodes < 1:
-        raise ValueError(f"episodes must be at least 1, got {episodes}")
+    check_counts(episodes=episodes, max_episode_steps=max_episode_steps)
     training = _training_envs(agent)
     inner = {id(each.unwrapped) for each in getattr(training, "envs", ())}
-    if env is training or (isinstance(env, gymnasium.Env) and id(env.unwrapped) in inner):
+    own = isinstance(env, gymnasium.Env) and id(env.unwrapped) in inner
+    if own or (isinstance(env, VectorEnv) and env is training):
         raise ValueError(
             "these are the environments the agent trains in, and stepping them would spoil its next"
             " rollout: evaluate in others, for example by id"
         )
-    envs = make_envs(env, min(episodes, 32), _vectorization(agent, env))
+    envs = make_envs(env, min(episodes, _copies(agent)), _vectorization(agent, env))
     networks = [policy] if isinstance(policy := getattr(agent, "policy", None), nn.Module) else []
+    limit = max_episode_steps or _default_limit(envs)
     try:
         with few_threads(*networks):
-            return _play(agent, envs, episodes, seed, deterministic)
+            return _play(agent, Stepper(envs), episodes, seed, deterministic, limit)
     finally:
         if envs is not env:
             envs.close()
 
 
 def _play(
-    agent: Predictor, envs: VectorEnv, episodes: int, seed: int, deterministic: bool
+    agent: Predictor, stepper: Stepper, episodes: int, seed: int, deterministic: bool, limit: int
 ) -> Evaluation:
-    n, stepper = envs.num_envs, Stepper(envs)
-    share = np.array([len(range(i, episodes, n)) for i in range(n)])
+    n = stepper.envs.num_envs
+    left = np.array([len(range(i, episodes, n)) for i in range(n)])
     returns: list[float] = []
     lengths: list[int] = []
-    total, length = np.zeros(n), np.zeros(n, dtype=np.int64)
-    layout = getattr(agent, "layout", None)
-    masked = layout is not None and layout.info_mask is not None
-    obs, infos = stepper.reset(seed)
-    while share.any():
-        masks = {"action_masks": infos.get(MASK)} if masked else {}
-        actions, _ = agent.predict(obs, deterministic=deterministic, **masks)
-        step = stepper.step(actions)
-        obs, infos = step.observations, step.infos
+    cuts, stuck = 0, np.zeros(n, np.bool_)  # in an episode that was cut off and goes on
+    total, length = np.zeros(n), np.zeros(n, np.int64)
+    for step in transitions(agent, stepper, seed, deterministic):
         total += np.where(step.valid, step.rewards, 0.0)
         length += step.valid
-        for i in np.flatnonzero(step.terminated | step.truncated):
-            if share[i]:
-                share[i] -= 1
+        done = step.terminated | step.truncated
+        cut = ~done & (length == limit)
+        for i in np.flatnonzero(done | cut):
+            if left[i] and not stuck[i]:
+                left[i] -= 1
+                cuts += int(cut[i])
                 returns.append(float(total[i]))
                 lengths.append(int(length[i]))
-            total[i], length[i] = 0.0, 0
-    return Evaluation(tuple(returns), tuple(lengths))
+            stuck[i], total[i], length[i] = cut[i], 0.0, 0
+        if (stuck | (left == 0)).all():
+            break
+    return Evaluation(tuple(returns), tuple(lengths), cuts)
+
+
+def transitions(
+    agent: Predictor,
+    stepper: Stepper,
+    seed: int | None,
+    deterministic: bool,
+    before: Callable[[], object] = lambda: None,
+) -> Iterator[Transition]:
+    """Let a predictor play for as long as the caller goes on; ``before`` is called before it acts.
+
+    A recurrent predictor gets its state back, and is told where episodes start.
+    """
+    layout, parameters = getattr(agent, "layout", None), inspect.signature(agent.predict).parameters
+    masked = layout is not None and layout.info_mask is not None
+    recurrent = {"state", "episode_start"} <= parameters.keys()
+    state, starts = None, np.ones(stepper.envs.num_envs, np.bool_)
+
+    def choose(observations: Any, infos: dict[str, Any]) -> Any:
+        nonlocal state
+        before()
+        options: dict[str, Any] = {"action_masks": infos.get(MASK)} if masked else {}
+        if recurrent:
+            options |= {"state": state, "episode_start": starts}
+        actions, state = agent.predict(observations, deterministic=deterministic, **options)
+        return actions
+
+    for step in play(stepper, seed, choose):
+        next_step = stepper.mode is AutoresetMode.NEXT_STEP
+        starts = ~step.valid if next_step else step.terminated | step.truncated
+        yield step
+
+
+def check_counts(**counts: int | None) -> None:
+    """Raise a ValueError where an argument is below 1."""
+    for name, value in counts.items():
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
 
 
 def _training_envs(agent: Predictor) -> Any:
-    """Return the environments an agent trains in, without making those of one that was loaded."""
+    """Return the environments an agent trains in, if they were made."""
     return getattr(agent, "envs", None) if getattr(agent, "has_envs", True) else None
 
 
+def _copies(agent: Predictor) -> int:
+    """Return the number of copies in training; stable-baselines3's models have it, too."""
+    return getattr(getattr(agent, "config", agent), "n_envs", None) or _COPIES
+
+
 def _vectorization(agent: Predictor, env: EnvSource) -> Vectorization:
-    """Return how copies are stepped: an id means what it means to the agent."""
-    own = _training_envs(agent)
-    same = isinstance(own, PoolVectorEnv) and own.spec is not None and own.spec.id == env
-    return "envpool" if same else "auto"
+    """Return how copies are stepped: as in training, where that can be done with them."""
+    training = _training_envs(agent)
+    how: Vectorization = getattr(getattr(agent, "config", None), "vectorization", "auto")
+    ids = [getattr(agent, "env_id", None)]
+    if isinstance(training, AsyncVectorEnv):
+        how = "async"
+    if isinstance(training, PoolVectorEnv) and training.spec is not None:
+        how, ids = "envpool", [*ids, training.spec.id]
+    return how if how in ("sync", "async") or (isinstance(env, str) and env in ids) else "auto"
+
+
+def _default_limit(envs: VectorEnv) -> int:
+    specs = [getattr(each, "spec", None) for each in (envs, *getattr(envs, "envs", ()))]
+    return max([_STEPS, *(s.max_episode_steps or 0 for s in specs if s is not None)])

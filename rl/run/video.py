@@ -2,81 +2,150 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
+import warnings
+from collections.abc import Callable
 from contextlib import closing
+from functools import partial
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import gymnasium
 import numpy as np
+from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
-from ..agent import Agent
+from ..envs.stepper import Stepper
+from .evaluation import Predictor, check_counts, transitions
+from .logs import writable
 
 _FPS = 30
 
 
 def record(
-    agent: Agent,
-    env_id: str,
-    path: Path,
+    agent: Predictor,
+    env: str | Callable[..., gymnasium.Env[Any, Any]],
+    path: str | Path,
     *,
     episodes: int = 1,
     seed: int = 0,
     max_frames: int = 1000,
     deterministic: bool = True,
 ) -> list[float]:
-    """Play episodes and write them as an animated GIF.
+    """Play episodes and write them as an animated GIF or as an MP4 film.
 
     Args:
-        agent: who plays.
-        env_id: the environment; it must render ``rgb_array``.
-        path: file to write, ``.gif``.
-        episodes: how many.
-        seed: of the first episode; the others follow from it.
-        max_frames: of the film; it ends there, and with it the episode.
+        agent: who plays: anything that :func:`evaluate` takes.
+        env: an id, or a function that makes an environment; the function is called with
+            ``render_mode="rgb_array"`` if it has such a parameter.
+        path: file to write, ``.gif`` or ``.mp4``. MP4 needs the package imageio-ffmpeg.
+        episodes: number of episodes.
+        seed: seed of the first episode; the others follow from it.
+        max_frames: number of frames after which the film ends, and with it the episode.
         deterministic: take the most likely action instead of drawing one.
 
     Returns:
-        The return of each episode.
+        The return of each episode that ended.
 
     Raises:
-        ValueError: another kind of file, no episodes, or an environment that does not render.
+        ValueError: another kind of file, no episodes, or an environment that cannot be made with
+            ``render_mode="rgb_array"`` or gives no pictures then.
 
     """
-    if path.suffix != ".gif":
-        raise ValueError(f"films are written as .gif, got {path}")
-    if episodes < 1 or max_frames < 1:
-        raise ValueError(
-            f"episodes and max_frames must be at least 1, got {episodes}, {max_frames}"
-        )
+    path = writable(path)
+    if path.suffix.lower() not in (".gif", ".mp4"):
+        raise ValueError(f"films are written as .gif or .mp4, got {path}")
+    ffmpeg = _ffmpeg() if path.suffix.lower() == ".mp4" else None
+    check_counts(episodes=episodes, max_frames=max_frames)
+    envs, frames, returns = _make(env), [], []
     try:
-        env = gymnasium.make(env_id, render_mode="rgb_array")
-    except (gymnasium.error.Error, ImportError) as error:
-        raise ValueError(f"cannot render {env_id!r}: {' '.join(str(error).split())}") from error
-    frames: list[np.ndarray] = []
-    returns: list[float] = []
-    mask = agent.layout.info_mask
-    with closing(env):
-        for episode in range(episodes):
-            if len(frames) >= max_frames:
-                break
-            obs, info = env.reset(seed=seed if episode == 0 else None)
-            total, done = 0.0, False
-            while not done and len(frames) < max_frames:
-                frames.append(np.asarray(env.render()))
-                masks = {"action_masks": info[mask.name]} if mask is not None else {}
-                action, _ = agent.predict(obs, deterministic=deterministic, **masks)
-                obs, reward, terminated, truncated, info = env.step(action)
-                total, done = total + float(reward), terminated or truncated
-            if done:  # and not cut off
+        stepper, total = Stepper(envs), 0.0
+        photograph = lambda: frames.append(_picture(envs.envs[0]))  # noqa: E731 # used once
+        for step in transitions(agent, stepper, seed, deterministic, before=photograph):
+            total += float(step.rewards[0])
+            if step.terminated[0] or step.truncated[0]:
                 returns.append(total)
-    _write(frames, path, env.metadata.get("render_fps") or _FPS)
+                total = 0.0
+            if len(returns) == episodes or len(frames) >= max_frames:
+                break
+    finally:
+        envs.close()
+    fps = envs.metadata.get("render_fps") or _FPS
+    if ffmpeg is not None:
+        _write_mp4(frames, path, fps, ffmpeg)
+    else:
+        _write_gif(frames, path, fps)
     return returns
 
 
-def _write(frames: list[np.ndarray], path: Path, fps: float) -> None:
+def _make(env: str | Callable[..., gymnasium.Env[Any, Any]]) -> SyncVectorEnv:
+    """Return one copy that renders; it starts over at once, so that no step is a mere reset."""
+    if not isinstance(env, str) and not callable(env):
+        raise TypeError(f"env must be an id or a function that makes an environment, got {env!r}")
+    make = partial(gymnasium.make, env) if isinstance(env, str) else env
+    parameters = inspect.signature(make).parameters.values()
+    if any(p.name == "render_mode" or p.kind is p.VAR_KEYWORD for p in parameters):
+        make = partial(make, render_mode="rgb_array")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # gymnasium's, of what becomes an error here
+            return SyncVectorEnv([make], copy=False, autoreset_mode=AutoresetMode.DISABLED)
+    except Exception as error:  # any: environments refuse a render mode in their own ways
+        raise ValueError(
+            f"cannot make {_name(env)} with render_mode='rgb_array': {_reason(error)}"
+        ) from error
+
+
+def _picture(env: gymnasium.Env[Any, Any]) -> np.ndarray:
+    """Return what an environment shows, checked."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # as above
+            picture: Any = env.render()
+    except Exception as error:  # as above
+        raise ValueError(f"cannot render {_name(env)}: {_reason(error)}") from error
+    shape, dtype = getattr(picture, "shape", ()), getattr(picture, "dtype", None)
+    if dtype != np.uint8 or len(shape) != 3 or shape[2] != 3:
+        what = type(picture).__name__ if dtype is None else f"{dtype} of shape {shape}"
+        raise ValueError(
+            f"cannot film {_name(env)}: its render() must return pictures, which are uint8 arrays"
+            f" of shape (height, width, 3), and returned {what}"
+        )
+    return np.array(picture, order="C")  # environments may draw the next one into it
+
+
+def _name(env: Any) -> str:
+    spec = getattr(env, "spec", None)
+    return repr(env if isinstance(env, str) else spec.id if spec is not None else env)
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _write_gif(frames: list[np.ndarray], path: Path, fps: float) -> None:
     from PIL import Image  # late: only films need it; matplotlib has it installed
 
     images = [Image.fromarray(frame).quantize() for frame in frames]
-    path.parent.mkdir(parents=True, exist_ok=True)
     # a GIF counts hundredths of a second, and viewers slow down what is below two
     duration = max(20, 10 * round(100 / fps))
     images[0].save(path, save_all=True, append_images=images[1:], duration=duration, loop=0)
+
+
+def _ffmpeg() -> ModuleType:
+    try:
+        return importlib.import_module("imageio_ffmpeg")
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            "an .mp4 file needs one more package: pip install imageio-ffmpeg, or write a .gif"
+        ) from error
+
+
+def _write_mp4(frames: list[np.ndarray], path: Path, fps: float, ffmpeg: ModuleType) -> None:
+    height, width, _ = frames[0].shape
+    film = ffmpeg.write_frames(str(path), (width, height), fps=fps, macro_block_size=2)
+    with closing(film) as writer:
+        writer.send(None)  # starts it
+        for frame in frames:
+            writer.send(frame)

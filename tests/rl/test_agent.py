@@ -37,7 +37,9 @@ def test_false_stops(answer):
 @pytest.mark.parametrize("callback", ["progress.csv", 3, EnvCollector, [lambda *_: None, 3]])
 def test_a_callback_that_cannot_be_called_is_refused_before_anything_is_spent(callback):
     agent = TRPO(Clock, **SMALL)
-    with pytest.raises(TypeError, match="callback must be a function of the agent and the log"):
+    with pytest.raises(
+        TypeError, match=r"a callback must be a function|is a class, not a callback"
+    ):
         agent.learn(64, False, callback)
     assert agent._collector is None
     agent.learn(64, False, [None, lambda *_: None])
@@ -177,8 +179,9 @@ class Nothing:
     def optimizer(self, parameters):
         return torch.optim.SGD(parameters, lr=0.1)
 
-    def __call__(self, critic, parameters, optimizer, rows, returns, generator):
-        self.calls.append((critic, parameters, optimizer, rows.shape, returns.shape, generator))
+    def __call__(self, task, optimizer):
+        shapes = task.rows.shape, task.returns.shape
+        self.calls.append((task.critic, task.parameters, optimizer, *shapes, task.generator))
         return -7.0
 
 
@@ -337,7 +340,7 @@ def test_a_critic_that_diverges_is_named():
 
 def test_a_schedule_that_is_not_asked_for_keeps_its_start():
     agent = TRPO(Clock, **SMALL)
-    agent._progress_made = 0.5
+    agent.progress = 0.5
     assert agent.scheduled(3.0, None) == 3.0
     assert agent.scheduled(3.0, 1.0) == 2.0
     assert isinstance(agent.critic, Critic)

@@ -11,7 +11,6 @@ from rl import (
     Every,
     SaveCheckpoint,
     StopOnReward,
-    Table,
     TensorBoardLog,
     evaluate,
     load,
@@ -109,14 +108,6 @@ def test_a_csv_file_takes_new_columns(tmp_path):
     assert columns["a"] == [1, 2, 3]
     assert str(columns["c"]) == "[nan, 0.5, nan]"
     assert "b" not in columns
-
-
-def test_the_table_shows_what_there_is(capsys):
-    agent_of().learn(144, False, Table(every=2))
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 2
-    assert lines[0].split()[:2] == ["steps", "return"]
-    assert lines[1].split()[0] == "96"
 
 
 def test_tensorboard_is_asked_for_in_words(monkeypatch, tmp_path):

@@ -1,10 +1,6 @@
 """The command line as a user meets it."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
 
 import gymnasium
 import numpy as np
@@ -44,10 +40,10 @@ def test_train_leaves_a_run_folder(run):
 def test_train_prints_a_table_and_a_summary(tmp_path, capsys):
     assert train(tmp_path / "run", "--eval-episodes", "2", "--log-every", "2") == 0
     printed = capsys.readouterr().out
-    header = next(line for line in printed.splitlines() if "value loss" in line)
+    header = next(line for line in printed.splitlines() if "vf loss" in line)
     rows = [line for line in printed.splitlines() if line.endswith("accepted") and "KL" not in line]
     assert len(rows) == 2  # of four updates
-    assert all(len(row) == len(header) for row in rows)
+    assert {len(row) for row in (header, *rows)} == {80}
     for words in ("learning curve", "steps per second", "of delta = 0.01", "over 2 episodes"):
         assert words in printed
 
@@ -105,7 +101,6 @@ def refused(capsys, code, words):
     [
         ("NoSuch-v1", [], "cannot make environment 'NoSuch-v1'"),
         ("CartPole-v99", [], "v99"),
-        ("CartPole-v1", ["--delta", "0"], "delta must be a positive"),
         ("CartPole-v1", ["--n-envs", "3"], "does not divide"),
         ("CartPole-v1", ["--eval-episodes", "0"], "--eval-episodes must be at least 1"),
         ("CartPole-v1", ["--total-timesteps", "0"], "--total-timesteps"),
@@ -115,6 +110,13 @@ def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, capsys, env, argumen
     out = tmp_path / "run"
     refused(capsys, train(out, *arguments, env=env), words)
     assert not out.exists()
+
+
+def test_an_option_out_of_range_is_named(tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        train(tmp_path / "run", "--delta", "0")
+    assert "delta must be a positive, finite number, got 0.0" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def test_an_existing_run_folder_is_kept(run, capsys):
@@ -142,27 +144,6 @@ def test_usage_errors_exit_with_two_and_say_why(tmp_path, capsys, arguments, wor
     assert caught.value.code == 2
     assert words in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
-
-
-def test_an_interrupt_keeps_what_was_learnt(tmp_path):
-    out = tmp_path / "run"
-    command = [sys.executable, "-m", "rl", "train", "CartPole-v1", "--out", str(out), *TINY]
-    process = subprocess.Popen(
-        [*command, "--total-timesteps", "100000000"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "PYTHONUNBUFFERED": "1"},
-    )
-    assert process.stdout is not None
-    for line in process.stdout:
-        if line.rstrip().endswith("accepted"):
-            process.send_signal(signal.SIGINT)
-            break
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert "interrupted" in err
-    assert main(["eval", str(out), "--episodes", "1"]) == 0
 
 
 def test_an_error_in_training_keeps_what_was_learnt(tmp_path, capsys, monkeypatch):
@@ -247,12 +228,16 @@ def test_record_writes_a_video(run, tmp_path, capsys, monkeypatch):
     with Image.open(out) as film:
         assert film.n_frames == 6
         assert film.size == (40, 30)
-    assert "returns         3.0, 3.0" in capsys.readouterr().out
-    refused(capsys, main(["record", str(run), "--out", str(tmp_path / "film.mp4")]), "as .gif")
+    assert "returns         3.000, 3.000" in capsys.readouterr().out
+    refused(capsys, main(["record", str(run), "--out", str(tmp_path / "film.avi")]), "as .gif")
 
 
 class Film(Clock):
     """Renders its time, and observes as CartPole does."""
+
+    def __init__(self):
+        super().__init__()
+        self.observation_space = gymnasium.spaces.Box(-1, 1, (4,))
 
     def _observation(self):
         return np.zeros(4, np.float32)

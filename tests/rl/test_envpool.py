@@ -171,7 +171,7 @@ def test_check_on_the_command_line(real, capsys):
     assert "8 x Hopper-v4, by envpool, autoreset NextStep" in printed
     assert "cannot be run on environments by envpool" in printed
     assert main(["check", "Hoper-v4", "--vectorization", "envpool"]) == 1
-    assert "the nearest it has are Hopper-v4" in capsys.readouterr().err
+    assert "the nearest are Hopper-v4" in capsys.readouterr().err
 
 
 # -- a stand-in, and none

@@ -10,7 +10,7 @@ from gymnasium.spaces import Box
 from torch import nn
 
 from agents import same
-from rl import AdamFit, LBFGSFit, ObservationLayout, TrustRegionFit
+from rl import AdamFit, LBFGSFit, ObservationLayout, Regression, TrustRegionFit
 from rl.fits import FITS, explained_variance
 from rl.networks.critic import Critic
 from rl.networks.encoders import Encoder
@@ -42,7 +42,8 @@ def fit(how, critic, x, y, optimizer=None, seed=0):
     """Fit, and return the error."""
     parameters = list(critic.parameters())
     optimizer = optimizer or how.optimizer(parameters)
-    return how(critic, parameters, optimizer, x, y, torch.Generator().manual_seed(seed))
+    task = Regression(critic, parameters, x, y, torch.Generator().manual_seed(seed))
+    return how(task, optimizer)
 
 
 def state_of(optimizer):

@@ -7,16 +7,10 @@ from scipy.stats import trim_mean
 from rl.run.plots import bootstrap_interval, iqm, plot_runs
 
 
-@given(st.lists(st.floats(-1e3, 1e3), min_size=4, max_size=40).filter(lambda x: len(x) % 4 == 0))
-def test_the_interquartile_mean_is_scipys_trimmed_one(scores):
+@given(st.lists(st.floats(-1e3, 1e3), min_size=1, max_size=40))
+def test_the_interquartile_mean_is_that_of_rliable(scores):
+    """It calls scipy's trimmed mean."""
     assert iqm(np.array(scores)) == pytest.approx(trim_mean(scores, 0.25), abs=1e-9)
-
-
-@given(st.lists(st.floats(-1e3, 1e3), min_size=1, max_size=12))
-def test_edges_count_in_part(scores):
-    """Four copies of every score divide evenly, and have the same quarters."""
-    repeated = np.repeat(scores, 4)
-    assert iqm(np.array(scores)) == pytest.approx(trim_mean(repeated, 0.25), abs=1e-9)
 
 
 def test_it_works_along_the_first_axis():

@@ -8,7 +8,7 @@ import gymnasium
 import pytest
 import yaml
 
-from rl import TRPO, PPOConfig, Preset, TRPOConfig, load_preset
+from rl import TRPO, PPOConfig, TRPOConfig, load_preset
 from rl.algorithms import ALGORITHMS
 from rl.run.cli import main
 
@@ -44,7 +44,8 @@ def test_our_own_names_come_back_as_they_are(load, algorithm):
     config = ALGORITHMS[algorithm].config_class(hidden=(7, 5), n_envs=3, td_lambda=0.5)
     as_yaml = json.loads(json.dumps(config.to_dict()))  # tuples as lists
     preset = load(as_yaml | {"total_timesteps": 9}, algorithm)
-    assert preset == Preset(config.to_dict(), 9)
+    assert ALGORITHMS[algorithm].config_class(**preset.options) == config
+    assert preset.total_timesteps == 9
 
 
 @pytest.mark.parametrize(
@@ -123,9 +124,14 @@ def test_the_packaged_preset_is_that_of_the_algorithm(tmp_path):
 
 def test_check_takes_a_preset(tmp_path, capsys):
     file = tmp_path / "my.yml"
-    file.write_text("CartPole-v1: {n_envs: 3, total_timesteps: 5}")
-    assert main(["check", "CartPole-v1", "--preset", str(file)]) == 0
-    assert "3 x CartPole-v1" in capsys.readouterr().out
+    file.write_text("CartPole-v1: {n_envs: 3, steps_per_update: 300, total_timesteps: 5}")
+    command = ["check", "CartPole-v1", "--preset", str(file)]
+    assert main(command) == 0
+    printed = capsys.readouterr().out
+    assert "3 x CartPole-v1" in printed
+    assert "options         n_envs=3, steps_per_update=300\n" in printed
+    assert main([*command, "--steps-per-update", "301"]) == 1  # training would be refused, too
+    assert "does not divide by 3" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("command", ["train", "check"])

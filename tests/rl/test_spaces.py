@@ -106,8 +106,24 @@ def test_what_has_no_row_is_refused(space, words):
 
 def test_choices_outside_their_space_are_refused():
     layout = ObservationLayout(spaces.Discrete(3, start=1))
-    with pytest.raises(ValueError, match="choice 0 or 3 of 3"):
+    with pytest.raises(
+        ValueError, match="whole number from 1 to 3, and the batch goes from 1 to 4"
+    ):
         layout.flat(np.array([1, 4]))
+
+
+@pytest.mark.parametrize("bad", [[1.5, 0], [np.nan, 0]])
+def test_choices_that_are_no_whole_numbers_are_refused(bad):
+    with pytest.raises(ValueError, match="must be a whole number from 0 to 2"):
+        ObservationLayout(spaces.Discrete(3)).flat(np.array(bad))
+
+
+@pytest.mark.parametrize("space", [spaces.Box(-1, 1, (2,)), spaces.MultiDiscrete([2, 2])])
+def test_observations_of_another_shape_are_refused(space):
+    """In a Dict, they would be written over the next part."""
+    layout = ObservationLayout(spaces.Dict(a=space, b=spaces.Discrete(9)))
+    with pytest.raises(ValueError, match=r"must have shape \(4, 2\), got \(4, 3\)"):
+        layout.flat({"a": np.zeros((4, 3)), "b": np.zeros(4)})
 
 
 def test_two_masks_are_refused():

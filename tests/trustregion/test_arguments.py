@@ -15,6 +15,7 @@ from trustregion.arguments import (
     check_count,
     check_damping,
     check_radius,
+    finite,
 )
 
 
@@ -81,3 +82,16 @@ def test_limits_that_fit():
     assert as_number_in("decay", 1, "(0, 1]") == 1.0
     assert as_count("k", np.int64(3), 3) == 3
     check_count("k", None)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_one_entry_decides_whether_a_tensor_is_finite(dtype, bad):
+    u = torch.full((50,), torch.finfo(dtype).max, dtype=dtype)
+    assert finite(u)
+    assert finite(u[:0])
+    for i in (0, 17, 49):
+        for other in (1.0, math.inf):
+            v = u.clone()
+            v[i - 1], v[i] = other, bad
+            assert not finite(v)

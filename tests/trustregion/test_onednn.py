@@ -27,14 +27,14 @@ def fresh(monkeypatch):
         cached.cache_clear()
 
 
-def product():
+def product(rows=700):
     torch.manual_seed(0)
     layer = nn.Linear(40, 64)
-    return [layer(torch.randn(700, 40))], ParameterVector(layer.parameters())
+    return [layer(torch.randn(rows, 40))], ParameterVector(layer.parameters())
 
 
-def uses_onednn(backend="tape"):
-    J = linearise(*product(), backend)
+def uses_onednn(backend="tape", rows=700):
+    J = linearise(*product(rows), backend)
     return any(isinstance(s.rule, onednn.DenseProduct) for s in J._steps)
 
 
@@ -51,17 +51,25 @@ def test_the_choice_is_the_users():
 
 
 @needs_onednn
+def test_a_product_too_small_for_the_call_is_torchs():
+    prefer_onednn(True)
+    assert not uses_onednn(rows=500)  # 2.6 million operations
+
+
+@needs_onednn
 @pytest.mark.parametrize(
-    ("name", "mkl", "chosen"),
+    ("tells", "mkl", "chosen"),
     [
-        ("AMD EPYC 9755", True, True),
-        ("AMD EPYC 9755", False, False),
-        ("Intel Xeon", True, False),
-        (None, True, False),
+        ({"cpu_name": "AMD EPYC 9755", "avx_vnni": True}, True, True),
+        ({"cpu_name": "AMD EPYC 9755", "avx_vnni": True}, False, False),
+        ({"cpu_name": "AMD EPYC 9654", "avx_vnni": False}, True, False),
+        ({"cpu_name": "AMD EPYC 9755"}, True, False),
+        ({"cpu_name": "Intel Xeon", "avx_vnni": True}, True, False),
+        ({}, True, False),
     ],
 )
-def test_the_default_follows_the_processor(monkeypatch, name, mkl, chosen):
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"cpu_name": name}, raising=False)
+def test_the_default_follows_the_processor(monkeypatch, tells, mkl, chosen):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: tells, raising=False)
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: mkl)
     assert uses_onednn() == chosen
 

@@ -13,6 +13,7 @@ from .layers import (
     EmbeddingBag,
     LayerNorm,
     LogSoftmax,
+    LogSumExp,
     MaxPool2d,
     Softmax,
 )
@@ -47,6 +48,7 @@ _RULES: dict[str, type[Rule]] = {
     "SoftmaxBackward0": Softmax,
     "SafeSoftmaxBackward0": Softmax,
     "LogSoftmaxBackward0": LogSoftmax,
+    "LogsumexpBackward0": LogSumExp,
     "NativeLayerNormBackward0": LayerNorm,
     "ConvolutionBackward0": Convolution,
     "MaxPool2DWithIndicesBackward0": MaxPool2d,

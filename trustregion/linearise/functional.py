@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ..autodiff import NOT_TWICE, out_of_memory
+from ..autodiff import NOT_TWICE, out_of_memory, under_transform
 from ..replay import repeatable
 from ..vector import ParameterVector, dot, norm
 from .base import Linearisation, Unmoved, rounding_unit
@@ -169,15 +169,6 @@ def _load_forward_mode() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a DeprecationWarning or a FutureWarning
         torch.func.jvp(torch.sin, (torch.zeros(()),), (torch.zeros(()),))
-
-
-def under_transform() -> bool:
-    """Return whether a :mod:`torch.func` transform, such as ``vmap``, is running."""
-    try:
-        torch.zeros(()).requires_grad_()
-    except RuntimeError:  # Only torch.func forbids this.
-        return True
-    return False
 
 
 def from_function(

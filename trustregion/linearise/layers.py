@@ -1,7 +1,8 @@
-"""Rules for whole layers: ``jvp`` is a closed form, ``vjp`` calls the node itself."""
+"""Rules for whole layers: ``jvp`` is a closed form, ``vjp`` mostly calls the node itself."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import cast
 
 import torch
@@ -37,6 +38,27 @@ class LogSoftmax(Softmax):
         """Return ``t - p't``."""
         t = cast(Tensor, tangents[0])
         return t - (self.p * t).sum(self.dim, keepdim=True)
+
+
+class LogSumExp(Rule):
+    """``log sum exp`` over dimensions, by which a Categorical normalizes its logits."""
+
+    fresh = True
+
+    def __init__(self, site: Site) -> None:
+        super().__init__(site)
+        x, result, keep = site.saved("self"), site.outputs[0], site.number("keepdim")
+        self.p = site.node(torch.ones(result.shape, dtype=x.dtype, device=x.device))
+        self.reduced = {"dim": site.number("dim"), "keepdim": keep}
+        self.kept = self.p.sum(site.number("dim"), keepdim=True).shape
+
+    def jvp(self, tangents: Tangents) -> Tensor:
+        """Return ``p't``, where ``p`` is the softmax."""
+        return (self.p * cast(Tensor, tangents[0])).sum(**self.reduced)
+
+    def vjp(self, cotangents: Tangents) -> Sequence[Tensor]:
+        """Return ``p u``."""
+        return (self.p * cast(Tensor, cotangents[0]).reshape(self.kept),)
 
 
 class LayerNorm(Rule):

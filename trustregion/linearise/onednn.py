@@ -1,10 +1,11 @@
 """Matrix products by oneDNN, where torch's own run at half the speed of the processor.
 
-torch multiplies float32 matrices on x86 by Intel's MKL, which does not use the wide registers of
-AMD's processors. The oneDNN library inside torch does: measured on a Zen 5, products of the sizes
-of a policy's layers take 0.40 to 0.50 of the time. It is reached through the operator that torch's
-own compiler emits, which is used only if its schema is the known one and if it has multiplied small
-matrices as torch does.
+torch multiplies float32 matrices on x86 by Intel's MKL, which on AMD's processors uses registers of
+256 bits only. Up to Zen 4 these processors multiply no more than that at a time, and MKL is as fast
+as any. Zen 5 multiplies 512 bits, which the oneDNN library inside torch makes use of: products of
+the sizes of a policy's layers take 0.40 to 0.50 of the time. It is reached through the operator
+that torch's own compiler emits, which is used only if its schema is the known one and if it has
+multiplied small matrices as torch does.
 
 Which library multiplies decides the last bits of a step. The choice is therefore never timed: it
 follows from the processor and from :func:`prefer_onednn`, and is the same in each process on a
@@ -21,11 +22,11 @@ import torch
 from torch import Tensor
 
 from .. import recorded
-from .arithmetic import FACTORS, MatrixProduct
+from .arithmetic import FACTORS, NARROW, MatrixProduct
 from .rules import Rule, Site, Tangents
 
-_WORTH_A_CALL = 1e6  # operations; a call takes about 14 microseconds more than one of torch's
-_NARROW = 16  # columns of an output below which torch's own products are faster backwards
+# Operations. A call takes about 14 microseconds more than one of torch's, which does 3e6 in 30.
+_WORTH_A_CALL = 3e6
 _preferred: bool | None = None
 
 
@@ -37,10 +38,10 @@ def prefer_onednn(choice: bool | None) -> None:
     agree with torch on small matrices.
 
     Args:
-        choice: True or False, or None for the default: oneDNN is used on AMD processors, where it
-            was measured to be faster, if torch was built with MKL. The two libraries round
-            differently, so that bit-identical runs on different machines need the same explicit
-            choice on all of them.
+        choice: True or False, or None for the default: oneDNN is used on AMD processors from Zen 5
+            on, where it was measured to be faster, if torch was built with MKL. The two libraries
+            round differently, so that bit-identical runs on different machines need the same
+            explicit choice on all of them.
 
     Raises:
         TypeError: the choice is neither a bool nor None.
@@ -78,9 +79,11 @@ def _is_chosen() -> bool:
 
 @cache
 def _is_measured_faster() -> bool:
-    """Return whether this is an AMD processor, as torch tells, and torch would use MKL."""
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
-    return torch.backends.mkl.is_available() and str(capabilities.get("cpu_name")).startswith("AMD")
+    """Return whether this is an AMD Zen 5 or later, as torch tells, and torch would use MKL."""
+    tells = getattr(torch.cpu, "get_capabilities", dict)()
+    # The first of AMD's with this instruction multiplies 512 bits at a time.
+    wide = str(tells.get("cpu_name")).startswith("AMD") and bool(tells.get("avx_vnni"))
+    return wide and torch.backends.mkl.is_available()
 
 
 @cache
@@ -121,7 +124,7 @@ class DenseProduct(Rule):
         super().__init__(site)
         self.plain = MatrixProduct(site)
         self.plain.cotangents = self.cotangents
-        self.narrow = site.outputs[0].shape[1] < _NARROW
+        self.narrow = site.outputs[0].shape[1] < NARROW
         self.left: Tensor | None = None
 
     def writes(self, which: int) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch.autograd.graph import get_gradient_edge
 
 from .. import recorded
 from ..autodiff import explained, raise_in_words, require_recorded
+from ..recorded import Place
 from ..vector import ParameterVector
 from .base import Linearisation, Unmoved, active, require_used, rounding_unit, trainable
 from .buffers import plan
@@ -90,9 +91,11 @@ class TapeLinearisation(Linearisation):
         self._leaves: dict[int, int] = {}  # value: position of the parameter
         self._steps: list[Step] = []
         first: dict[Any, int] = {}
+        places: dict[Any, tuple[Place, ...]] = {}
         self._values = 0
         for node in _topological([e.node for e in edges if e is not None]):
-            size = len(recorded.outputs(node))
+            places[node] = recorded.outputs(node)
+            size = len(places[node])
             variable = recorded.leaf(node)
             inputs = [first[n] + k if n in first else -1 for n, k in recorded.sources(node)]
             if variable is not None:
@@ -102,9 +105,9 @@ class TapeLinearisation(Linearisation):
             elif max(inputs, default=-1) < 0:
                 continue
             else:
-                _require_readable(node)
+                site = _site(node, inputs, places)
                 values = range(self._values, self._values + size)
-                self._steps.append(Step(rule_for(_site(node, inputs)), tuple(inputs), values))
+                self._steps.append(Step(rule_for(site), tuple(inputs), values))
             first[node] = self._values
             self._values += size
         known = (None if e is None else first.get(e.node) for e in edges)
@@ -209,18 +212,20 @@ def _topological(roots: Sequence[Any]) -> list[Any]:
     return order
 
 
-def _require_readable(node: Any) -> None:
-    """Raise if the node is complex, is a custom Function, or writes into a view."""
-    if any(place.dtype.is_complex for place in recorded.outputs(node)):
+def _site(node: Any, inputs: Sequence[int], places: Mapping[Any, tuple[Place, ...]]) -> Site:
+    """Return a node and its surroundings.
+
+    Raises:
+        UnreadableGraph: the node is complex, or is a custom Function.
+
+    """
+    outputs = places[node]
+    if any(place.dtype.is_complex for place in outputs):
         raise UnreadableGraph('the graph holds complex numbers: use backend="graph"')
     if recorded.is_custom(node):
         raise UnreadableGraph(
             f"the graph holds {recorded.name(node)}, which cannot be linearised on its own: use"
             ' backend="graph"'
         )
-
-
-def _site(node: Any, inputs: Sequence[int]) -> Site:
-    """Return a node and its surroundings."""
-    places = [None if n is None else recorded.outputs(n)[k] for n, k in recorded.sources(node)]
-    return Site(node, tuple(i >= 0 for i in inputs), tuple(places), recorded.outputs(node))
+    before = [None if n is None else places[n][k] for n, k in recorded.sources(node)]
+    return Site(node, tuple(i >= 0 for i in inputs), tuple(before), outputs)

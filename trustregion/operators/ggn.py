@@ -10,14 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import mse_loss
 
+from ..autodiff import under_transform
 from ..linearise import Linearisation, linearise
-from ..linearise.functional import (
-    FunctionalLinearisation,
-    Run,
-    from_function,
-    hessian,
-    under_transform,
-)
+from ..linearise.functional import FunctionalLinearisation, Run, from_function, hessian
 from ..replay import repeatable
 from ..subsample import select
 from ..vector import ParameterVector, dot, norm, split_like

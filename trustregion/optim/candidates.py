@@ -8,6 +8,7 @@ from typing import TypeAlias
 
 from torch import Tensor
 
+from ..arguments import finite
 from ..operators.base import Identity, LinearOperator, OperatorLike
 from ..preconditioners import Gated
 from ..preconditioners.gate import between
@@ -95,7 +96,7 @@ def solve(
         pairs = zip(o.dampings, solutions, strict=True)
         return [Solve(h=h, e=e, damping=damping, solution=x) for damping, x in pairs]
     x0 = None if last is None else ldexp(o.warm_start * last, -e)
-    if x0 is not None and not (bool(x0.any()) and bool(x0.isfinite().all())):
+    if x0 is not None and not (bool(x0.any()) and finite(x0)):
         x0 = None
     if isinstance(M, Gated):
         solution = M.solve(F, -h, damping, rtol=rtol, max_iter=max_iter, scale=units.rates, x0=x0)

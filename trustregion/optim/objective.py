@@ -10,6 +10,7 @@ from weakref import WeakSet
 import torch
 from torch import Tensor, nn
 
+from ..arguments import finite
 from ..distributions import Joint
 from ..status import Status
 from ..vector import ParameterVector
@@ -209,7 +210,7 @@ class Objective:
             settle: Repeat the call until its values do not move with the buffers.
 
         """
-        if not bool(theta.isfinite().all()):
+        if not finite(theta):
             nothing = (math.nan,) * len(self.constraints)
             return Values(loss=math.nan, kl=math.nan, constraints=nothing, buffers=[])
         self.release()

@@ -5,8 +5,7 @@ import pytest
 
 from agents import SMALL
 from rl import TRPO, EvaluateBest, Every, StopOnReward
-from rl.run.logs import plot_learning_curve
-from rl.run.plots import plot_runs
+from rl.run.plots import plot_learning_curve, plot_runs
 from rl.run.video import record
 from toys import Clock, Paid
 

@@ -12,7 +12,7 @@ import oracles
 from cases import cases
 from function_cases import F64, N, X, close, noise
 from trustregion import FisherOperator, subsample, to_dense
-from trustregion.linearise.functional import under_transform
+from trustregion.autodiff import under_transform
 from trustregion.operators import ParameterVector
 from trustregion.operators.ggn import GGNOperator
 from trustregion.operators.hessian import HessianOperator

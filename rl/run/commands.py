@@ -1,0 +1,187 @@
+"""What the commands of the command line take, and what their help says."""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, Generic, TypeVar, get_args
+
+import gymnasium
+from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, Positional, arg
+from tyro.constructors import (
+    ConstructorRegistry,
+    PrimitiveConstructorSpec,
+    PrimitiveTypeInfo,
+)
+
+from ..algorithms import ALGORITHMS
+from ..config import Config
+from ..experience.advantages import ADVANTAGES, Advantages
+from ..fits import FITS, CriticFit
+from ..options import record_to_text
+
+C = TypeVar("C", bound=Config)
+Flag = FlagCreatePairsOff[bool]
+_optional = partial(arg, help_behavior_hint="")  # the text says what is done by default
+EnvKwargs = Annotated[tuple[str, ...], _optional(metavar="KEY=VALUE ...")]
+Limit = Annotated[int | None, _optional(metavar="INT")]
+Algorithm = Annotated[str, arg(metavar="{" + ",".join(ALGORITHMS) + "}")]
+registry = ConstructorRegistry()
+
+
+@registry.primitive_rule
+def _record_as_text(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
+    """Read options that are small records as the text that the config takes."""
+    kinds = get_args(info.type)
+    records = ADVANTAGES if Advantages in kinds else FITS if CriticFit in kinds else None
+    if records is None:
+        return None
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="{" + ",".join(records) + "}[:NAME=VALUE,...]",
+        instance_from_str=lambda words: words[0],
+        is_instance=lambda _: True,
+        str_from_instance=lambda value: [
+            value if isinstance(value, str) else record_to_text(value, records) or repr(value)
+        ],
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Configured(Generic[C]):
+    """What commands take that make an agent."""
+
+    env_id: Positional[Annotated[str, arg(metavar="ENV_ID")]]
+    """Environment id such as CartPole-v1, or module:MyEnv-v0 if a module registers it."""
+
+    env_kwargs: EnvKwargs = ()
+    """Arguments for the environment, for example gravity=9.8."""
+
+    algo: Algorithm = "trpo"
+    """Algorithm. It decides which of the options below there are."""
+
+    preset: Annotated[str | None, _optional(metavar="FILE")] = None
+    """Options to start from: "default" for ours, or a YAML file, such as rl-baselines3-zoo's."""
+
+    config: OmitArgPrefixes[C]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train(Configured[C]):
+    """Train an agent in an environment and keep the run in a folder."""
+
+    total_timesteps: int = 100_000
+    """Environment steps to train for, rounded up to whole updates."""
+
+    out: Annotated[Path | None, _optional(metavar="FOLDER")] = None
+    """Run folder, which must not exist; by default runs/ENV_ID/ALGO-seedSEED-TIME."""
+
+    eval_episodes: int = 20
+    """Episodes of the evaluation after training, with deterministic actions."""
+
+    max_episode_steps: Limit = None
+    """Steps after which the evaluation cuts an episode off; by default 10,000 or a longer limit."""
+
+    log_every: Limit = None
+    """Updates per row of the table; by default as many as give about thirty rows."""
+
+    tensorboard: Flag = False
+    """Write TensorBoard's files to the folder tensorboard in the run folder."""
+
+    progress: bool = True
+    """Show a progress bar if the terminal can."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Check(Configured[C]):
+    """Check an environment, and say what would be used to learn in it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    """What commands take that use a trained agent."""
+
+    run: Positional[Annotated[Path, arg(metavar="RUN")]]
+    """Run folder, or a checkpoint file."""
+
+    env: Annotated[str | None, _optional(metavar="ENV_ID")] = None
+    """Environment id; by default that of the training."""
+
+    env_kwargs: EnvKwargs = ()
+    """Arguments for the environment; by default those of the training."""
+
+    seed: int = 0
+    """Seed of the environments."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Eval(Trained):
+    """Evaluate a trained agent."""
+
+    episodes: int = 20
+    """Number of episodes."""
+
+    max_episode_steps: Limit = None
+    """Steps after which an episode is cut off; by default 10,000 or a longer time limit."""
+
+    stochastic: Flag = False
+    """Draw actions instead of taking the most likely one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record(Trained):
+    """Film a trained agent as an animated GIF or as MP4."""
+
+    out: Annotated[Path | None, _optional(metavar="FILE")] = None
+    """File to write, .gif or .mp4; by default recording.gif in the run folder."""
+
+    episodes: int = 1
+    """Number of episodes."""
+
+    max_frames: int = 1000
+    """Frames after which the film ends."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plot:
+    """Draw the returns and KLs of runs, averaged over seeds."""
+
+    runs: Positional[Annotated[tuple[Path, ...], _optional(metavar="RUN ...")]]
+    """Run folders. Those that differ in nothing but the seed are drawn as one curve."""
+
+    out: Annotated[Path, arg(metavar="FILE")] = Path("runs.png")
+    """File to write."""
+
+
+def env_source(env_id: str, kwargs: dict[str, Any]) -> Any:
+    """Return the id, or a function that makes its environment with arguments."""
+    if not kwargs:
+        return env_id
+
+    def make(**more: Any) -> gymnasium.Env[Any, Any]:
+        try:
+            return gymnasium.make(env_id, **kwargs, **more)
+        except (gymnasium.error.Error, ImportError, TypeError) as error:
+            reason = " ".join(str(error).split())
+            raise ValueError(f"cannot make environment {env_id!r}: {reason}") from error
+
+    return make
+
+
+def env_keywords(words: Sequence[str]) -> dict[str, Any]:
+    """Return the arguments that KEY=VALUE words give."""
+    arguments: dict[str, Any] = {}
+    for word in words:
+        key, equals, text = word.partition("=")
+        if not (equals and key.isidentifier()):
+            raise ValueError(f"--env-kwargs takes KEY=VALUE, got {word!r}")
+        arguments[key] = text
+        for parse in (ast.literal_eval, json.loads):  # 9.8, [1, 2], True, true; else a word
+            with contextlib.suppress(ValueError, SyntaxError):
+                arguments[key] = parse(text)
+    return arguments
