@@ -93,7 +93,7 @@ class Clock:
 
 
 def make_case(name: str) -> tuple[Policy, Path, Tensor]:
-    """Return a policy that is not quite uniform, one step of 2048 environments, and its advantages."""
+    """Return a policy that is not quite uniform, a path of one step, and its advantages."""
     width, space = SPACES[name]
     torch.manual_seed(0)
     layout = ObservationLayout(spaces.Box(-np.inf, np.inf, (width,), np.float32))
