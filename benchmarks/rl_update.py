@@ -30,8 +30,7 @@ from threadpoolctl import threadpool_limits
 from torch import nn
 
 from benchmarks.allocator import keep_freed_memory
-from rl import TRPO, AdamFit, Critic, HeadPolicy, LBFGSFit, Path
-from rl.agent import Estimates
+from rl import TRPO, AdamFit, Critic, Estimates, HeadPolicy, LBFGSFit, Path
 from rl.networks.heads import GaussianHead
 
 N_ENVS, STEPS, DELTA = 8, 2048, 0.01

@@ -23,10 +23,10 @@ import numpy as np
 import torch
 from gymnasium import spaces
 from threadpoolctl import threadpool_limits
+from torch import Tensor
 
 from benchmarks.allocator import keep_freed_memory
-from rl.envs.layout import ObservationLayout
-from rl.experience.path import Batch
+from rl import ObservationLayout, Path, normalise
 from rl.experience.surrogate import surrogate_closure
 from rl.networks.encoders import Encoder
 from rl.networks.heads import make_head
@@ -92,8 +92,8 @@ class Clock:
         return watched
 
 
-def make_case(name: str) -> tuple[Policy, Batch]:
-    """Return a policy that is not quite uniform, and a batch with advantages to be had."""
+def make_case(name: str) -> tuple[Policy, Path, Tensor]:
+    """Return a policy that is not quite uniform, a path of one step, and its advantages."""
     width, space = SPACES[name]
     torch.manual_seed(0)
     layout = ObservationLayout(spaces.Box(-np.inf, np.inf, (width,), np.float32))
@@ -106,19 +106,31 @@ def make_case(name: str) -> tuple[Policy, Batch]:
         actions = distribution.sample()
         log_prob = distribution.log_prob(actions)
     advantages = noise + observations[:, 0] * actions.reshape(STATES, -1)[:, 0]
-    zeros = torch.zeros(STATES)
-    return policy, Batch(observations, actions, log_prob, zeros, advantages, advantages)
+    no, yes = torch.zeros(1, STATES, dtype=torch.bool), torch.ones(1, STATES, dtype=torch.bool)
+    path = Path(
+        observations=observations.expand(2, -1, -1),
+        actions=actions[None],
+        log_prob=log_prob[None],
+        signals={},
+        terminated=no,
+        truncated=no,
+        starts=yes,
+        mask=yes,
+        finals=observations[:0],
+        final_at=torch.empty(0, 2, dtype=torch.long),
+    )
+    return policy, path, normalise(advantages[None])
 
 
 def measure(
-    policy: Policy, batch: Batch, fraction: float, turns: int
+    policy: Policy, path: Path, advantages: Tensor, fraction: float, turns: int
 ) -> tuple[list[dict[str, float]], StepInfo]:
     """Take the same step many times; return the seconds of each part in each, and the report."""
     start = [p.detach().clone() for p in policy.parameters()]
     optimizer = NaturalTrustRegion(
         policy.parameters(), 0.01, damping=0.1, cg_max_iter=10, maximize=True
     )
-    rows = batch.observations[subsample(STATES, fraction)]
+    rows = path.rows[subsample(STATES, fraction)]
     curvature = None if fraction == 1 else lambda: policy(rows)
     results: list[dict[str, float]] = []
     for _ in range(turns + WARMUP):
@@ -129,13 +141,14 @@ def measure(
         with ExitStack() as stack:
             for name, functions in PARTS.items():
                 for function in functions:
-                    path = f"trustregion.{function}"
-                    watched = clock.watching(name, resolve_name(path))
-                    stack.enter_context(patch(path, watched))
+                    place = f"trustregion.{function}"
+                    watched = clock.watching(name, resolve_name(place))
+                    stack.enter_context(patch(place, watched))
             with clock.part(BEFORE), torch.no_grad():
-                policy(batch.observations).log_prob(batch.actions)
+                policy(path.rows).log_prob(path.flat(path.actions))
             with clock.part(REST):
-                optimizer.step(surrogate_closure(policy, batch), curvature=curvature)
+                closure = surrogate_closure(policy, path, advantages)
+                optimizer.step(closure, curvature=curvature)
         results.append(clock.seconds)
     assert optimizer.info is not None  # after a step
     return results[WARMUP:], optimizer.info
@@ -153,9 +166,9 @@ def main() -> None:
     keep_freed_memory()
     columns: dict[str, list[str]] = {}
     for name in SPACES:
-        policy, batch = make_case(name)
+        policy, path, advantages = make_case(name)
         for fraction in (1.0, 0.1):
-            results, info = measure(policy, batch, fraction, args.turns)
+            results, info = measure(policy, path, advantages, fraction, args.turns)
             header = f"{name}, {'all' if fraction == 1 else 'a tenth'}"
             column = [f"{1e3 * median(r[part] for r in results):.2f}" for part in ROWS]
             whole = [sum(r.values()) - r[BEFORE] for r in results]

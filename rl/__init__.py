@@ -8,6 +8,7 @@ True
 """
 
 import importlib.util as _util
+import inspect as _inspect
 
 if _util.find_spec("gymnasium") is None:
     raise ModuleNotFoundError(
@@ -77,70 +78,4 @@ from .trpo import TRPOConfig as TRPOConfig
 from .vpg import VPG as VPG
 from .vpg import VPGConfig as VPGConfig
 
-__all__ = [
-    # algorithms
-    "Agent",
-    "load",
-    "TRPO",
-    "NPG",
-    "KLPenalty",
-    "PPO",
-    "VPG",
-    "Config",
-    "TRPOConfig",
-    "NPGConfig",
-    "KLPenaltyConfig",
-    "PPOConfig",
-    "VPGConfig",
-    "Preset",
-    "load_preset",
-    # running
-    "evaluate",
-    "Evaluation",
-    "record",
-    "plot_learning_curve",
-    "CheckpointError",
-    # callbacks and loggers
-    "Every",
-    "EvaluateBest",
-    "SaveCheckpoint",
-    "StopOnReward",
-    "Table",
-    "CSVLog",
-    "TensorBoardLog",
-    # parts
-    "gae",
-    "n_step",
-    "td_lambda",
-    "surrogate",
-    "clipped_surrogate",
-    "make_envs",
-    "Collector",
-    "EnvCollector",
-    "Advantages",
-    "GAE",
-    "NStep",
-    "MonteCarlo",
-    "CriticFit",
-    "AdamFit",
-    "LBFGSFit",
-    "Regression",
-    "TrustRegionFit",
-    "Path",
-    "Policy",
-    "HeadPolicy",
-    "ObservationLayout",
-    "Stepper",
-    "Critic",
-    "Encoder",
-    "ActionHead",
-    "make_head",
-    "Episodes",
-    "Transition",
-    "Values",
-    "Estimates",
-    "Objective",
-    "normalise",
-    "Callback",
-    "Log",
-]
+__all__ = [name for name, x in globals().items() if name[0] != "_" and not _inspect.ismodule(x)]  # pyright: ignore[reportUnsupportedDunderAll] # all of the above

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
+from functools import partial
 from numbers import Integral, Real
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -20,17 +21,9 @@ def convert(key: str, kind: Any, value: Any, *, text: bool = False) -> Any:
     """Return a value as one of a field's type, so that it can be written to a file.
 
     Numbers may be numpy's, whole numbers may be floats such as ``1e6``, lists become tuples, and a
-    ``torch.device`` becomes a string.
-
-    Args:
-        key: what to call the value in an error.
-        kind: the field's type: a number, bool, str, a Literal, a tuple of any length, or one of
-            these or None. Values of other types are returned as they are.
-        value: the value.
-        text: accept numbers as strings: PyYAML reads ``1e-3``, which has no point, as one.
-
-    Raises:
-        ValueError: the value is not of that type.
+    ``torch.device`` becomes a string. Types are numbers, bool, str, Literals, tuples of any length,
+    and one of these or None; values of others are returned as they are. With ``text``, numbers may
+    be strings: PyYAML reads ``1e-3``, which has no point, as one.
 
     Example:
         >>> convert("steps", int, np.float64(1e3)), convert("rate", float, "1e-3", text=True)
@@ -102,15 +95,7 @@ def _words(kind: Any) -> str:
 def record_from_text(key: str, text: str, kinds: Mapping[str, type[Any]], **defaults: Any) -> Any:
     """Return the record that a text such as ``"lbfgs"`` or ``"adam:lr=0.01,epochs=8"`` names.
 
-    Args:
-        key: the option, for errors.
-        text: a name, and perhaps fields.
-        kinds: dataclasses by name.
-        defaults: values of fields that the text leaves out, where a record has them.
-
-    Raises:
-        ValueError: an unknown name or field, or a value of the wrong type.
-
+    ``kinds`` are dataclasses by name; ``defaults`` are values of fields that the text leaves out.
     """
     name, _, rest = text.partition(":")
     if name not in kinds:
@@ -145,36 +130,18 @@ def record_to_text(record: Any, kinds: Mapping[str, type[Any]]) -> str | None:
     return None
 
 
-def check_counts(options: Any, *names: str) -> None:
-    """Raise a ValueError where one of the fields of a record is less than 1."""
+def _check(holds: Callable[[Any], bool], words: str, options: Any, *names: str) -> None:
+    """Raise a ValueError where a field of a record is neither None nor as it must be."""
     for name in names:
         value = getattr(options, name)
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
+        if value is not None and not holds(value):
+            raise ValueError(f"{name} must {words}, got {value}")
 
 
-def check_not_negative(options: Any, *names: str) -> None:
-    """Raise a ValueError where one of the fields is neither None nor finite and at least 0."""
-    for name in names:
-        value = getattr(options, name)
-        if value is not None and not 0 <= value < math.inf:
-            raise ValueError(f"{name} must be finite and not negative, got {value}")
-
-
-def check_positive(options: Any, *names: str) -> None:
-    """Raise a ValueError where one of the fields is neither None nor positive and finite."""
-    for name in names:
-        value = getattr(options, name)
-        if value is not None and not 0 < value < math.inf:
-            raise ValueError(f"{name} must be a positive, finite number, got {value}")
-
-
-def check_fractions(options: Any, *names: str) -> None:
-    """Raise a ValueError where one of the fields is neither None nor in [0, 1]."""
-    for name in names:
-        value = getattr(options, name)
-        if value is not None and not 0 <= value <= 1:
-            raise ValueError(f"{name} must lie in [0, 1], got {value}")
+check_counts = partial(_check, lambda x: x >= 1, "be at least 1")
+check_fractions = partial(_check, lambda x: 0 <= x <= 1, "lie in [0, 1]")
+check_positive = partial(_check, lambda x: 0 < x < math.inf, "be a positive, finite number")
+check_not_negative = partial(_check, lambda x: 0 <= x < math.inf, "be finite and not negative")
 
 
 def convert_fields(record: Any) -> None:

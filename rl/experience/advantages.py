@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Protocol
 
 import torch
@@ -22,12 +23,7 @@ class Advantages(Protocol):
 
 @dataclass(frozen=True)
 class GAE:
-    """Generalised advantage estimation: see :func:`gae`.
-
-    Attributes:
-        gae_lambda: trace decay.
-
-    """
+    """Generalised advantage estimation with trace decay ``gae_lambda``: see :func:`gae`."""
 
     gae_lambda: float = 0.98
 
@@ -40,18 +36,14 @@ class GAE:
         self, path: Path, values: Values, gamma: float, signal: str = "reward"
     ) -> tuple[Tensor, Tensor]:
         """Return advantages and returns of a signal of the path."""
-        ends = path.terminated, path.truncated
-        return gae(path.signals[signal], *values, *ends, gamma=gamma, gae_lambda=self.gae_lambda)
+        return gae(
+            path.signals[signal], *values, *path.ends, gamma=gamma, gae_lambda=self.gae_lambda
+        )
 
 
 @dataclass(frozen=True)
 class NStep:
-    """A number of rewards and the critic's value after them: see :func:`n_step`.
-
-    Attributes:
-        n: how many rewards.
-
-    """
+    """``n`` rewards and the critic's value after them: see :func:`n_step`."""
 
     n: int = 5
 
@@ -64,8 +56,7 @@ class NStep:
         self, path: Path, values: Values, gamma: float, signal: str = "reward"
     ) -> tuple[Tensor, Tensor]:
         """Return advantages and returns of a signal of the path."""
-        ends = path.terminated, path.truncated
-        return n_step(path.signals[signal], *values, *ends, gamma=gamma, n=self.n)
+        return n_step(path.signals[signal], *values, *path.ends, gamma=gamma, n=self.n)
 
 
 @dataclass(frozen=True)
@@ -157,20 +148,7 @@ def n_step(
 
     fewer than ``n`` where the episode or the rollout ends, as :func:`gae` treats these.
 
-    Args:
-        rewards: shape ``(T, N)``, as all of the others; see :func:`gae`.
-        values: ``V(s_t)``.
-        next_values: ``V`` of the observation each step really led to.
-        terminated: the episode ended in a terminal state.
-        truncated: the episode was cut off.
-        gamma: discount, in [0, 1].
-        n: how many rewards, at least 1.
-
-    Returns:
-        ``(advantages, returns)``, each ``(T, N)``; returns are ``advantages + values``.
-
-    Raises:
-        ValueError: shapes differ, or a number is out of range.
+    Arguments and results are those of :func:`gae`, with ``n`` instead of ``gae_lambda``.
 
     Example:
         >>> zeros, no = torch.zeros(3, 1), torch.zeros(3, 1, dtype=torch.bool)
@@ -209,19 +187,7 @@ def td_lambda(
     end of the rollout, and zero that of both at a terminal state. With the values of one critic
     these are the returns of :func:`gae`.
 
-    Args:
-        rewards: shape ``(T, N)``, as all of the others; see :func:`gae`.
-        next_values: ``V`` of the observation each step really led to.
-        terminated: the episode ended in a terminal state.
-        truncated: the episode was cut off.
-        gamma: discount, in [0, 1].
-        trace: lambda, in [0, 1]; 1 for Monte Carlo.
-
-    Returns:
-        The returns, shape ``(T, N)``.
-
-    Raises:
-        ValueError: shapes differ, or a factor lies outside [0, 1].
+    Arguments are those of :func:`gae`, with ``trace`` for lambda.
 
     Example:
         >>> ones, no = torch.ones(2, 1), torch.zeros(2, 1, dtype=torch.bool)
@@ -287,6 +253,4 @@ def _check(*tensors: Tensor) -> None:
 
 
 def _check_factors(**factors: float) -> None:
-    for name, factor in factors.items():
-        if not 0 <= factor <= 1:
-            raise ValueError(f"{name} must lie in [0, 1], got {factor}")
+    check_fractions(SimpleNamespace(**factors), *factors)

@@ -137,7 +137,9 @@ class EnvCollector:
                 actions.append(act(t, rows[t]))
                 step = self._step(policy.to_env(actions[t]), t)
                 for name, x in self.signals(step).items():
-                    signals.setdefault(name, np.full((steps, n), np.nan))[t] = x
+                    if name not in signals:
+                        signals[name] = np.full((steps, n), np.nan)
+                    signals[name][t] = x
                 terminated[t], truncated[t], mask[t] = step.terminated, step.truncated, step.valid
                 layout.write(step.observations, rows[t + 1], step.infos, step.ended)
                 if step.finals is not None:

@@ -42,8 +42,7 @@ def estimate(
         values = path.values(value_function(critic))
     found, returns = advantages(path, values, gamma)
     if trace is not None:
-        ends = path.terminated, path.truncated
-        returns = td_lambda(path.rewards, values.following, *ends, gamma=gamma, trace=trace)
+        returns = td_lambda(path.rewards, values.following, *path.ends, gamma=gamma, trace=trace)
     for name, x in (("advantages", found), ("returns", returns)):
         if x.shape != path.mask.shape:
             raise ValueError(

@@ -72,6 +72,11 @@ class Path:
         """Where an episode ended, ``(T, N)``."""
         return self.terminated | self.truncated
 
+    @property
+    def ends(self) -> tuple[Tensor, Tensor]:
+        """``terminated`` and ``truncated``."""
+        return self.terminated, self.truncated
+
     @cached_property
     def steps(self) -> int:
         """Number of transitions that count."""

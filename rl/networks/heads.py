@@ -38,9 +38,9 @@ class ActionHead(nn.Module, abc.ABC):
     def draw(self, outputs: Tensor, noise: Tensor) -> Tensor:
         """Return one action per row, distributed as :meth:`forward` says, from its noise."""
 
-    @abc.abstractmethod
     def mode(self, outputs: Tensor) -> Tensor:
-        """Return the most likely action of each row."""
+        """Return the most likely action of each row: the one that no noise draws."""
+        return self.draw(outputs, outputs.new_zeros(()))
 
     @abc.abstractmethod
     def to_env(self, actions: np.ndarray) -> np.ndarray:
@@ -66,10 +66,6 @@ class CategoricalHead(ActionHead):
     def draw(self, outputs: Tensor, noise: Tensor) -> Tensor:
         """Return the indices ``(B,)``."""
         return (outputs + noise).argmax(-1)
-
-    def mode(self, outputs: Tensor) -> Tensor:
-        """Return the index of the largest logit."""
-        return outputs.argmax(-1)
 
     def to_env(self, actions: np.ndarray) -> np.ndarray:
         """Shift to the space's first action."""
@@ -115,10 +111,6 @@ class MultiCategoricalHead(ActionHead):
         """Return the indices ``(B, k)``."""
         return (self._logits(outputs) + noise).argmax(-1)
 
-    def mode(self, outputs: Tensor) -> Tensor:
-        """Return the index of the largest logit of each component."""
-        return self._logits(outputs).argmax(-1)
-
     def to_env(self, actions: np.ndarray) -> np.ndarray:
         """Shape like the space and shift to its first actions."""
         return actions.reshape(-1, *self.shape) + self.start
@@ -144,10 +136,6 @@ class BernoulliHead(ActionHead):
     def draw(self, outputs: Tensor, noise: Tensor) -> Tensor:
         """Return zeros and ones."""
         return (outputs + noise > 0).to(outputs.dtype)
-
-    def mode(self, outputs: Tensor) -> Tensor:
-        """Return 1 where it is more likely than 0."""
-        return (outputs > 0).to(outputs.dtype)
 
     def to_env(self, actions: np.ndarray) -> np.ndarray:
         """Shape like the space."""
@@ -209,10 +197,6 @@ class GaussianHead(ActionHead):
         """Return mean + std * noise."""
         mean, std = self._moments(outputs)
         return mean + std * noise
-
-    def mode(self, outputs: Tensor) -> Tensor:
-        """Return the mean."""
-        return self._moments(outputs)[0]
 
     def to_env(self, actions: np.ndarray) -> np.ndarray:
         """Shape like the space, and squash or clip to its bounds."""
