@@ -110,11 +110,8 @@ class Agent(abc.ABC):
             torch.manual_seed(config.seed or 0)
             networks = make_networks(layout, action_space, norm, config, policy, critic)
         self.policy, self.critic = networks[0].to(config.device), networks[1].to(config.device)
-        self.reward_scale = (
-            RewardScale(config.n_envs, config.gamma).to(config.device)
-            if config.normalise_rewards
-            else None
-        )
+        scale = RewardScale(config.n_envs, config.gamma).to(config.device)
+        self.reward_scale = scale if config.normalise_rewards else None
         self.setup()
 
     @cached_property
@@ -208,12 +205,12 @@ class Agent(abc.ABC):
         if total_timesteps <= 0:
             raise ValueError(f"total_timesteps must be positive, got {total_timesteps}")
         callbacks, loggers = as_callbacks(callback), as_callbacks(logger)
-        collector = self._collector = self._collector or self._make_collector(
-            Stepper(self.envs),
-            self.layout,
-            seed=environment_seed(self.config, self.num_timesteps),
-            generator=self.generator,
-        )
+        if self._collector is None:
+            seed = environment_seed(self.config, self.num_timesteps)
+            self._collector = self._make_collector(
+                Stepper(self.envs), self.layout, seed=seed, generator=self.generator
+            )
+        collector = self._collector
         rows = self.config.steps_per_update // self.config.n_envs
         first, started = self.num_timesteps, time.perf_counter()
         self.progress = 0.0

@@ -57,8 +57,10 @@ def load_into(
         )
     agent.config = agent.config_class.from_dict({**saved["config"], **options})
     agent.layout, agent.action_space = _spaces(saved)
-    given, agent.source = agent.source, agent.source or saved["env_id"]
-    if given is not None or agent.action_space is None:
+    given = agent.source is not None
+    if not given:
+        agent.source = saved["env_id"]
+    if given or agent.action_space is None:
         agent.config = with_copies(agent.config, options, agent.envs)
     agent.build(agent.config, agent.layout, agent.action_space, policy, critic)
     _restore(agent, saved["agent"], options)
