@@ -6,7 +6,8 @@ import gymnasium
 import numpy as np
 import pytest
 import torch
-from gymnasium.spaces import Box, Dict, Discrete, MultiBinary
+from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, Text
+from gymnasium.vector import SyncVectorEnv
 from torch import nn
 
 from agents import MEDIUM, SMALL, TwoNumbers, every_algorithm, same, weights
@@ -236,6 +237,23 @@ def test_a_policy_with_parameters_that_are_never_used_can_be_loaded(tmp_path):
         assert_same_optimizers(agent, loaded)
 
 
+def test_actions_that_no_file_can_hold_are_those_of_the_environment(tmp_path):
+    class Words(Clock):
+        def __init__(self):
+            super().__init__(action_space=Text(3))
+
+    class Speaker(TwoNumbers):
+        def to_env(self, actions):
+            return tuple("yes" if action > 0 else "no" for action in actions)
+
+    agent = TRPO(Words, policy=Speaker(copies=True), **SMALL).learn(64, progress=False)
+    agent.save(tmp_path / "agent.zip")
+    loaded = TRPO.load(tmp_path / "agent.zip", Words, policy=Speaker(copies=True))
+    assert loaded.action_space == Text(3)
+    assert same(weights(agent), weights(loaded))
+    loaded.learn(64, progress=False)
+
+
 def test_a_collector_of_ones_own_is_passed_again(trained):
     _, path = trained
 
@@ -320,6 +338,16 @@ def test_an_id_that_has_other_spaces_by_now_is_named_when_it_is_made(trained, tm
     loaded.predict(np.zeros(4))
     with pytest.raises(ValueError, match="the agent has observations of"):
         loaded.learn(1, progress=False)
+
+
+def test_an_environment_may_have_a_length_of_zero(trained):
+    class Empty(SyncVectorEnv):
+        def __len__(self):
+            return 0
+
+    _, path = trained
+    envs = Empty([lambda: gymnasium.make("CartPole-v1")] * 2)
+    assert TRPO.load(path, envs).envs is envs
 
 
 def test_the_number_of_environments_passed_in_is_the_one_that_is_saved(tmp_path):

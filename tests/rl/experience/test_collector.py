@@ -1,3 +1,5 @@
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -184,11 +186,14 @@ def test_episode_returns_and_lengths_do_not_count_resets():
 def test_episodes_are_kept_in_the_order_of_their_ends():
     """Environment 1 ends first; the second call goes on with what the first began."""
     episodes = Episodes(2)
+    assert math.isnan(episodes.mean_return)
+    assert math.isnan(episodes.mean_length)
     mask = np.ones((3, 2), bool)
     rewards = np.array([[1.0, 10.0], [2.0, 20.0], [4.0, 40.0]])
     episodes.add(rewards, np.array([[0, 0], [0, 1], [1, 0]], bool), mask)
     assert list(episodes.returns) == [30.0, 7.0]
     assert list(episodes.lengths) == [2, 3]
+    assert (episodes.mean_return, episodes.mean_length) == (18.5, 2.5)
     mask[0, 0] = False  # its dummy step, whatever it pays
     episodes.add(rewards, np.array([[0, 0], [1, 0], [0, 1]], bool), mask)
     assert list(episodes.returns) == [30.0, 7.0, 2.0, 110.0]

@@ -12,14 +12,19 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
-from agents import same
+from agents import TwoNumbers, same
 from rl import ObservationLayout, TRPOConfig
 from rl.build import make_networks, observation_norm
 from rl.networks.critic import Critic
 from rl.networks.encoders import Encoder
 from rl.networks.heads import GaussianHead
 from rl.networks.moments import ObservationNorm
-from rl.networks.numpy_twin import actor, squared_error, value_function
+from rl.networks.numpy_twin import (
+    actor,
+    distribution_function,
+    squared_error,
+    value_function,
+)
 from rl.networks.policy import HeadPolicy
 
 SPACE = Box(-np.inf, np.inf, (3,), np.float32)
@@ -93,6 +98,23 @@ def test_parameters_in_the_middle_are_fitted_too(fitted):
     torch.testing.assert_close(x.grad, gradient.flatten())
 
 
+def test_batches_of_several_sizes_share_nothing():
+    """The arrays of a call are kept for the next one of its size."""
+    torch.manual_seed(0)
+    critic, rows, returns = critic_of(), torch.randn(20, 3), torch.randn(20)
+    parameters = list(critic.parameters())
+    x = nn.Parameter(torch.cat([p.detach().flatten() for p in parameters]))
+    error = squared_error(critic, x, parameters, rows, returns)
+    batches = [torch.randperm(20)[:n] for n in (7, 3, 7, 20, 3, 1, 7)]
+    found = [(error(positions), x.grad.clone()) for positions in batches]
+    for positions, (value, gradient) in zip(batches, found, strict=True):
+        alone = squared_error(critic, x, parameters, rows, returns)
+        assert alone(positions) == value
+        assert torch.equal(x.grad, gradient)
+        expected = (critic(rows[positions]) - returns[positions]).square().mean()
+        assert value == pytest.approx(expected.item(), rel=1e-5)
+
+
 def test_overflow_is_an_error_that_is_not_finite_and_no_warning():
     critic, huge = critic_of(), torch.full((4,), 3e38)
     parameters = list(critic.parameters())
@@ -150,9 +172,12 @@ def test_acting_is_what_the_policy_does(space, options):
     assert not by_torch(policy)
     for t in range(2):
         with torch.no_grad():
-            expected = policy.act(rows[t], noise[t]).numpy()
+            expected = policy.act(rows[t], noise[t])
+            log_prob = policy(rows[t]).log_prob(expected)
+            found = distribution_function(policy)(rows[t]).log_prob(expected)
         # float32, of numbers near 20
-        np.testing.assert_allclose(act(t, rows[t].numpy()), expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(torch.from_numpy(act(t, rows[t].numpy())), expected)
+        torch.testing.assert_close(found, log_prob, rtol=1e-5, atol=1e-4)
 
 
 def by_torch(network):
@@ -310,6 +335,10 @@ def test_other_policies_are_left_to_torch():
     policy = policy_of(kind=OwnPolicy)
     act = actor(policy, policy.noise(1, 9, torch.Generator()))
     assert act(0, np.ones((9, 3), np.float32)).tolist() == [0] * 9
+    for other in (policy, policy_of(activation="relu"), TwoNumbers(copies=True)):
+        assert distribution_function(other) is other
+    plain = policy_of()
+    assert distribution_function(plain) is not plain
     assert by_torch(policy_of(activation="elu"))
     masked = policy_of()
     masked.columns = slice(0, 2)  # of an action mask
