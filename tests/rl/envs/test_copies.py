@@ -9,7 +9,7 @@ import torch
 from gymnasium.spaces import Box, Graph, Sequence
 
 from rl import TRPO, make_envs
-from rl.envs.copies import Processes
+from rl.envs.make import Processes
 from toys import Clock
 
 BOTH = pytest.mark.parametrize("how", ["sync", "async"])
