@@ -35,9 +35,7 @@ def numbers(values: Any) -> np.ndarray | None:
 def reals(name: str, values: Any, shape: tuple[int, ...]) -> np.ndarray:
     """Return numbers as a new float64 array; they may have one more axis at the end, of length 1.
 
-    Raises:
-        ValueError: they are not real numbers, or have another shape.
-
+    A ValueError names what is not real numbers, or has another shape.
     """
     return _shaped(name, values, shape).astype(np.float64)
 
@@ -52,11 +50,13 @@ def flags(name: str, values: Any, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def _shaped(name: str, values: Any, shape: tuple[int, ...]) -> np.ndarray:
+    if type(values) is np.ndarray and values.shape == shape and values.dtype.kind in "biuf":
+        return values  # nearly always
     given = numbers(values)
     if given is None or given.shape not in (shape, (*shape, 1)):
         expected = f"an array of numbers of shape {shape}" if shape else "one number"
         raise ValueError(f"{name} must be {expected}, got {values!r:.200}")
-    return given if given.shape == shape else given.reshape(shape)
+    return given.reshape(shape)
 
 
 def leaves(space: Space[Any], *path: Any) -> Iterator[tuple[tuple[Any, ...], Space[Any]]]:

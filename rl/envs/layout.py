@@ -26,24 +26,18 @@ class Part:
     """Columns of a row that belong together.
 
     The kind is ``"vector"`` (real numbers, flags, or one-hot choices), ``"image"`` (bytes, of two
-    or three dimensions) or ``"mask"`` (1 for an action that is allowed). The name is the path
-    within the space, such as ``"arm.position"``; ``""`` for a space that is not composed.
+    or three dimensions) or ``"mask"`` (1 for an action that is allowed).
     """
 
-    name: str
+    name: str  # path within the space, such as "arm.position"; "" if the space is not composed
     kind: str
     start: int
     shape: tuple[int, ...]
 
     @property
-    def stop(self) -> int:
-        """One past the last column."""
-        return self.start + math.prod(self.shape)
-
-    @property
     def columns(self) -> slice:
         """All columns."""
-        return slice(self.start, self.stop)
+        return slice(self.start, self.start + math.prod(self.shape))
 
 
 class ObservationLayout:
@@ -72,7 +66,7 @@ class ObservationLayout:
         for path, inner in leaves(space):
             part = _part(".".join(map(str, path)), inner, self.width)
             self._leaves.append((part, path, inner, _choices(inner)))
-            self.width = part.stop
+            self.width = part.columns.stop
         if not self.width:
             raise ValueError(f"unsupported observation space {space}: it has no entries")
         self.info_mask = Part(MASK, "mask", self.width, (mask,)) if mask else None
@@ -114,7 +108,7 @@ class ObservationLayout:
     @property
     def vector_columns(self) -> list[int]:
         """Columns of the parts that are vectors."""
-        return [c for part in self.of_kind("vector") for c in range(part.start, part.stop)]
+        return [c for p in self.of_kind("vector") for c in range(p.start, p.columns.stop)]
 
     def flat(self, observations: Any, infos: _Infos = None, ended: _Flags = False) -> np.ndarray:
         """Return a batch of observations as new rows, ``(N, width)``; see :meth:`write`."""
@@ -128,11 +122,7 @@ class ObservationLayout:
         """Write a batch of observations, and the masks in its infos, into rows ``(N, width)``.
 
         Where an episode ended, no action will be chosen: masks are ones there, and may be missing.
-
-        Raises:
-            ValueError: observations of another shape, a choice that is not in its space, a mask
-                that is missing, or one that comes up though the first reset gave none.
-
+        A ValueError names what is missing, misshapen or not in its space.
         """
         self._fill(observations, rows, self.origin)
         infos, n = infos or {}, len(rows)
@@ -154,14 +144,11 @@ class ObservationLayout:
 
     def _fill(self, observations: Any, rows: np.ndarray, origin: np.ndarray | None) -> None:
         for part, path, space, choices in self._leaves:
-            values, shape = np.asarray(reduce(getitem, path, observations)), space.shape or ()
-            size, columns = math.prod(shape), part.columns
-            if values.size != len(rows) * size:
-                raise ValueError(
-                    f"a batch of {len(rows)} observations of {space} must have shape"
-                    f" {(len(rows), *shape)}, got {values.shape}"
-                )
-            entries = values.reshape(len(rows), size)
+            values, shape = np.asarray(reduce(getitem, path, observations)), space.shape
+            if values.size != len(rows) * math.prod(shape):
+                expected = f"{space} must have shape {(len(rows), *shape)}"
+                raise ValueError(f"a batch of observations of {expected}, got {values.shape}")
+            entries, columns = values.reshape(len(rows), math.prod(shape)), part.columns
             if choices is not None:
                 entries = _one_hot(entries, space, *choices)
             elif origin is not None and origin[columns].any():

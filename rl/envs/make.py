@@ -13,7 +13,7 @@ from typing import Any, Literal, TypeAlias, get_args
 import gymnasium
 import numpy as np
 from gymnasium import spaces
-from gymnasium.envs.registration import EnvSpec, find_highest_version, get_env_id, parse_env_id
+from gymnasium.envs.registration import find_highest_version, get_env_id, parse_env_id
 from gymnasium.vector import AsyncVectorEnv, SyncVectorEnv, VectorEnv
 from gymnasium.vector.async_vector_env import AsyncState, _async_worker
 
@@ -34,16 +34,16 @@ def make_envs(
     """Return a vector environment; what a step returns may be overwritten by the next one.
 
     Args:
-        env: an environment id; a function that makes one environment; one environment, which is
+        env: an id; a function that makes one environment; one environment, which is
             used alone, and stays open when what is returned is closed; or a vector environment,
             which is used as it is.
         n_envs: number of copies, if ``env`` is an id or a function.
         vectorization: how copies are stepped. ``"sync"``: in turn in this process; ``"async"``:
             each in a process of its own; ``"vector_entry_point"``: by the environment's own
             vectorised form; ``"envpool"``: by the threads of envpool, whose environments and ids
-            are its own. ``"auto"`` takes the own vectorised form if there is one that can be
-            imported, and ``"sync"`` otherwise.
-        keep: keys of numbers to keep in the infos; of copies, only the action mask is kept as well.
+            are its own. ``"auto"`` takes the vectorised form if there is one that can be imported,
+            and ``"sync"`` otherwise.
+        keep: keys of numbers to keep in the infos of copies, besides the action mask.
 
     """
     if isinstance(env, VectorEnv):
@@ -63,23 +63,29 @@ def make_envs(
     if isinstance(env, str):
         return _from_id(env, n_envs, vectorization, keep)
     if vectorization in ("vector_entry_point", "envpool"):
-        how = f"vectorization={vectorization!r}"
-        raise ValueError(f"{how} is for ids: a function makes single environments")
-    return _copies(env, n_envs, keep, processes=vectorization == "async")
+        given = f"vectorization={vectorization!r}"
+        raise ValueError(f"{given} is for ids: a function makes single environments")
+    return _copies(env, n_envs, vectorization, keep)
 
 
 def _from_id(env_id: str, n_envs: int, how: Vectorization, keep: Sequence[str]) -> VectorEnv:
     try:
         if how == "envpool":
             return PoolVectorEnv(env_id, n_envs)
-        spec = _find(env_id)
+        module, _, name = env_id.rpartition(":")
+        if module:
+            importlib.import_module(module)
+        namespace, stem, version = parse_env_id(name)
+        if version is None:  # gymnasium.make takes the latest, and gymnasium.spec none
+            name = get_env_id(namespace, stem, find_highest_version(namespace, stem))
+        spec = gymnasium.spec(name)
         if how == "vector_entry_point" or (how == "auto" and spec.vector_entry_point is not None):
             try:
                 return gymnasium.make_vec(spec, n_envs, "vector_entry_point")
             except ImportError:  # it needs a package that is not installed
                 if how != "auto":
                     raise
-        envs = _copies(partial(gymnasium.make, spec), n_envs, keep, processes=how == "async")
+        envs = _copies(partial(gymnasium.make, spec), n_envs, how, keep)
     except (gymnasium.error.Error, ImportError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"cannot make environment {env_id!r}: {reason}") from error
@@ -87,21 +93,8 @@ def _from_id(env_id: str, n_envs: int, how: Vectorization, keep: Sequence[str]) 
     return envs
 
 
-def _find(env_id: str) -> EnvSpec:
-    """Return what is registered under an id, which may name its module, or no version."""
-    module, _, name = env_id.rpartition(":")
-    if module:
-        importlib.import_module(module)
-    namespace, stem, version = parse_env_id(name)
-    if version is None:  # gymnasium.make takes the latest, and gymnasium.spec none
-        name = get_env_id(namespace, stem, find_highest_version(namespace, stem))
-    return gymnasium.spec(name)
-
-
-def _copies(
-    make: Callable[[], Env], n_envs: int, keep: Sequence[str], *, processes: bool
-) -> VectorEnv:
-    parent = os.getpid()
+def _copies(make: Callable[[], Env], n_envs: int, how: str, keep: Sequence[str]) -> VectorEnv:
+    parent, processes = os.getpid(), how == "async"
 
     def copy() -> Env:
         if os.getpid() != parent:
@@ -118,7 +111,7 @@ def _copies(
     envs = SyncVectorEnv([copy] * n_envs, copy=False)
     if len({id(env.unwrapped) for env in envs.envs}) < n_envs:
         raise ValueError(
-            "the function returned the same environment twice: it must make a new one each time"
+            "the function returned the same environment twice: make a new one each time"
         )
     return envs
 
@@ -127,9 +120,8 @@ class PlainAnswers(gymnasium.Wrapper[Any, Any, Any, Any]):
     """An environment whose answers can be merged with those of its copies.
 
     Rewards become numbers and dones truth values, whether they come as arrays, tensors or lists of
-    one entry. Infos keep the action mask and the numbers whose keys are in ``keep``: gymnasium
-    cannot merge infos whose kind or shape varies, and nobody reads the others. An environment that
-    is not ``owned`` stays open when this wrapper is closed.
+    one entry. Infos keep the action mask and the numbers under ``keep``: gymnasium cannot merge
+    infos whose kind or shape varies. An environment that is not ``owned`` stays open.
     """
 
     def __init__(self, env: Env, keep: Sequence[str] = (), *, owned: bool = True) -> None:
@@ -152,11 +144,10 @@ class PlainAnswers(gymnasium.Wrapper[Any, Any, Any, Any]):
             terminated = bool(flags("terminated", terminated, ()))
         if not isinstance(truncated, _FLAG):
             truncated = bool(flags("truncated", truncated, ()))
-        return as_numpy(observation), reward, terminated, truncated, self._kept(info)
+        info = self._kept(info) if info else info
+        return as_numpy(observation), reward, terminated, truncated, info
 
     def _kept(self, info: dict[str, Any]) -> dict[str, Any]:
-        if not info:
-            return {}
         kept = {k: float(reals(f"infos[{k!r}]", info[k], ())) for k in self._keep if k in info}
         mask = info.get(MASK)
         return kept if mask is None else kept | {MASK: flat_mask(mask, self._choices)}
@@ -170,8 +161,7 @@ class PlainAnswers(gymnasium.Wrapper[Any, Any, Any, Any]):
 class Processes(AsyncVectorEnv):
     """Copies in processes of their own, which can be used again after an interrupt or an error.
 
-    These may leave answers of the processes unread. Then closing ends the processes at once, and a
-    reset starts new ones.
+    Where that left answers unread, closing ends the processes at once, and a reset starts new ones.
     """
 
     def __init__(self, env_fns: Sequence[Callable[[], Env]]) -> None:

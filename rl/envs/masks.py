@@ -59,9 +59,9 @@ def whole_masks(infos: Mapping[str, Any], ended: np.ndarray, choices: int) -> np
         for i in np.flatnonzero(~ended):
             if each[i] is None:
                 raise ValueError(
-                    f"environment {i} gave no infos[{MASK!r}] for a state in which an action is to"
-                    " be chosen: an environment with masks must give one at every reset, and at"
-                    " every step that does not end the episode (predict takes action_masks=)"
+                    f"environment {i} gave no infos[{MASK!r}] where an action is to be chosen: give"
+                    " one at every reset, and at every step that does not end the episode (predict"
+                    " takes action_masks=)"
                 )
             masks[i] = flat_mask(each[i], choices)
     masks[ended] = 1
@@ -77,11 +77,6 @@ def forbidden_rows(masks: np.ndarray, action_space: Space[Any]) -> np.ndarray:
     """Return where masks ``(..., choices)`` allow nothing, as bool ``(..., components)``.
 
     Zero forbids an action. Only a MultiDiscrete space has several components.
-
-    Example:
-        >>> forbidden_rows(np.array([[0, 0, 0, 1, 0]]), spaces.MultiDiscrete([2, 3]))
-        array([[ True, False]])
-
     """
     allowed = masks != 0
     if isinstance(action_space, spaces.MultiDiscrete):

@@ -6,8 +6,6 @@ import difflib
 import importlib
 import os
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -34,12 +32,14 @@ class PoolVectorEnv(VectorEnv):
             raise ValueError(f"threads must be at least 1, got {threads}")
         self._pool: Any = None  # made by the first reset
         envpool = _package(env_id)
-        with _quiet():
+        # gymnasium warns, here and in reset, that it rounds envpool's bounds to fewer digits
+        with warnings.catch_warnings(action="ignore", category=UserWarning):
             spec = envpool.make_spec(env_id)
             single = spec.gymnasium_observation_space, spec.gymnasium_action_space
         if spec.config.max_num_players > 1:
             raise ValueError(f"cannot make environment {env_id!r}: it has several players")
-        self.num_envs, self.threads = n_envs, threads or min(n_envs, _available_cores())
+        cores = len(getattr(os, "sched_getaffinity", range)(0))  # other systems have no envpool
+        self.num_envs, self.threads = n_envs, threads or min(n_envs, cores)
         counts = {"num_envs": n_envs, "num_threads": self.threads}
         self._make = partial(envpool.make, env_id, env_type="gymnasium", **counts)
         self.spec, self.metadata = EnvSpec(env_id), {"autoreset_mode": AutoresetMode.NEXT_STEP}
@@ -52,12 +52,11 @@ class PoolVectorEnv(VectorEnv):
         if options:
             raise ValueError(f"environments by envpool have no options of reset, got {options}")
         super().reset(seed=seed)
-        if seed is None and self._pool is None:
-            seed = int(self.np_random.integers(_SEEDS))
-        if seed is not None:  # envpool takes a seed only when it makes environments
+        if seed is not None or self._pool is None:  # envpool takes one only when it makes them
+            start = int(self.np_random.integers(_SEEDS)) if seed is None else seed
             self._pool = None  # never twice the threads
-            with _quiet():
-                pool = self._make(seed=seed % (_SEEDS - self.num_envs))
+            with warnings.catch_warnings(action="ignore", category=UserWarning):
+                pool = self._make(seed=start % (_SEEDS - self.num_envs))
                 _ = pool.observation_space, pool.action_space  # made here and kept
             self._pool = pool
         return self._pool.reset()
@@ -69,14 +68,6 @@ class PoolVectorEnv(VectorEnv):
     def close_extras(self, **kwargs: Any) -> None:  # noqa: ARG002 # the base class's
         """End the threads."""
         self._pool = None
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence gymnasium's warning that it rounds envpool's bounds, which have more digits."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*precision lowered by casting")
-        yield
 
 
 def _package(env_id: str) -> Any:
@@ -94,11 +85,6 @@ def _package(env_id: str) -> Any:
         hint = f"the nearest are {', '.join(near)}" if near else "see envpool.list_all_envs()"
         raise ValueError(f"cannot make environment {env_id!r}: envpool has no such id, {hint}")
     return envpool
-
-
-def _available_cores() -> int:
-    affinity = getattr(os, "sched_getaffinity", None)  # not on every system
-    return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
 def _with_true_bounds(space: Space[Any]) -> Space[Any]:

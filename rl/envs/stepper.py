@@ -17,19 +17,14 @@ from .masks import flat_mask, mask_of_each, whole_masks, with_masks
 class Transition:
     """What one step of ``N`` environments led to; the arrays are bool, or float64, ``(N,)``."""
 
-    observations: Any
-    """A batch, from which the next actions are chosen; the next step may overwrite it."""
+    observations: Any  # a batch, to choose the next actions from; the next step may overwrite it
     rewards: np.ndarray
     terminated: np.ndarray
     truncated: np.ndarray
-    valid: np.ndarray
-    """False where the environment ignored the action and reset itself."""
-    ended: np.ndarray
-    """True where the observation is the last one of its episode, and no action will be chosen."""
-    infos: dict[str, Any]
-    """As given; masks, if the reset gave some, are complete, with ones where an episode ended."""
-    finals: Any = None
-    """A batch of the last observations of episodes that ended, if ``observations`` lacks them."""
+    valid: np.ndarray  # False where the environment ignored the action and reset itself
+    ended: np.ndarray  # True where the observation is its episode's last, and no action follows
+    infos: dict[str, Any]  # masks, if the reset gave some, are complete: ones where ended
+    finals: Any = None  # a batch of the last observations that are not in observations, if any
 
 
 class Stepper:
@@ -85,10 +80,8 @@ class Stepper:
         space, n, ends = self.envs.single_observation_space, len(done), np.flatnonzero(done)
         if self.mode is AutoresetMode.SAME_STEP:
             if "final_obs" not in infos:
-                raise ValueError(
-                    f"{self.envs} gave no infos['final_obs'] at the end of an episode, which"
-                    " same-step autoreset must give"
-                )
+                reason = "at the end of an episode, which same-step autoreset must give"
+                raise ValueError(f"{self.envs} gave no infos['final_obs'] {reason}")
             return observations, take(space, infos["final_obs"], ends), infos
         finals = take(space, observations, ends)  # a copy: the reset may write there
         observations, fresh = self.envs.reset(options={"reset_mask": done})
@@ -98,9 +91,7 @@ class Stepper:
         return as_numpy(observations), finals, infos
 
 
-def play(
-    stepper: Stepper, seed: int | None, choose: Callable[[Any, dict[str, Any]], Any]
-) -> Iterator[Transition]:
+def play(stepper: Stepper, seed: int | None, choose: Callable[..., Any]) -> Iterator[Transition]:
     """Yield transitions for ever, from new episodes on, of actions chosen from ``(obs, infos)``."""
     observations, infos = stepper.reset(seed)
     while True:

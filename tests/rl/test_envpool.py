@@ -141,11 +141,11 @@ def test_pendulum_is_truncated_after_200_steps_that_count(real):
     rollout = keeper.collect(agent.policy, 603)
     expected = np.arange(603) % 201
     assert (rollout.truncated.numpy() == (expected == 199)[:, None]).all()
-    assert (rollout.valid.numpy() == (expected != 200)[:, None]).all()
+    assert (rollout.mask.numpy() == (expected != 200)[:, None]).all()
     assert not rollout.terminated.any()
-    assert not rollout.rewards[~rollout.valid].any()
-    assert set(keeper.lengths) == {200}
-    assert max(keeper.returns) < 0
+    assert not rollout.rewards[~rollout.mask].any()
+    assert set(keeper.episodes.lengths) == {200}
+    assert max(keeper.episodes.returns) < 0
 
 
 def test_a_checkpoint_finds_its_environments_again(real, tmp_path):
@@ -266,7 +266,7 @@ def test_pools_are_made_when_they_are_seeded(stand_in):
 
 def test_threads_are_bounded_by_copies_and_cores(stand_in, monkeypatch):
     stand_in()
-    monkeypatch.setattr("rl.envs.pool._available_cores", lambda: 4)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: range(4), raising=False)
     assert [PoolVectorEnv("Taxi-v3", n).threads for n in (1, 3, 64)] == [1, 3, 4]
 
 

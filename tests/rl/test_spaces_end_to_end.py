@@ -86,7 +86,7 @@ def test_every_space_trains_saves_and_predicts(tmp_path, observation, action, op
 def test_a_shared_encoder_is_one_and_moves_with_the_policy_alone():
     agent = agent_for("box", "discrete", shared_encoder=True)
     assert agent.policy.encoder is agent.critic.encoder
-    held = {id(p) for group in agent.critic_fit.optimizer.param_groups for p in group["params"]}
+    held = {id(p) for group in agent.critic_optimizer.param_groups for p in group["params"]}
     assert held == {id(p) for p in agent.critic.linear.parameters()}
     apart = agent_for("box", "discrete")
     assert apart.policy.encoder is not apart.critic.encoder
@@ -95,20 +95,19 @@ def test_a_shared_encoder_is_one_and_moves_with_the_policy_alone():
 def test_moments_move_after_an_update_and_not_within():
     agent = agent_for("box", "discrete", normalise_observations=True, normalise_rewards=True)
     seen = []
-    improve = agent.improve
+    update = agent.update
 
-    def spy(batch):
-        seen.append((agent.observation_norm.moments.count.item(), batch.old_log_prob))
-        log = improve(batch)
-        seen.append((agent.observation_norm.moments.count.item(), None))
+    def spy(path):
+        seen.append(agent.observation_norm.moments.count.item())
+        log = update(path)
+        seen.append(agent.observation_norm.moments.count.item())
         return log
 
-    agent.improve = spy
+    agent.update = spy
     agent.learn(128, progress=False)
-    counts = [count for count, _ in seen]
-    assert counts[0] == counts[1] == 0
-    assert counts[2] == counts[3] > 0
-    assert agent.observation_norm.moments.count > counts[2]
+    assert seen[0] == seen[1] == 0
+    assert seen[2] == seen[3] > 0
+    assert agent.observation_norm.moments.count > seen[2]
 
 
 def test_evaluation_and_prediction_freeze_the_moments():
