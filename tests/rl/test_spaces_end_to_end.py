@@ -86,7 +86,7 @@ def test_every_space_trains_saves_and_predicts(tmp_path, observation, action, op
 def test_a_shared_encoder_is_one_and_moves_with_the_policy_alone():
     agent = agent_for("box", "discrete", shared_encoder=True)
     assert agent.policy.encoder is agent.critic.encoder
-    held = {id(p) for group in agent.critic_optimizer.param_groups for p in group["params"]}
+    held = {id(p) for p in agent.critic_parameters}
     assert held == {id(p) for p in agent.critic.linear.parameters()}
     apart = agent_for("box", "discrete")
     assert apart.policy.encoder is not apart.critic.encoder
