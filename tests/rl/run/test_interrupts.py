@@ -11,7 +11,7 @@ import pytest
 
 from rl import TRPO, checkpoint, evaluate
 from rl.algorithms import ALGORITHMS
-from rl.envs.copies import Processes
+from rl.envs.make import Processes
 from rl.run.cli import main
 from toys import Clock
 
