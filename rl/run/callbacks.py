@@ -14,23 +14,22 @@ from pathlib import Path
 from typing import Any
 
 import gymnasium
-from gymnasium.vector import VectorEnv
 
 from .. import checkpoint
 from ..agent import Agent
 from ..envs.make import EnvSource, make_envs
 from ..reports import Callback, Log, as_callbacks, stops
-from .evaluation import check_counts, evaluate
-from .logs import writable
+from .evaluation import evaluate
+from .logs import check_counts, writable
 
 _MEAN = "eval/mean_reward"
 
 
 class Every:
-    """Calls other callbacks once every so many environment steps.
+    """Calls other callbacks once every so many environment steps, whatever the size of an update.
 
     Args:
-        steps: environment steps between two calls, whatever the size of an update.
+        steps: environment steps between two calls.
         callback: a callback, or several.
 
     Example:
@@ -54,10 +53,10 @@ class Every:
         done = agent.num_timesteps
         if agent is not self._agent:  # agents go on counting where they were
             self._agent, self._next = agent, done - log["time/steps"] + self.steps
-        due = self._next
-        late = (done - due) // self.steps + 1  # calls that are due: an update may have many steps
-        self._next = due + self.steps * max(late, 0)
-        return done < due or not stops([call(agent, log) for call in self.callbacks])
+        if done < self._next:
+            return True
+        self._next += self.steps * ((done - self._next) // self.steps + 1)  # an update may be long
+        return not stops([call(agent, log) for call in self.callbacks])
 
 
 class SaveCheckpoint:
@@ -101,10 +100,10 @@ class EvaluateBest:
         max_episode_steps: int | None = None,
     ) -> None:
         check_counts(episodes=episodes, max_episode_steps=max_episode_steps)
-        if not (isinstance(env, str | gymnasium.Env | VectorEnv) or callable(env)):
+        if not (isinstance(env, str | gymnasium.Env | gymnasium.vector.VectorEnv) or callable(env)):
             raise TypeError(f"env must be an environment, an id or a function, got {env!r}")
         if isinstance(env, str) and find_spec("envpool") is None:  # whose ids are others
-            make_envs(env, 1).close()  # a wrong id is named now, not after a rollout
+            make_envs(env, 1).close()  # a wrong id is named now, not after the first update
         self._options: dict[str, Any] = {"env": env, "episodes": episodes, "seed": seed}
         self._options["max_episode_steps"] = max_episode_steps
         self.best = None if best is None else writable(best)

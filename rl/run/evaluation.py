@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import gymnasium
 import numpy as np
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, VectorEnv
 from torch import nn
@@ -17,7 +16,7 @@ from ..envs.make import EnvSource, Vectorization, make_envs
 from ..envs.pool import PoolVectorEnv
 from ..envs.stepper import Stepper, Transition, play
 from ..threads import few_threads
-from .logs import number
+from .logs import check_counts, number
 
 _COPIES = 8  # for a predictor that does not say how many environments it was trained in
 _STEPS = 10_000  # after which an episode is cut off
@@ -66,10 +65,9 @@ class Evaluation:
         return float(np.std(self.returns))
 
     def __str__(self) -> str:
-        """Return the result in words."""
         n = len(self.returns)
-        words = f"mean return {number(self.mean)} (standard deviation {number(self.std)}) over {n}"
-        words += " episode" if n == 1 else " episodes"
+        words = f"mean return {number(self.mean)} (standard deviation {number(self.std)})"
+        words += f" over {n} episode{'s' * (n > 1)}"
         if self.cut_off:
             words += f", {self.cut_off} of them cut off after {max(self.lengths):,} steps"
         return words
@@ -100,8 +98,7 @@ def evaluate(
         deterministic: take the most likely action instead of drawing one.
         max_episode_steps: steps after which an episode is cut off; by default 10,000, or the time
             limit of the environment where that is longer. A copy whose episode was cut off begins
-            no other one unless that one ends. This bounds the time that an evaluation takes; there
-            may then be fewer than ``episodes``.
+            no other one unless that one ends, so there may be fewer than ``episodes``.
 
     Raises:
         ValueError: fewer than one episode or step, an environment that cannot be made, or the
@@ -110,12 +107,11 @@ def evaluate(
     """
     check_counts(episodes=episodes, max_episode_steps=max_episode_steps)
     training = _training_envs(agent)
-    inner = {id(each.unwrapped) for each in getattr(training, "envs", ())}
-    own = isinstance(env, gymnasium.Env) and id(env.unwrapped) in inner
-    if own or (isinstance(env, VectorEnv) and env is training):
+    own = [training, *getattr(training, "envs", ())]
+    if id(getattr(env, "unwrapped", env)) in {id(getattr(e, "unwrapped", None)) for e in own}:
         raise ValueError(
             "these are the environments the agent trains in, and stepping them would spoil its next"
-            " rollout: evaluate in others, for example by id"
+            " path: evaluate in others, for example by id"
         )
     envs = make_envs(env, min(episodes, _copies(agent)), _vectorization(agent, env))
     networks = [policy] if isinstance(policy := getattr(agent, "policy", None), nn.Module) else []
@@ -133,25 +129,25 @@ def _play(
 ) -> Evaluation:
     n = stepper.envs.num_envs
     left = np.array([len(range(i, episodes, n)) for i in range(n)])
-    returns: list[float] = []
-    lengths: list[int] = []
-    cuts, stuck = 0, np.zeros(n, np.bool_)  # in an episode that was cut off and goes on
     total, length = np.zeros(n), np.zeros(n, np.int64)
+    stuck = np.zeros(n, np.bool_)  # in an episode that was cut off and goes on
+    played: list[tuple[float, int, bool]] = []
     for step in transitions(agent, stepper, seed, deterministic):
         total += np.where(step.valid, step.rewards, 0.0)
         length += step.valid
         done = step.terminated | step.truncated
         cut = ~done & (length == limit)
-        for i in np.flatnonzero(done | cut):
-            if left[i] and not stuck[i]:
-                left[i] -= 1
-                cuts += int(cut[i])
-                returns.append(float(total[i]))
-                lengths.append(int(length[i]))
-            stuck[i], total[i], length[i] = cut[i], 0.0, 0
-        if (stuck | (left == 0)).all():
-            break
-    return Evaluation(tuple(returns), tuple(lengths), cuts)
+        over = done | cut
+        if over.any():
+            counts = over & ~stuck & (left > 0)
+            columns = (x[counts].tolist() for x in (total, length, cut))
+            played += zip(*columns, strict=True)
+            left -= counts
+            stuck[over], total[over], length[over] = cut[over], 0.0, 0
+            if (stuck | (left == 0)).all():
+                break
+    returns, lengths, cuts = zip(*played, strict=True)
+    return Evaluation(returns, lengths, sum(cuts))
 
 
 def transitions(
@@ -185,13 +181,6 @@ def transitions(
         yield step
 
 
-def check_counts(**counts: int | None) -> None:
-    """Raise a ValueError where an argument is below 1."""
-    for name, value in counts.items():
-        if value is not None and value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
-
-
 def _training_envs(agent: Predictor) -> Any:
     """Return the environments an agent trains in, if they were made."""
     return getattr(agent, "envs", None) if getattr(agent, "has_envs", True) else None
@@ -216,4 +205,4 @@ def _vectorization(agent: Predictor, env: EnvSource) -> Vectorization:
 
 def _default_limit(envs: VectorEnv) -> int:
     specs = [getattr(each, "spec", None) for each in (envs, *getattr(envs, "envs", ()))]
-    return max([_STEPS, *(s.max_episode_steps or 0 for s in specs if s is not None)])
+    return max([_STEPS, *(spec.max_episode_steps or 0 for spec in specs if spec is not None)])
