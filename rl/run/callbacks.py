@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from functools import partial
 from importlib.util import find_spec
 from numbers import Real
 from pathlib import Path
 from typing import Any
 
 import gymnasium
+from gymnasium.vector import VectorEnv
 
 from .. import checkpoint
 from ..agent import Agent
@@ -85,9 +87,6 @@ class EvaluateBest:
     Attributes:
         best_mean: the highest mean return so far.
 
-    Raises:
-        ValueError: ``best`` exists and does not say what its agent reached.
-
     """
 
     def __init__(
@@ -100,12 +99,15 @@ class EvaluateBest:
         max_episode_steps: int | None = None,
     ) -> None:
         check_counts(episodes=episodes, max_episode_steps=max_episode_steps)
-        if not (isinstance(env, str | gymnasium.Env | gymnasium.vector.VectorEnv) or callable(env)):
-            raise TypeError(f"env must be an environment, an id or a function, got {env!r}")
-        if isinstance(env, str) and find_spec("envpool") is None:  # whose ids are others
-            make_envs(env, 1).close()  # a wrong id is named now, not after the first update
-        self._options: dict[str, Any] = {"env": env, "episodes": episodes, "seed": seed}
-        self._options["max_episode_steps"] = max_episode_steps
+        pooled = isinstance(env, str) and find_spec("envpool") is not None  # whose ids are others
+        if not (pooled or callable(env) or isinstance(env, gymnasium.Env | VectorEnv)):
+            make_envs(env, 1).close()  # a wrong one is named now, not after the first update
+        options: dict[str, Any] = {
+            "episodes": episodes,
+            "seed": seed,
+            "max_episode_steps": max_episode_steps,
+        }
+        self._evaluate = partial(evaluate, env=env, **options)
         self.best = None if best is None else writable(best)
         self.best_mean = -math.inf
         if self.best is not None and self.best.exists():
@@ -119,10 +121,9 @@ class EvaluateBest:
 
     def __call__(self, agent: Agent, log: Log) -> None:
         """Evaluate it."""
-        result = evaluate(agent, **self._options)
-        log[_MEAN] = result.mean
-        log["eval/mean_ep_length"] = sum(result.lengths) / len(result.lengths)
-        log["eval/cut_off"] = result.cut_off
+        result = self._evaluate(agent)
+        length = sum(result.lengths) / len(result.lengths)
+        log |= {_MEAN: result.mean, "eval/mean_ep_length": length, "eval/cut_off": result.cut_off}
         if result.mean > self.best_mean:
             self.best_mean = result.mean
             if self.best is not None:
