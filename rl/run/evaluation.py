@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
-from gymnasium.vector import AsyncVectorEnv, AutoresetMode, VectorEnv
+from gymnasium.vector import AsyncVectorEnv, AutoresetMode
 from torch import nn
 
 from ..envs.layout import MASK
@@ -36,13 +36,7 @@ class Predictor(Protocol):
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Returns and lengths of episodes.
-
-    Attributes:
-        returns: undiscounted return of each episode.
-        lengths: number of steps of each episode.
-        cut_off: number of episodes that had not ended after ``max_episode_steps``; their returns
-            are those up to there.
+    """Undiscounted returns and lengths of episodes, and how many were cut off before their end.
 
     Example:
         >>> print(Evaluation(returns=(9.0, 10.0), lengths=(9, 10)))
@@ -101,27 +95,42 @@ def evaluate(
             no other one unless that one ends, so there may be fewer than ``episodes``.
 
     Raises:
-        ValueError: fewer than one episode or step, an environment that cannot be made, or the
-            environment object that the agent is trained in.
+        ValueError: the environment object is the one that the agent is trained in.
 
     """
     check_counts(episodes=episodes, max_episode_steps=max_episode_steps)
-    training = _training_envs(agent)
+    training = getattr(agent, "envs", None) if getattr(agent, "has_envs", True) else None
     own = [training, *getattr(training, "envs", ())]
     if id(getattr(env, "unwrapped", env)) in {id(getattr(e, "unwrapped", None)) for e in own}:
         raise ValueError(
             "these are the environments the agent trains in, and stepping them would spoil its next"
             " path: evaluate in others, for example by id"
         )
-    envs = make_envs(env, min(episodes, _copies(agent)), _vectorization(agent, env))
+    copies, how = _as_in_training(agent, training, env)
+    envs = make_envs(env, min(episodes, copies), how)
     networks = [policy] if isinstance(policy := getattr(agent, "policy", None), nn.Module) else []
-    limit = max_episode_steps or _default_limit(envs)
+    specs = [getattr(each, "spec", None) for each in (envs, *getattr(envs, "envs", ()))]
+    longest = max([_STEPS, *(spec.max_episode_steps or 0 for spec in specs if spec is not None)])
+    limit = max_episode_steps or longest
     try:
         with few_threads(*networks):
             return _play(agent, Stepper(envs), episodes, seed, deterministic, limit)
     finally:
         if envs is not env:
             envs.close()
+
+
+def _as_in_training(agent: Predictor, training: Any, env: EnvSource) -> tuple[int, Vectorization]:
+    """Return how many copies there are, and how they are stepped where that can be done here."""
+    config = getattr(agent, "config", agent)  # stable-baselines3's models have n_envs, too
+    how: Vectorization = getattr(config, "vectorization", "auto")
+    ids = [getattr(agent, "env_id", None)]
+    if isinstance(training, AsyncVectorEnv):
+        how = "async"
+    if isinstance(training, PoolVectorEnv) and training.spec is not None:
+        how, ids = "envpool", [*ids, training.spec.id]
+    kept = how in ("sync", "async") or (isinstance(env, str) and env in ids)
+    return getattr(config, "n_envs", None) or _COPIES, how if kept else "auto"
 
 
 def _play(
@@ -179,30 +188,3 @@ def transitions(
         next_step = stepper.mode is AutoresetMode.NEXT_STEP
         starts = ~step.valid if next_step else step.terminated | step.truncated
         yield step
-
-
-def _training_envs(agent: Predictor) -> Any:
-    """Return the environments an agent trains in, if they were made."""
-    return getattr(agent, "envs", None) if getattr(agent, "has_envs", True) else None
-
-
-def _copies(agent: Predictor) -> int:
-    """Return the number of copies in training; stable-baselines3's models have it, too."""
-    return getattr(getattr(agent, "config", agent), "n_envs", None) or _COPIES
-
-
-def _vectorization(agent: Predictor, env: EnvSource) -> Vectorization:
-    """Return how copies are stepped: as in training, where that can be done with them."""
-    training = _training_envs(agent)
-    how: Vectorization = getattr(getattr(agent, "config", None), "vectorization", "auto")
-    ids = [getattr(agent, "env_id", None)]
-    if isinstance(training, AsyncVectorEnv):
-        how = "async"
-    if isinstance(training, PoolVectorEnv) and training.spec is not None:
-        how, ids = "envpool", [*ids, training.spec.id]
-    return how if how in ("sync", "async") or (isinstance(env, str) and env in ids) else "auto"
-
-
-def _default_limit(envs: VectorEnv) -> int:
-    specs = [getattr(each, "spec", None) for each in (envs, *getattr(envs, "envs", ()))]
-    return max([_STEPS, *(spec.max_episode_steps or 0 for spec in specs if spec is not None)])
