@@ -12,7 +12,6 @@ from functools import partial
 from importlib.util import find_spec
 from numbers import Real
 from pathlib import Path
-from typing import Any
 
 import gymnasium
 from gymnasium.vector import VectorEnv
@@ -81,8 +80,8 @@ class EvaluateBest:
         best: file of the best agent; None to keep none. If it exists, as when a training is
             resumed, only a better agent replaces it: the file says what its agent reached.
         episodes: number of episodes of each evaluation.
-        seed: seed of the environments' first reset, the same every time.
-        max_episode_steps: steps after which an episode is cut off, as for :func:`evaluate`.
+        seed: seed of the first reset, the same every time.
+        max_episode_steps: as for :func:`evaluate`.
 
     Attributes:
         best_mean: the highest mean return so far.
@@ -102,21 +101,15 @@ class EvaluateBest:
         pooled = isinstance(env, str) and find_spec("envpool") is not None  # whose ids are others
         if not (pooled or callable(env) or isinstance(env, gymnasium.Env | VectorEnv)):
             make_envs(env, 1).close()  # a wrong one is named now, not after the first update
-        options: dict[str, Any] = {
-            "episodes": episodes,
-            "seed": seed,
-            "max_episode_steps": max_episode_steps,
-        }
-        self._evaluate = partial(evaluate, env=env, **options)
+        play = partial(evaluate, env=env, episodes=episodes, seed=seed)
+        self._evaluate = partial(play, max_episode_steps=max_episode_steps)
         self.best = None if best is None else writable(best)
         self.best_mean = -math.inf
         if self.best is not None and self.best.exists():
             notes = checkpoint.read(self.best)["notes"]
             if _MEAN not in notes:
-                raise ValueError(
-                    f"{self.best} exists and does not say what its agent reached, so that it could"
-                    " be lost to a worse one: name another file, or remove this one"
-                )
+                what = f"{self.best} exists and does not say what its agent reached"
+                raise ValueError(f"{what}: name another file, or a worse agent could replace it")
             self.best_mean = notes[_MEAN]
 
     def __call__(self, agent: Agent, log: Log) -> None:
