@@ -35,7 +35,7 @@ def load_preset(algorithm: str, env_id: str, file: str | Path | None = None) -> 
         file: a YAML file of your own; by default the one that comes with this package.
 
     Raises:
-        ValueError: an unknown algorithm, environment or option, a wrong value, or a file of another kind.
+        ValueError: an unknown algorithm, environment or option, or a wrong value or file.
 
     Example:
         >>> preset = load_preset("trpo", "Pendulum-v1")

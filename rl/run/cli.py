@@ -36,9 +36,10 @@ def _train(command: Train[Any]) -> int:
     check_counts(**{f"--{n.replace('_', '-')}": getattr(command, n) for n in names})
     if command.tensorboard and find_spec("tensorboard") is None:
         raise ValueError('--tensorboard needs pip install "torch-trustregion[tensorboard]"')
-    env = env_source(command.env_id, env_keywords(command.env_kwargs))
+    kwargs = env_keywords(command.env_kwargs)
+    env = env_source(command.env_id, kwargs)
     with closing(ALGORITHMS[command.algo](env, **command.config.to_dict())) as agent:
-        out = _make_run_folder(command)
+        out = _make_run_folder(command, kwargs)
         print(f"{type(agent).__name__} on {describe(agent.envs)}")
         print(entry("run folder", out))
         finished = _learn(agent, command, out)
@@ -51,36 +52,31 @@ def _train(command: Train[Any]) -> int:
     return 0
 
 
-def _make_run_folder(command: Train[Any]) -> Path:
+def _make_run_folder(command: Train[Any], kwargs: dict[str, Any]) -> Path:
     """Make the run folder, and write the options of the run to it."""
     stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
     name = f"{command.algo}-seed{command.config.seed}-{stamp}"
     # not every system allows other characters, or dots at the ends
     env = [re.sub(r"[^\w.-]", "-", part).strip(".") for part in command.env_id.split("/")]
     out = command.out or Path("runs", *env, name)
-    try:
-        out.mkdir(parents=True)
-    except FileExistsError as error:
-        raise ValueError(
-            f"{out} already exists and is kept as it is: choose another --out, or remove it"
-        ) from error
+    if out.exists():
+        raise ValueError(f"{out} already exists and is kept as it is: choose another --out")
+    out.mkdir(parents=True)
     what: dict[str, Any] = {"algorithm": command.algo, "env_id": command.env_id}
-    what |= {"env_kwargs": kwargs} if (kwargs := env_keywords(command.env_kwargs)) else {}
-    what |= {"total_timesteps": command.total_timesteps} | command.config.to_dict()
-    (out / "config.json").write_text(json.dumps(what, indent=2))
+    what |= {"env_kwargs": kwargs} if kwargs else {}
+    what["total_timesteps"] = command.total_timesteps
+    (out / "config.json").write_text(json.dumps(what | command.config.to_dict(), indent=2))
     return out
 
 
 def _learn(agent: Agent, command: Train[Any], out: Path) -> bool:
     """Train, and keep what was learnt however that ends; return False after an interrupt."""
     path, table = out / _CHECKPOINT, Table(command.log_every)
-    # the power may fail
-    often = Every(max(1, command.total_timesteps // 20), lambda a, _: a.save(path))
-    boards = [TensorBoardLog(out / "tensorboard")] if command.tensorboard else []
-    loggers = [CSVLog(out / _LOG), *boards, table]
+    often = Every(max(1, command.total_timesteps // 20), lambda a, _: a.save(path))  # power fails
+    board = TensorBoardLog(out / "tensorboard") if command.tensorboard else None
     progress = command.progress and sys.stderr.isatty()
     try:
-        agent.learn(command.total_timesteps, progress, callback=often, logger=loggers)
+        agent.learn(command.total_timesteps, progress, often, [CSVLog(out / _LOG), board, table])
         return True
     except KeyboardInterrupt:
         print(f"interrupted: what was learnt is kept in {out}", file=sys.stderr)
@@ -100,11 +96,11 @@ def _summarise(agent: Agent, command: Train[Any], out: Path) -> None:
     bound = f" of delta = {delta:g}" if largest <= delta else f", beyond delta = {delta:g}"
     success = columns.get("train/is_line_search_success")
     accepted = f", {int(sum(success))} accepted" if success else ""
+    words = f"at most {number(largest)}{bound if delta < math.inf else ''}"
+    done = f"{agent.num_timesteps:,} in {seconds:.1f} s"
     print(entry("learning curve", out / _CURVE))
     print(entry("checkpoint", out / _CHECKPOINT))
-    done = f"{agent.num_timesteps:,} in {seconds:.1f} s"
     print(entry("speed", f"{speed:,.0f} steps per second ({done}), updates included"))
-    words = f"at most {number(largest)}{bound if delta < math.inf else ''}"
     print(entry("KL", f"{words} in {agent.iterations} updates{accepted}"))
 
 
@@ -126,14 +122,8 @@ def _trained(command: Trained) -> tuple[Agent, Any, str]:
 def _eval(command: Eval) -> None:
     agent, env, words = _trained(command)
     print(words)
-    result = evaluate(
-        agent,
-        env,
-        command.episodes,
-        seed=command.seed,
-        deterministic=not command.stochastic,
-        max_episode_steps=command.max_episode_steps,
-    )
+    options = {name: getattr(command, name) for name in ("episodes", "seed", "max_episode_steps")}
+    result = evaluate(agent, env, deterministic=not command.stochastic, **options)
     print(entry("evaluation", result))
 
 
@@ -141,8 +131,8 @@ def _record(command: Record) -> None:
     agent, env, _ = _trained(command)
     folder = command.run if command.run.is_dir() else command.run.parent
     out = command.out or folder / "recording.gif"
-    counts = {name: getattr(command, name) for name in ("episodes", "seed", "max_frames")}
-    returns = record(agent, env, out, **counts)
+    options = {name: getattr(command, name) for name in ("episodes", "seed", "max_frames")}
+    returns = record(agent, env, out, **options)
     print(entry("returns", ", ".join(map(number, returns)) or "no episode ended"))
     print(entry("film", out))
 
@@ -194,7 +184,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog=f"commands:\n{about}\n\nTheir options: python -m rl COMMAND --help",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("command", choices=_COMMANDS, metavar="COMMAND", help=argparse.SUPPRESS)
     version = f"torch-trustregion {trustregion.__version__}"
     parser.add_argument("--version", action="version", version=version)
+    parser.add_argument("command", choices=_COMMANDS, metavar="COMMAND", help=argparse.SUPPRESS)
     return parser

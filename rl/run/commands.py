@@ -151,10 +151,10 @@ def parse(kind: Any, prog: str, arguments: Sequence[str]) -> Any:
         return command
     file = None if command.preset == "default" else command.preset
     preset = load_preset(algorithm.name, command.env_id, file)
-    changes: dict[str, Any] = {"config": algorithm.config_class(**preset.options)}
+    command = replace(command, config=algorithm.config_class(**preset.options))
     if isinstance(command, Train) and preset.total_timesteps is not None:
-        changes["total_timesteps"] = preset.total_timesteps
-    return read(default=replace(command, **changes))  # what is said on the command line wins
+        command = replace(command, total_timesteps=preset.total_timesteps)
+    return read(default=command)  # what is said on the command line wins
 
 
 def env_source(env_id: str, kwargs: dict[str, Any]) -> Any:

@@ -25,8 +25,7 @@ _STEPS = 10_000  # after which an episode is cut off
 class Predictor(Protocol):
     """Anything that chooses actions for a batch of observations, as stable-baselines3's models do.
 
-    ``action_masks`` are passed to an agent of this package whose environment gives masks in its
-    infos; ``state`` and ``episode_start`` are passed where ``predict`` has both parameters.
+    ``state`` and ``episode_start`` are passed, too, where ``predict`` has both parameters.
     """
 
     def predict(self, obs: Any, deterministic: bool = False) -> tuple[Any, Any]:
@@ -38,10 +37,8 @@ class Predictor(Protocol):
 class Evaluation:
     """Undiscounted returns and lengths of episodes, and how many were cut off before their end.
 
-    Example:
-        >>> print(Evaluation(returns=(9.0, 10.0), lengths=(9, 10)))
-        mean return 9.500 (standard deviation 0.5000) over 2 episodes
-
+    >>> print(Evaluation(returns=(9.0, 10.0), lengths=(9, 10)))
+    mean return 9.500 (standard deviation 0.5000) over 2 episodes
     """
 
     returns: tuple[float, ...]
@@ -84,9 +81,8 @@ def evaluate(
     Args:
         agent: anything with ``predict(obs, deterministic=...) -> (actions, state)``.
         env: an environment, as for an agent. Given an id or a function, as many copies are made as
-            the agent was trained in, at most ``episodes``, and they are stepped in the same way:
-            in processes of their own, or by envpool if the id is that of the training. An
-            environment object stays open.
+            the agent was trained in, at most ``episodes``, and stepped in the same way: envpool,
+            for example, steps those of the id of the training. An environment object stays open.
         episodes: number of episodes.
         seed: seed of the first reset.
         deterministic: take the most likely action instead of drawing one.

@@ -25,9 +25,7 @@ def inspect_env(
 ) -> tuple[list[str], bool]:
     """Make an agent for an environment, and run gymnasium's checker if the environment is its own.
 
-    Returns:
-        Lines to read, and whether an agent can be made and no check failed.
-
+    Return lines to read, and whether an agent can be made and no check failed.
     """
     envs = make_envs(env, config.n_envs, config.vectorization)
     mode = envs.metadata["autoreset_mode"].value
@@ -56,7 +54,6 @@ def inspect_env(
 
 
 def _agent(agent: Agent) -> list[str]:
-    """Return the lines about an agent."""
     layout = agent.layout
     parts = ", ".join(f"{part.name or 'all'}: {part.kind} {part.shape}" for part in layout.parts)
     sizes = [sum(p.numel() for p in m.parameters()) for m in (agent.policy, agent.critic)]

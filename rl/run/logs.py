@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import math
 import textwrap
+from contextlib import suppress
 from functools import partial
 from numbers import Integral
 from pathlib import Path
@@ -24,7 +25,6 @@ _COLUMNS = (  # title, key, width: 80 in all; each cell is at least one narrower
     ("steps/s", "time/fps", 8),
     ("step", "trust/status", 14),
 )
-_ROWS, _HEADER_EVERY = 30, 40
 _fill = partial(
     textwrap.fill, subsequent_indent=16 * " ", break_long_words=False, break_on_hyphens=False
 )
@@ -35,10 +35,8 @@ def number(value: float, width: int = 9) -> str:
 
     Whole numbers and what is above a thousand are written out where they fit.
 
-    Example:
-        >>> [number(x) for x in (0.0152, 21.4, 27648, 1234.5, -1.5e9)]
-        ['0.01520', '21.40', '27,648', '1,234', '-1.50e+09']
-
+    >>> [number(x) for x in (0.0152, 21.4, 27648, 1234.5, -1.5e9)]
+    ['0.01520', '21.40', '27,648', '1,234', '-1.50e+09']
     """
     if not math.isfinite(value):
         return str(value)
@@ -76,7 +74,7 @@ class Table:
         """Print a row if one is due."""
         progress, self._last = log["time/progress"], log
         if self.every is None:
-            part = math.floor(_ROWS * progress)
+            part = math.floor(30 * progress)
             due, self._part = part != self._part, part
         else:
             due = log["time/iterations"] % self.every == 0
@@ -90,7 +88,7 @@ class Table:
         log, self._last = self._last, None
         if log is None:
             return
-        if self.rows % _HEADER_EVERY == 0:
+        if self.rows % 40 == 0:
             self._shown = [column for column in _COLUMNS if column[1] in log]
             tqdm.write("".join(title.rjust(width) for title, _, width in self._shown))
         tqdm.write("".join(_cell(log, key, width) for _, key, width in self._shown))
@@ -106,13 +104,9 @@ def _cell(log: Log, key: str, width: int) -> str:
 
 
 class CSVLog:
-    """Writes every log to a CSV file, one row per update.
+    """Writes every log to a CSV file, one row per update, after the rows of a file that exists.
 
     A key that appears later gets a column of its own, empty in the rows before.
-
-    Args:
-        path: the file. Its folder is made, and rows are added to a file that exists.
-
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -132,15 +126,7 @@ class CSVLog:
 
 
 class TensorBoardLog:
-    """Writes every number of the log to TensorBoard's files.
-
-    Args:
-        folder: the folder of these files, which is made.
-
-    Raises:
-        ModuleNotFoundError: the extra ``torch-trustregion[tensorboard]`` is not installed.
-
-    """
+    """Writes every number of the log to TensorBoard's files in a folder, which is made."""
 
     def __init__(self, folder: str | Path) -> None:
         try:
@@ -179,15 +165,12 @@ def read_csv(path: Path) -> dict[str, list[float]]:
     rows = _rows(path)
     columns: dict[str, list[float]] = {}
     for key in rows[0] if rows else ():
-        try:
+        with suppress(ValueError):  # of a column of words, such as the status
             columns[key] = [float(row[key] or math.nan) for row in rows]
-        except ValueError:  # a column of words, such as the status
-            continue
     return columns
 
 
 def _rows(path: Path) -> list[dict[str, str]]:
-    """Return the rows of a CSV file; none if there is no file."""
     if not path.exists():
         return []
     with path.open(newline="") as file:

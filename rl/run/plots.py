@@ -8,7 +8,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -16,8 +16,6 @@ from .logs import read_csv, writable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-Columns: TypeAlias = Mapping[str, Sequence[float]]
 
 
 class _Run(NamedTuple):
@@ -29,32 +27,24 @@ class _Run(NamedTuple):
     delta: np.ndarray
 
 
-class _Style(NamedTuple):
-    """How a group of runs is drawn; groups differ in black and white, too."""
-
-    color: str
-    linestyle: str
-    marker: str
-
-
 _KEYS = "time/total_timesteps", "rollout/ep_rew_mean", "train/kl_divergence_loss", "trust/delta"
 _COLOURS = "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000"
-_STYLES = [*map(_Style, _COLOURS, cycle(("-", "--", "-.", ":")), "os^DvPX")]
+_DASHES = cycle(("-", "--", "-.", ":"))
+_STYLES: list[dict[str, Any]] = [  # groups differ in black and white, too
+    {"color": color, "linestyle": dashes, "marker": marker}
+    for color, dashes, marker in zip(_COLOURS, _DASHES, "os^DvPX", strict=False)
+]
 _BOUND: dict[str, Any] = {"linestyle": "--", "color": "0.2", "linewidth": 1}
 
 
 def iqm(scores: np.ndarray) -> np.ndarray:
     """Return the interquartile mean over the first axis, as the package rliable defines it.
 
-    Of n scores, the n // 4 lowest and the n // 4 highest are left out, and the rest is averaged.
+    Of n scores, the n // 4 lowest and the n // 4 highest are left out: Agarwal et al., Deep
+    Reinforcement Learning at the Edge of the Statistical Precipice, 2021.
 
-    References:
-        Agarwal et al., Deep Reinforcement Learning at the Edge of the Statistical Precipice, 2021.
-
-    Example:
-        >>> iqm(np.array([0.0, 1.0, 2.0, 100.0])).item()
-        1.5
-
+    >>> iqm(np.array([0.0, 1.0, 2.0, 100.0])).item()
+    1.5
     """
     cut = len(scores) // 4
     return np.sort(scores, axis=0)[cut : len(scores) - cut].mean(axis=0)
@@ -71,7 +61,10 @@ def bootstrap_interval(
 
 
 def plot_learning_curve(
-    log: str | Path | Columns, path: str | Path = "learning_curve.png", *, title: str = ""
+    log: str | Path | Mapping[str, Sequence[float]],
+    path: str | Path = "learning_curve.png",
+    *,
+    title: str = "",
 ) -> None:
     """Draw the returns of one run, and the KL of its updates, against environment steps.
 
@@ -85,19 +78,11 @@ def plot_learning_curve(
 
 
 def plot_runs(folders: Sequence[str | Path], path: str | Path) -> dict[str, int]:
-    """Draw the returns of runs, and the KL of their updates, against environment steps.
+    """Draw the same of run folders; return the number of runs of each label.
 
     Runs whose options differ in nothing but the seed form a group: their interquartile mean is
     drawn with its bootstrap interval, and each of them thinly. The label of a group names the
     options in which it differs from others of the same algorithm and environment.
-
-    Args:
-        folders: run folders, as ``python -m rl train`` leaves them.
-        path: file to write, such as a PNG.
-
-    Returns:
-        The number of runs of each label.
-
     """
     if not folders:
         raise ValueError("no run folders to plot")
@@ -108,7 +93,7 @@ def plot_runs(folders: Sequence[str | Path], path: str | Path) -> dict[str, int]
     return {label: len(runs) for label, runs in groups.items()}
 
 
-def _run(log: str | Path | Columns) -> _Run:
+def _run(log: str | Path | Mapping[str, Sequence[float]]) -> _Run:
     if isinstance(log, Mapping):
         name, columns = "the log", log
     else:
@@ -169,31 +154,33 @@ def _draw(groups: Mapping[str, Sequence[_Run]], path: str | Path, title: str = "
     figure.savefig(path, dpi=120)
 
 
-def _draw_returns(axes: Axes, label: str, runs: Sequence[_Run], style: _Style) -> None:
+def _draw_returns(axes: Axes, label: str, runs: Sequence[_Run], style: dict[str, Any]) -> None:
     known = [np.isfinite(run.returns) for run in runs]  # before the first episode ends, none is
     curves = [(run.steps[k], run.returns[k]) for run, k in zip(runs, known, strict=True)]
     if len(curves) == 1:
         _draw_line(axes, *curves[0], label, style)
         return
     for steps, returns in curves:
-        alone = style.marker if len(steps) == 1 else None  # a line needs two points to be seen
-        axes.plot(steps, returns, color=style.color, linewidth=0.7, alpha=0.4, marker=alone)
-    if not all(len(steps) for steps, _ in curves):
-        axes.plot([], [], color=style.color, label=f"{label}: a run ended no episode")
-        return
-    start, end = max(steps[0] for steps, _ in curves), min(steps[-1] for steps, _ in curves)
+        alone = style["marker"] if len(steps) == 1 else None  # a line needs two points to be seen
+        axes.plot(steps, returns, color=style["color"], linewidth=0.7, alpha=0.4, marker=alone)
+    ended = all(len(steps) for steps, _ in curves)
+    start = max(steps[0] for steps, _ in curves) if ended else 0.0
+    end = min(steps[-1] for steps, _ in curves) if ended else -1.0
     if end < start:
-        axes.plot([], [], color=style.color, label=f"{label}: no steps in common")
+        why = "no steps in common" if ended else "a run ended no episode"
+        axes.plot([], [], color=style["color"], label=f"{label}: {why}")
         return
     grid = np.linspace(start, end, 200 if end > start else 1)
     scores = np.stack([np.interp(grid, *curve) for curve in curves])
     _draw_line(axes, grid, iqm(scores), f"{label}, IQM of {len(runs)}", style)
-    axes.fill_between(grid, *bootstrap_interval(scores), color=style.color, alpha=0.2, linewidth=0)
+    axes.fill_between(
+        grid, *bootstrap_interval(scores), color=style["color"], alpha=0.2, linewidth=0
+    )
 
 
-def _draw_line(axes: Axes, x: np.ndarray, y: np.ndarray, label: str, style: _Style) -> None:
+def _draw_line(axes: Axes, x: np.ndarray, y: np.ndarray, label: str, style: dict[str, Any]) -> None:
     every = max(1, len(x) // 10)
-    axes.plot(x, y, label=label, linewidth=2, markevery=every, markersize=5, **style._asdict())
+    axes.plot(x, y, label=label, linewidth=2, markevery=every, markersize=5, **style)
 
 
 def _draw_kl(axes: Axes, groups: Mapping[str, Sequence[_Run]]) -> None:
@@ -207,11 +194,11 @@ def _draw_kl(axes: Axes, groups: Mapping[str, Sequence[_Run]]) -> None:
     marks = {"v": "KL below the axis, such as 0", "^": "KL above the axis"}
     for group, style in zip(groups.values(), cycle(_STYLES), strict=False):
         for steps, _, kl, _ in group:
-            axes.plot(steps, kl, style.marker, color=style.color, markersize=3, alpha=0.7)
+            axes.plot(steps, kl, style["marker"], color=style["color"], markersize=3, alpha=0.7)
             for mark, beyond, y in (("v", kl < low, 0.04), ("^", kl > high, 0.96)):
                 if beyond.any():
                     x, heights = steps[beyond], np.full(beyond.sum(), y)  # as shares of the axis
-                    line = axes.plot(x, heights, mark, color=style.color, fillstyle="none")[0]
+                    line = axes.plot(x, heights, mark, color=style["color"], fillstyle="none")[0]
                     line.set(transform=axes.get_xaxis_transform(), label=marks.pop(mark, ""))
     bounded = [run for run in runs if np.isfinite(run.delta).any()]
     constant = {run.delta[0] for run in bounded if np.ptp(run.delta) == 0}

@@ -40,13 +40,11 @@ def record(
         path: file to write, ``.gif`` or ``.mp4``. MP4 needs the package imageio-ffmpeg.
         episodes: number of episodes.
         seed: seed of the first episode; the others follow from it.
-        max_frames: number of frames after which the film ends, and with it the episode, whose
-            return is then left out.
+        max_frames: frames after which the film ends; an episode that goes on then has no return.
         deterministic: take the most likely action instead of drawing one.
 
     Raises:
-        ValueError: another kind of file, no episodes, or an environment that cannot be made with
-            ``render_mode="rgb_array"`` or gives no pictures then.
+        ValueError: another kind of file, or an environment that gives no pictures.
 
     """
     path = writable(path)
@@ -70,9 +68,9 @@ def record(
 
 def _make(env: str | Callable[..., gymnasium.Env[Any, Any]]) -> SyncVectorEnv:
     """Return one copy that renders; it starts over at once, so that no step is a mere reset."""
-    if not isinstance(env, str) and not callable(env):
-        raise TypeError(f"env must be an id or a function that makes an environment, got {env!r}")
     make = partial(gymnasium.make, env) if isinstance(env, str) else env
+    if not callable(make):
+        raise TypeError(f"env must be an id or a function that makes an environment, got {env!r}")
     parameters = inspect.signature(make).parameters.values()
     if any(p.name == "render_mode" or p.kind is p.VAR_KEYWORD for p in parameters):
         make = partial(make, render_mode="rgb_array")
@@ -88,9 +86,9 @@ def _picture(env: gymnasium.Env[Any, Any]) -> np.ndarray:
     shape, dtype = getattr(picture, "shape", ()), getattr(picture, "dtype", None)
     if dtype != np.uint8 or len(shape) != 3 or shape[2] != 3:
         what = type(picture).__name__ if dtype is None else f"{dtype} of shape {shape}"
+        pictures = "pictures, uint8 arrays of shape (height, width, 3)"
         raise ValueError(
-            f"cannot film {_name(env)}: its render() must return pictures, which are uint8 arrays"
-            f" of shape (height, width, 3), and returned {what}"
+            f"cannot film {_name(env)}: its render() must return {pictures}, and returned {what}"
         )
     return np.array(picture, order="C")  # environments may draw the next one into it
 
@@ -124,9 +122,8 @@ def _ffmpeg() -> ModuleType:
     try:
         return importlib.import_module("imageio_ffmpeg")
     except ModuleNotFoundError as error:
-        raise ValueError(
-            "an .mp4 file needs one more package: pip install imageio-ffmpeg, or write a .gif"
-        ) from error
+        hint = "pip install imageio-ffmpeg, or write a .gif"
+        raise ValueError(f"an .mp4 file needs one more package: {hint}") from error
 
 
 def _write_mp4(ffmpeg: ModuleType, frames: list[np.ndarray], path: Path, fps: float) -> None:
