@@ -29,17 +29,11 @@ _MEAN = "eval/mean_reward"
 class Every:
     """Calls other callbacks once every so many environment steps, whatever the size of an update.
 
-    Args:
-        steps: environment steps between two calls.
-        callback: a callback, or several.
-
-    Example:
-        >>> from rl import TRPO
-        >>> report = Every(1000, lambda agent, log: print(agent.iterations))
-        >>> _ = TRPO("CartPole-v1", steps_per_update=512).learn(2000, False, report)
-        3
-        5
-
+    >>> from rl import TRPO
+    >>> report = Every(1000, lambda agent, log: print(agent.iterations))
+    >>> _ = TRPO("CartPole-v1", steps_per_update=512).learn(2000, False, report)
+    3
+    5
     """
 
     def __init__(self, steps: float, callback: Callback | Iterable[Callback | None]) -> None:
@@ -124,13 +118,10 @@ class EvaluateBest:
 
 
 class StopOnReward:
-    """Ends the training at a mean return.
+    """Ends the training where an entry of the log, a mean return, reaches a threshold.
 
-    Args:
-        threshold: the mean return at which to stop.
-        key: key of the log; ``"eval/mean_reward"`` for what an :class:`EvaluateBest` before this
-            one found. Updates without this key do not stop.
-
+    The key ``"eval/mean_reward"`` is for what an :class:`EvaluateBest` before this callback found.
+    Updates without the key do not stop.
     """
 
     def __init__(self, threshold: float, key: str = "rollout/ep_rew_mean") -> None:

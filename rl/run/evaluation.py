@@ -73,10 +73,7 @@ def evaluate(
     deterministic: bool = True,
     max_episode_steps: int | None = None,
 ) -> Evaluation:
-    """Run episodes and return what they earned.
-
-    Each copy of the environment plays a fixed share of the episodes, so that short ones are not
-    favoured.
+    """Run episodes, a fixed share in each copy so that short ones are not favoured.
 
     Args:
         agent: anything with ``predict(obs, deterministic=...) -> (actions, state)``.

@@ -36,7 +36,15 @@ def inspect_env(
     ]
     sound, usual = True, type(config)()
     try:
-        lines += _agent(algorithm(envs, **config.to_dict()))
+        agent = algorithm(envs, **config.to_dict())
+        layout, head = agent.layout, type(getattr(agent.policy, "head", agent.policy)).__name__
+        parts = ", ".join(f"{p.name or 'all'}: {p.kind} {p.shape}" for p in layout.parts)
+        sizes = [sum(p.numel() for p in m.parameters()) for m in (agent.policy, agent.critic)]
+        lines += [
+            entry("rows", f"{layout.width} columns of {layout.dtype}; {parts}"),
+            entry("policy", f"{head}, {sizes[0]:,} parameters"),
+            entry("critic", f"{sizes[1]:,} parameters"),
+        ]
     except ValueError as error:
         lines.append(entry("no agent", error))
         sound = False
@@ -51,18 +59,6 @@ def inspect_env(
     failure, remarks = _gymnasium_check(gymnasium.make(env) if isinstance(env, str) else env())
     lines.append(entry("gymnasium", f"its checker {'fails' if failure else 'passes'}"))
     return lines + [entry("", remark) for remark in failure + remarks], sound and not failure
-
-
-def _agent(agent: Agent) -> list[str]:
-    layout = agent.layout
-    parts = ", ".join(f"{part.name or 'all'}: {part.kind} {part.shape}" for part in layout.parts)
-    sizes = [sum(p.numel() for p in m.parameters()) for m in (agent.policy, agent.critic)]
-    head = type(getattr(agent.policy, "head", agent.policy)).__name__
-    return [
-        entry("rows", f"{layout.width} columns of {layout.dtype}; {parts}"),
-        entry("policy", f"{head}, {sizes[0]:,} parameters"),
-        entry("critic", f"{sizes[1]:,} parameters"),
-    ]
 
 
 def _gymnasium_check(env: gymnasium.Env[Any, Any]) -> tuple[list[str], list[str]]:

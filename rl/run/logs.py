@@ -55,13 +55,10 @@ def entry(title: str, text: object) -> str:
 
 
 class Table:
-    """Prints aligned rows of 80 columns, above the progress bar.
+    """Prints a row of 80 columns every so many updates, by default about thirty rows per training.
 
-    Args:
-        every: updates per row. By default about thirty rows are printed for each call of
-            :meth:`Agent.learn`. The first and the last update always have a row, but where a
-            callback or an interrupt ends the training, :meth:`finish` prints the last one.
-
+    The first update has a row, and the last one; where a callback or an interrupt ends the
+    training, :meth:`finish` prints that.
     """
 
     def __init__(self, every: int | None = None) -> None:
