@@ -73,9 +73,7 @@ class EvaluateBest:
         env: the environment to evaluate in, as for :func:`evaluate`.
         best: file of the best agent; None to keep none. If it exists, as when a training is
             resumed, only a better agent replaces it: the file says what its agent reached.
-        episodes: number of episodes of each evaluation.
-        seed: seed of the first reset, the same every time.
-        max_episode_steps: as for :func:`evaluate`.
+        episodes, seed, max_episode_steps: as for :func:`evaluate`, the same every time.
 
     Attributes:
         best_mean: the highest mean return so far.

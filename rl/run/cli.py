@@ -53,7 +53,6 @@ def _train(command: Train[Any]) -> int:
 
 
 def _make_run_folder(command: Train[Any], kwargs: dict[str, Any]) -> Path:
-    """Make the run folder, and write the options of the run to it."""
     stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
     name = f"{command.algo}-seed{command.config.seed}-{stamp}"
     # not every system allows other characters, or dots at the ends
@@ -70,9 +69,9 @@ def _make_run_folder(command: Train[Any], kwargs: dict[str, Any]) -> Path:
 
 
 def _learn(agent: Agent, command: Train[Any], out: Path) -> bool:
-    """Train, and keep what was learnt however that ends; return False after an interrupt."""
+    """Train, keep what was learnt, even after a crash, and return False after an interrupt."""
     path, table = out / _CHECKPOINT, Table(command.log_every)
-    often = Every(max(1, command.total_timesteps // 20), lambda a, _: a.save(path))  # power fails
+    often = Every(max(1, command.total_timesteps // 20), lambda a, _: a.save(path))
     board = TensorBoardLog(out / "tensorboard") if command.tensorboard else None
     progress = command.progress and sys.stderr.isatty()
     try:
@@ -175,7 +174,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    """Return the parser of the first argument."""
     about = "\n".join(f"  {name:<8}{kind.__doc__}" for name, (kind, _) in _COMMANDS.items())
     parser = argparse.ArgumentParser(
         prog="python -m rl",

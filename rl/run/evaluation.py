@@ -79,16 +79,14 @@ def evaluate(
         agent: anything with ``predict(obs, deterministic=...) -> (actions, state)``.
         env: an environment, as for an agent. Given an id or a function, as many copies are made as
             the agent was trained in, at most ``episodes``, and stepped in the same way: envpool,
-            for example, steps those of the id of the training. An environment object stays open.
+            for example, steps those of the id of the training. An environment object stays open; it
+            cannot be the one that the agent is trained in.
         episodes: number of episodes.
         seed: seed of the first reset.
         deterministic: take the most likely action instead of drawing one.
         max_episode_steps: steps after which an episode is cut off; by default 10,000, or the time
             limit of the environment where that is longer. A copy whose episode was cut off begins
             no other one unless that one ends, so there may be fewer than ``episodes``.
-
-    Raises:
-        ValueError: the environment object is the one that the agent is trained in.
 
     """
     check_counts(episodes=episodes, max_episode_steps=max_episode_steps)
@@ -103,8 +101,7 @@ def evaluate(
     envs = make_envs(env, min(episodes, copies), how)
     networks = [policy] if isinstance(policy := getattr(agent, "policy", None), nn.Module) else []
     specs = [getattr(each, "spec", None) for each in (envs, *getattr(envs, "envs", ()))]
-    longest = max([_STEPS, *(spec.max_episode_steps or 0 for spec in specs if spec is not None)])
-    limit = max_episode_steps or longest
+    limit = max_episode_steps or max([_STEPS, *(s.max_episode_steps or 0 for s in specs if s)])
     try:
         with few_threads(*networks):
             return _play(agent, Stepper(envs), episodes, seed, deterministic, limit)
@@ -114,7 +111,7 @@ def evaluate(
 
 
 def _as_in_training(agent: Predictor, training: Any, env: EnvSource) -> tuple[int, Vectorization]:
-    """Return how many copies there are, and how they are stepped where that can be done here."""
+    """Return how many copies to make, and how to step them where that can be done here."""
     config = getattr(agent, "config", agent)  # stable-baselines3's models have n_envs, too
     how: Vectorization = getattr(config, "vectorization", "auto")
     ids = [getattr(agent, "env_id", None)]

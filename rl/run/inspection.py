@@ -23,10 +23,7 @@ _COLOUR = re.compile(r"\x1b\[[0-9;]*m")  # gymnasium's warnings are yellow
 def inspect_env(
     env: str | Callable[[], gymnasium.Env[Any, Any]], algorithm: type[Agent], config: Config
 ) -> tuple[list[str], bool]:
-    """Make an agent for an environment, and run gymnasium's checker if the environment is its own.
-
-    Return lines to read, and whether an agent can be made and no check failed.
-    """
+    """Return what there is to know, and whether an agent can be made and no check failed."""
     envs = make_envs(env, config.n_envs, config.vectorization)
     mode = envs.metadata["autoreset_mode"].value
     lines = [

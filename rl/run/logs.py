@@ -40,10 +40,8 @@ def number(value: float, width: int = 9) -> str:
     """
     if not math.isfinite(value):
         return str(value)
-    if isinstance(value, Integral) or abs(value) >= 999.95:
-        forms = [",.0f", ".0f", ".3e"]
-    else:
-        forms = ["#.4g" if value else ".1f", "#.3g"]
+    whole = isinstance(value, Integral) or abs(value) >= 999.95
+    forms = (",.0f", ".0f", ".3e") if whole else ("#.4g" if value else ".1f", "#.3g")
     texts = [format(value, form) for form in (*forms, ".2e", ".1e", ".0e")]
     return next((text for text in texts if len(text) <= width), texts[-1])
 
@@ -64,7 +62,7 @@ class Table:
     def __init__(self, every: int | None = None) -> None:
         check_counts(every=every)
         self.every, self.rows = every, 0
-        self._part = -1  # of the thirty, that had its row
+        self._part = -1  # of thirty, that had its row
         self._last: Log | None = None  # an update that had none
 
     def __call__(self, agent: Agent, log: Log) -> None:  # noqa: ARG002 # the protocol's

@@ -19,12 +19,10 @@ if TYPE_CHECKING:
 
 
 class _Run(NamedTuple):
-    """The columns that are drawn; ``delta`` may be empty."""
-
     steps: np.ndarray
     returns: np.ndarray
     kl: np.ndarray
-    delta: np.ndarray
+    delta: np.ndarray  # may be empty
 
 
 _KEYS = "time/total_timesteps", "rollout/ep_rew_mean", "train/kl_divergence_loss", "trust/delta"
@@ -62,11 +60,7 @@ def plot_learning_curve(
 ) -> None:
     """Draw the returns of one run, and the KL of its updates, against environment steps.
 
-    Args:
-        log: a run folder, the file of a :class:`CSVLog`, or its columns by name.
-        path: file to write, such as a PNG.
-        title: what the run was.
-
+    The log is a run folder, the file of a :class:`CSVLog`, or its columns by name.
     """
     _draw({"": [_run(log)]}, path, title)
 
@@ -124,12 +118,10 @@ def _config(folder: Path) -> dict[str, Any]:
 
 
 def _draw(groups: Mapping[str, Sequence[_Run]], path: str | Path, title: str = "") -> None:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # needs no display
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure  # without pyplot, which would need a display
 
     path = writable(path)
     figure = Figure(figsize=(8, 6), layout="constrained")
-    FigureCanvasAgg(figure)
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=[2, 1])
     for (label, runs), style in zip(groups.items(), cycle(_STYLES), strict=False):
         _draw_returns(above, textwrap.fill(label, 50), runs, style)

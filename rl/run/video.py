@@ -33,15 +33,10 @@ def record(
 ) -> list[float]:
     """Play episodes, write them as an animated GIF or as MP4, and return what those earned.
 
-    Args:
-        agent: who plays: anything that :func:`evaluate` takes.
-        env: an id, or a function that makes an environment; the function is called with
-            ``render_mode="rgb_array"`` if it has such a parameter.
-        path: file to write, ``.gif`` or ``.mp4``. MP4 needs the package imageio-ffmpeg.
-        episodes: number of episodes.
-        seed: seed of the first episode; the others follow from it.
-        max_frames: frames after which the film ends; an episode that goes on then has no return.
-        deterministic: take the most likely action instead of drawing one.
+    The agent is anything that :func:`evaluate` takes. The environment is an id, or a function that
+    makes one; it is called with ``render_mode="rgb_array"`` if it has such a parameter. MP4 needs
+    the package imageio-ffmpeg. After ``max_frames`` the film ends, and an episode that goes on has
+    no return.
 
     Raises:
         ValueError: another kind of file, or an environment that gives no pictures.
@@ -74,10 +69,8 @@ def _make(env: str | Callable[..., gymnasium.Env[Any, Any]]) -> SyncVectorEnv:
     parameters = inspect.signature(make).parameters.values()
     if any(p.name == "render_mode" or p.kind is p.VAR_KEYWORD for p in parameters):
         make = partial(make, render_mode="rgb_array")
-    return _quietly(
-        lambda: SyncVectorEnv([make], copy=False, autoreset_mode=AutoresetMode.DISABLED),
-        f"cannot make {_name(env)} with render_mode='rgb_array'",
-    )
+    vector = partial(SyncVectorEnv, [make], copy=False, autoreset_mode=AutoresetMode.DISABLED)
+    return _quietly(vector, f"cannot make {_name(env)} with render_mode='rgb_array'")
 
 
 def _picture(env: gymnasium.Env[Any, Any]) -> np.ndarray:
@@ -86,10 +79,8 @@ def _picture(env: gymnasium.Env[Any, Any]) -> np.ndarray:
     shape, dtype = getattr(picture, "shape", ()), getattr(picture, "dtype", None)
     if dtype != np.uint8 or len(shape) != 3 or shape[2] != 3:
         what = type(picture).__name__ if dtype is None else f"{dtype} of shape {shape}"
-        pictures = "pictures, uint8 arrays of shape (height, width, 3)"
-        raise ValueError(
-            f"cannot film {_name(env)}: its render() must return {pictures}, and returned {what}"
-        )
+        rule = "its render() must return pictures, uint8 arrays of shape (height, width, 3)"
+        raise ValueError(f"cannot film {_name(env)}: {rule}, and returned {what}")
     return np.array(picture, order="C")  # environments may draw the next one into it
 
 

@@ -103,7 +103,7 @@ def test_steps_are_a_number(steps):
 
 
 def test_callbacks_that_cannot_be_called_are_refused():
-    with pytest.raises(TypeError, match="got 'log.csv'"):
+    with pytest.raises(TypeError, match=r"got 'log\.csv'"):
         Every(10, ["log.csv"])
 
 
