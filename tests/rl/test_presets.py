@@ -136,7 +136,8 @@ def test_check_takes_a_preset(tmp_path, capsys):
 
 @pytest.mark.parametrize("command", ["train", "check"])
 @pytest.mark.parametrize(
-    ("preset", "words"), [("default", "no entry for 'FrozenLake-v1'"), ("absent.yml", "no preset")]
+    ("preset", "words"),
+    [("default", "no entry for 'FrozenLake-v1'"), ("absent.yml", "No such file")],
 )
 def test_a_preset_that_is_not_there_is_one_line(
     tmp_path, monkeypatch, capsys, command, preset, words
