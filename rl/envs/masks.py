@@ -8,22 +8,16 @@ from typing import Any
 import numpy as np
 from gymnasium import Space, spaces
 
-from .answers import as_numpy
+from .batches import as_numpy
 
 MASK = "action_mask"  # the key of a mask in observations and in infos
 _GIVEN = f"_{MASK}"  # gymnasium's key of which environments gave one
 
 
 def flat_mask(mask: Any, choices: int | None = None) -> np.ndarray:
-    """Return the mask of one environment as one row, ``(choices,)``.
+    """Return the mask of one environment, which may be in a part for each component, as one row.
 
-    Args:
-        mask: an array, a list, or one of these for each component of a MultiDiscrete space.
-        choices: number of entries that it must have; None for any.
-
-    Raises:
-        ValueError: it is none of these, or has another number of entries.
-
+    A ValueError names what is no mask, or has another number of entries than ``choices``.
     """
     mask = as_numpy(mask)
     try:
@@ -44,24 +38,16 @@ def mask_of_each(infos: Mapping[str, Any], n: int) -> list[Any]:
     given, there = as_numpy(infos.get(MASK)), infos.get(_GIVEN)
     if given is None:
         return [None] * n
-    masks = list(given)
-    if len(masks) != n:
+    if len(given) != n:
         raise ValueError(f"infos[{MASK!r}] must hold {n} masks, one per environment, got {given!r}")
-    return [mask if there is None or there[i] else None for i, mask in enumerate(masks)]
+    return [mask if there is None or there[i] else None for i, mask in enumerate(given)]
 
 
 def whole_masks(infos: Mapping[str, Any], ended: np.ndarray, choices: int) -> np.ndarray:
     """Return the masks of all environments, ``(N, choices)``.
 
-    Args:
-        infos: of a vector environment.
-        ended: bool ``(N,)``; True where no action will be chosen, since the episode ended. All
-            actions are allowed there, and the environment need not give a mask.
-        choices: number of actions that a mask is for.
-
-    Raises:
-        ValueError: a mask is missing elsewhere, or has another number of entries.
-
+    Where an episode ended, bool ``(N,)``, no action will be chosen: all are allowed there, and the
+    environment need not give a mask. A ValueError names one that is missing elsewhere.
     """
     n, given, there = len(ended), as_numpy(infos.get(MASK)), infos.get(_GIVEN)
     stacked = isinstance(given, np.ndarray) and given.dtype != object
@@ -73,9 +59,9 @@ def whole_masks(infos: Mapping[str, Any], ended: np.ndarray, choices: int) -> np
         for i in np.flatnonzero(~ended):
             if each[i] is None:
                 raise ValueError(
-                    f"environment {i} gave no infos[{MASK!r}] for a state in which an action is to"
-                    " be chosen: an environment with masks must give one at every reset, and at"
-                    " every step that does not end the episode (predict takes action_masks=)"
+                    f"environment {i} gave no infos[{MASK!r}] where an action is to be chosen: give"
+                    " one at every reset, and at every step that does not end the episode (predict"
+                    " takes action_masks=)"
                 )
             masks[i] = flat_mask(each[i], choices)
     masks[ended] = 1
@@ -88,22 +74,11 @@ def with_masks(infos: dict[str, Any], masks: Any) -> dict[str, Any]:
 
 
 def forbidden_rows(masks: np.ndarray, action_space: Space[Any]) -> np.ndarray:
-    """Return where masks allow nothing.
+    """Return where masks ``(..., choices)`` allow nothing, as bool ``(..., components)``.
 
-    Args:
-        masks: shape ``(..., choices)``; an action is allowed where they are not zero.
-        action_space: a MultiDiscrete space has as many components as it has entries, and any other
-            space has one.
-
-    Returns:
-        Bool ``(..., components)``.
-
-    Example:
-        >>> forbidden_rows(np.array([[0, 0, 0, 1, 0]]), spaces.MultiDiscrete([2, 3]))
-        array([[ True, False]])
-
+    Zero forbids an action. Only a MultiDiscrete space has several components.
     """
-    allowed = np.asarray(masks) != 0
+    allowed = masks != 0
     if isinstance(action_space, spaces.MultiDiscrete):
         counts = action_space.nvec.ravel()
         if counts.sum() == allowed.shape[-1]:

@@ -6,9 +6,7 @@ import difflib
 import importlib
 import os
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
-from types import ModuleType
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -23,83 +21,47 @@ _SEEDS = 2**31  # envpool keeps a seed in a signed integer of 32 bits
 class PoolVectorEnv(VectorEnv):
     """Copies of one of envpool's environments.
 
-    These are envpool's own environments. One whose id gymnasium has too may differ from it in
-    physics, in precision and in the numbers drawn from a seed. An episode that terminates at the
-    very step of its time limit is reported as truncated only.
-
-    Args:
-        env_id: one of ``envpool.list_all_envs()``.
-        n_envs: number of copies.
-        threads: number of threads that step them; None for the number of cores that this process
-            may use, at most ``n_envs``.
-
-    Raises:
-        ValueError: envpool is not installed or does not have the id, the environment has several
-            players, or there is not at least one thread.
-
+    One whose id gymnasium has too may differ from it in physics, in precision and in the numbers
+    drawn from a seed. An episode that terminates at the very step of its time limit is reported as
+    truncated only. ``threads`` step the copies; None stands for one per core, at most ``n_envs``.
+    A ValueError says what is missing.
     """
 
     def __init__(self, env_id: str, n_envs: int, threads: int | None = None) -> None:
         if threads is not None and threads < 1:
             raise ValueError(f"threads must be at least 1, got {threads}")
-        self._envpool = _package()
-        _check_id(self._envpool, env_id)
-        self.metadata = {"autoreset_mode": AutoresetMode.NEXT_STEP}
-        self.spec = EnvSpec(env_id)
-        self.num_envs, self.threads = n_envs, threads or min(n_envs, _available_cores())
         self._pool: Any = None  # made by the first reset
-        with _quiet():
-            try:
-                spec = self._envpool.make_spec(env_id)
-                single = spec.gymnasium_observation_space, spec.gymnasium_action_space
-            except ImportError as error:  # of a library that only some tasks need
-                reason = " ".join(str(error).split())
-                raise ValueError(f"cannot make environment {env_id!r}: {reason}") from error
+        envpool = _package(env_id)
+        # gymnasium warns, here and in reset, that it rounds envpool's bounds to fewer digits
+        with warnings.catch_warnings(action="ignore", category=UserWarning):
+            spec = envpool.make_spec(env_id)
+            single = spec.gymnasium_observation_space, spec.gymnasium_action_space
         if spec.config.max_num_players > 1:
             raise ValueError(f"cannot make environment {env_id!r}: it has several players")
+        cores = len(getattr(os, "sched_getaffinity", range)(0))  # other systems have no envpool
+        self.num_envs, self.threads = n_envs, threads or min(n_envs, cores)
+        counts = {"num_envs": n_envs, "num_threads": self.threads}
+        self._make = partial(envpool.make, env_id, env_type="gymnasium", **counts)
+        self.spec, self.metadata = EnvSpec(env_id), {"autoreset_mode": AutoresetMode.NEXT_STEP}
         self.single_observation_space, self.single_action_space = map(_with_true_bounds, single)
         self.observation_space = batch_space(self.single_observation_space, n_envs)
         self.action_space = batch_space(self.single_action_space, n_envs)
 
-    def _make_pool(self, seed: int) -> Any:
-        assert self.spec is not None  # set by the constructor
-        self._pool = None  # never twice the threads
-        with _quiet():
-            pool = self._envpool.make(
-                self.spec.id,
-                env_type="gymnasium",
-                num_envs=self.num_envs,
-                num_threads=self.threads,
-                seed=seed % (_SEEDS - self.num_envs),
-            )
-            _ = pool.observation_space, pool.action_space  # made here and kept
-        return pool
-
-    def reset(
-        self, *, seed: int | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[Any, dict[str, Any]]:
-        """Start new episodes everywhere.
-
-        Args:
-            seed: environment ``i`` starts from ``seed + i``; None to continue its random numbers.
-            options: must be empty.
-
-        Raises:
-            ValueError: options were given.
-
-        """
+    def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[Any, dict[str, Any]]:
+        """Start new episodes everywhere, with environment ``i`` from ``seed + i``; no options."""
         if options:
             raise ValueError(f"environments by envpool have no options of reset, got {options}")
         super().reset(seed=seed)
-        if seed is not None:  # envpool takes a seed only when it makes environments
-            self._pool = self._make_pool(seed)
-        elif self._pool is None:
-            self._pool = self._make_pool(int(self.np_random.integers(_SEEDS)))
+        if seed is not None or self._pool is None:  # envpool takes one only when it makes them
+            start = int(self.np_random.integers(_SEEDS)) if seed is None else seed
+            self._pool = None  # never twice the threads
+            with warnings.catch_warnings(action="ignore", category=UserWarning):
+                pool = self._make(seed=start % (_SEEDS - self.num_envs))
+                _ = pool.observation_space, pool.action_space  # made here and kept
+            self._pool = pool
         return self._pool.reset()
 
-    def step(
-        self, actions: np.ndarray
-    ) -> tuple[Any, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
+    def step(self, actions: np.ndarray) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
         """Step every environment once; all arrays are new ones."""
         return self._pool.step(actions)
 
@@ -108,45 +70,27 @@ class PoolVectorEnv(VectorEnv):
         self._pool = None
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence gymnasium's warning that it rounds envpool's bounds, which have more digits."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*precision lowered by casting")
-        yield
-
-
-def _package() -> ModuleType:
+def _package(env_id: str) -> Any:
+    """Return the package, if it is there and has an id."""
     try:
-        return importlib.import_module("envpool")
+        envpool = importlib.import_module("envpool")
     except ImportError as error:
         raise ValueError(
             "vectorization='envpool' needs the package envpool, which exists for Linux:"
             " pip install 'torch-trustregion[envpool]'"
         ) from error
-
-
-def _check_id(envpool: ModuleType, env_id: str) -> None:
     known = envpool.list_all_envs()
-    if env_id in known:
-        return
-    near = difflib.get_close_matches(env_id, known, 4)
-    hint = f"the nearest are {', '.join(near)}" if near else "see envpool.list_all_envs()"
-    raise ValueError(f"cannot make environment {env_id!r}: envpool has no such id, {hint}")
-
-
-def _available_cores() -> int:
-    """Return how many cores this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    if env_id not in known:
+        near = difflib.get_close_matches(env_id, known, 4)
+        hint = f"the nearest are {', '.join(near)}" if near else "see envpool.list_all_envs()"
+        raise ValueError(f"cannot make environment {env_id!r}: envpool has no such id, {hint}")
+    return envpool
 
 
 def _with_true_bounds(space: Space[Any]) -> Space[Any]:
     """Return a space whose boxes are unbounded where envpool means them to be.
 
-    It writes the smallest positive and the largest number there. Clipped to these, no action would
-    ever be negative.
+    It writes the smallest positive number as the lower bound there: no action would be negative.
     """
     if isinstance(space, spaces.Dict):
         return spaces.Dict({key: _with_true_bounds(inner) for key, inner in space.items()})
@@ -155,5 +99,4 @@ def _with_true_bounds(space: Space[Any]) -> Space[Any]:
     limits = np.finfo(space.dtype)
     unbounded = (space.low == limits.tiny) & (space.high == limits.max)
     low, high = np.where(unbounded, -np.inf, space.low), np.where(unbounded, np.inf, space.high)
-    kind: Any = space.dtype.type
-    return spaces.Box(low.astype(kind), high.astype(kind), dtype=kind)
+    return spaces.Box(low, high, dtype=space.dtype.type)

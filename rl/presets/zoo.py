@@ -1,7 +1,6 @@
 """The names of rl-baselines3-zoo's hyper-parameters, in ours.
 
-What they mean is what stable-baselines3 and sb3-contrib do with them; options that a file leaves
-out keep the defaults of this package.
+They mean what stable-baselines3 and sb3-contrib make of them; other options keep our defaults.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import Any, get_args
+from typing import Any
 
 from gymnasium import spaces
 
@@ -36,13 +35,8 @@ _ONE: dict[str, tuple[str, ...]] = {
 }
 _CRITIC = {"critic_fit.lr": float, "critic_fit.batch_size": int, "critic_fit.epochs": int}
 # what is not there, and the values that do not ask for it
-_NOT_THERE: dict[str, Any] = {
-    "use_sde": False,
-    "sde_sample_freq": -1,
-    "sub_sampling_factor": 1,
-    "frame_stack": 1,
-    "env_wrapper": None,
-}
+_NOT_THERE = {"use_sde": False, "sde_sample_freq": -1, "sub_sampling_factor": 1}
+_NOT_THERE |= {"frame_stack": 1, "env_wrapper": None}
 _OTHERS = ("n_steps", "normalize", "policy", "policy_kwargs")
 
 
@@ -62,29 +56,20 @@ class Target:
 
 
 def translate(entries: Mapping[str, Any], target: Target) -> dict[str, Any]:
-    """Return the options, by our names, that the zoo's keys stand for.
-
-    Raises:
-        ValueError: an unknown key, one that asks for what is not there, or a value of the wrong
-            type.
-
-    """
+    """Return the options, by our names, that the zoo's keys stand for."""
     options: dict[str, Any] = {}
     for key, value in entries.items():
         options |= _one(key, value, target)
-    critic = {k: options.pop(k) for k in _CRITIC if k in options}
-    if critic:
-        options["critic_fit"] = AdamFit(**{k.partition(".")[2]: v for k, v in critic.items()})
-    return options
+    critic = {k.partition(".")[2]: options.pop(k) for k in _CRITIC if k in options}
+    return options | ({"critic_fit": AdamFit(**critic)} if critic else {})
 
 
 def _one(key: str, value: Any, target: Target) -> dict[str, Any]:
     if key in _NOT_THERE:
         if value is None or value == _NOT_THERE[key]:
             return {}
-        raise ValueError(
-            f"{key}={value!r} asks for what is not there: deleting the line trains without it"
-        )
+        what = "asks for what is not there: deleting the line trains without it"
+        raise ValueError(f"{key}={value!r} {what}")
     match key:
         case "n_steps":  # of each copy; there is one where the file does not say
             steps = convert(key, int, value, text=True)
@@ -92,12 +77,12 @@ def _one(key: str, value: Any, target: Target) -> dict[str, Any]:
         case "normalize":
             return _normalize(value)
         case "policy":
-            if value != "MlpPolicy":
-                raise ValueError(
-                    f"policy must be MlpPolicy, got {value!r}: deleting the line leaves the"
-                    " networks to the observations (images go through a CNN) and to hidden"
-                )
-            return {}
+            if value == "MlpPolicy":
+                return {}
+            raise ValueError(
+                f"policy must be MlpPolicy, got {value!r}: deleting the line leaves the networks to"
+                " the observations (images go through a CNN) and to hidden"
+            )
         case "policy_kwargs":
             return _policy_kwargs(value)
     name = target.name_of(key)
@@ -107,110 +92,85 @@ def _one(key: str, value: Any, target: Target) -> dict[str, Any]:
         hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(target.kinds)}"
         raise ValueError(f"{target.algorithm} has no option {key!r}: {hint}")
     kind = {**target.kinds, **_CRITIC}[name]
-    if isinstance(value, str) and value.startswith("lin_"):
-        if f"final_{name}" not in target.kinds or name == "delta":
-            raise ValueError(
-                f"{key}={value!r} is a schedule, and {name} of {target.algorithm} has none: give a"
-                " number"
-            )
-        start = convert(key, kind, value.removeprefix("lin_"), text=True)
-        return {name: start, f"final_{name}": 0.0}
-    number = convert(key, kind, value, text=True)
-    if key in ("target_kl", "cg_damping") and number is not None:
-        number *= _kl_factor(name, target.env_id)  # a damping is relative to the KL's curvature
-    return {name: number}
+    if not (isinstance(value, str) and value.startswith("lin_")):
+        number = convert(key, kind, value, text=True)
+        if key in ("target_kl", "cg_damping") and number is not None:
+            number *= _kl_factor(name, target.env_id)  # a damping is one of the KL's curvature
+        return {name: number}
+    if f"final_{name}" not in target.kinds or name == "delta":
+        where = f"{name} of {target.algorithm}"
+        raise ValueError(f"{key}={value!r} is a schedule, and {where} has none: give a number")
+    return {name: convert(key, kind, value.removeprefix("lin_"), text=True), f"final_{name}": 0.0}
 
 
 def _kl_factor(name: str, env_id: str) -> float:
-    """Return our bound on the KL over theirs.
-
-    Their PPO estimates the joint KL, as ours is, and stops beyond 1.5 times the target. Their TRPO
-    averages the KL over the components of Box and MultiBinary actions.
-    """
-    if name == "kl_limit":
+    """Return our bound on the KL over theirs."""
+    if name == "kl_limit":  # their PPO stops beyond 1.5 times the target
         return 1.5
+    # their TRPO averages the KL over the components of Box and MultiBinary actions
     envs = make_envs(env_id, 1, "sync")
-    space = envs.single_action_space
     envs.close()
-    if isinstance(space, spaces.Box | spaces.MultiBinary):
-        return math.prod(space.shape)
-    return 1
+    space = envs.single_action_space
+    return math.prod(space.shape) if isinstance(space, spaces.Box | spaces.MultiBinary) else 1
 
 
 def _normalize(value: Any) -> dict[str, Any]:
-    given = parse_literal("normalize", value) if isinstance(value, str) else value
+    given = parse_literal("normalize", value)
     if isinstance(given, bool):
         given = {"norm_obs": given, "norm_reward": given}
     if not isinstance(given, dict) or given.keys() - {"norm_obs", "norm_reward"}:
-        raise ValueError(
-            "normalize must be true, false, or a mapping of norm_obs and norm_reward, got"
-            f" {value!r}"
-        )
-    return {
-        "normalise_observations": convert("norm_obs", bool, given.get("norm_obs", True)),
-        "normalise_rewards": convert("norm_reward", bool, given.get("norm_reward", True)),
-    }
+        kinds = "true, false, or a mapping of norm_obs and norm_reward"
+        raise ValueError(f"normalize must be {kinds}, got {value!r}")
+    names = {"norm_obs": "normalise_observations", "norm_reward": "normalise_rewards"}
+    return {ours: convert(name, bool, given.get(name, True)) for name, ours in names.items()}
 
 
 def _policy_kwargs(value: Any) -> dict[str, Any]:
     """Translate widths and activation; of the rest only what the networks are is accepted."""
-    given = parse_literal("policy_kwargs", value) if isinstance(value, str) else value
+    given = parse_literal("policy_kwargs", value)
     if not isinstance(given, dict):
         raise ValueError(f"policy_kwargs must be a mapping, got {value!r}")
     options: dict[str, Any] = {}
     for key, item in given.items():
         where = f"{key} of policy_kwargs"
-        if key == "net_arch":
-            options |= _widths(where, item)
-        elif key == "activation_fn":
-            name = str(item).rpartition(".")[2].lower()
-            if name not in get_args(Activation):
-                known = ", ".join(get_args(Activation))
-                raise ValueError(f"{where} must be one of {known}, got {item!r}")
-            options["activation"] = name
-        elif key == "ortho_init":
-            if item is not True:
-                raise ValueError(
-                    f"{where} must be true, got {item!r}: deleting it starts at orthogonal weights"
-                )
-        else:
-            raise ValueError(f"{where} is not there: deleting it trains without it")
+        match key:
+            case "net_arch":
+                options |= _widths(where, item)
+            case "activation_fn":
+                name = str(item).rpartition(".")[2].lower()
+                options["activation"] = convert(where, Activation, name)
+            case "ortho_init":
+                if item is not True:
+                    raise ValueError(f"{where} must be true, got {item!r}: weights are orthogonal")
+            case _:
+                raise ValueError(f"{where} is not there: deleting it trains without it")
     return options
 
 
-def _widths(where: str, net_arch: Any) -> dict[str, Any]:
-    given = net_arch
+def _widths(where: str, given: Any) -> dict[str, Any]:
     match given:
         case [dict()]:  # how older versions of the zoo write it
             given = given[0]
     if not isinstance(given, dict):
         return {"hidden": convert(where, tuple[int, ...], given, text=True)}
     if given.keys() != {"pi", "vf"}:
-        raise ValueError(
-            f"{where} must give the widths of policy (pi) and critic (vf), got {given!r}"
-        )
+        raise ValueError(f"{where} must give widths of policy (pi) and critic (vf), got {given!r}")
     policy, critic = (convert(where, tuple[int, ...], given[k], text=True) for k in ("pi", "vf"))
     return {"hidden": policy} | ({"critic_hidden": critic} if critic != policy else {})
 
 
-def parse_literal(key: str, text: str) -> Any:
-    """Return what a Python expression of literals, ``dict(...)`` and dotted names says.
+def parse_literal(key: str, value: Any) -> Any:
+    """Return what a string of literals, ``dict(...)`` and dotted names says; others as they are.
 
     Nothing is evaluated: names, such as ``nn.Tanh``, come back as strings.
-
-    Args:
-        key: what to call the expression in an error.
-        text: the expression.
-
-    Raises:
-        ValueError: it is anything else.
-
     """
+    if not isinstance(value, str):
+        return value
     try:
-        return ast.literal_eval(_Plain().visit(ast.parse(text.strip(), mode="eval")))
+        return ast.literal_eval(_Plain().visit(ast.parse(value.strip(), mode="eval")))
     except (SyntaxError, ValueError, TypeError):
         raise ValueError(
-            f"{key} must be a mapping, or a string such as 'dict(a=1, b=[2, 3])', got {text!r}"
+            f"{key} must be a mapping, or a string such as 'dict(a=1, b=[2, 3])', got {value!r}"
         ) from None
 
 
@@ -222,7 +182,7 @@ class _Plain(ast.NodeTransformer):
         if ast.unparse(node.func) != "dict" or node.args or None in names:  # None is of **mapping
             raise ValueError
         values = [self.visit(keyword.value) for keyword in node.keywords]
-        return ast.Dict([ast.Constant(name) for name in names], values)
+        return ast.Dict([*map(ast.Constant, names)], values)
 
     def visit_Name(self, node: ast.Name | ast.Attribute) -> ast.AST:
         return ast.Constant(ast.unparse(node))

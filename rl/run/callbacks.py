@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from functools import partial
 from importlib.util import find_spec
 from numbers import Real
 from pathlib import Path
-from typing import Any
 
 import gymnasium
 from gymnasium.vector import VectorEnv
@@ -20,26 +20,20 @@ from .. import checkpoint
 from ..agent import Agent
 from ..envs.make import EnvSource, make_envs
 from ..reports import Callback, Log, as_callbacks, stops
-from .evaluation import check_counts, evaluate
-from .logs import writable
+from .evaluation import evaluate
+from .logs import check_counts, writable
 
 _MEAN = "eval/mean_reward"
 
 
 class Every:
-    """Calls other callbacks once every so many environment steps.
+    """Calls other callbacks once every so many environment steps, whatever the size of an update.
 
-    Args:
-        steps: environment steps between two calls, whatever the size of an update.
-        callback: a callback, or several.
-
-    Example:
-        >>> from rl import TRPO
-        >>> report = Every(1000, lambda agent, log: print(agent.iterations))
-        >>> _ = TRPO("CartPole-v1", steps_per_update=512).learn(2000, False, report)
-        3
-        5
-
+    >>> from rl import TRPO
+    >>> report = Every(1000, lambda agent, log: print(agent.iterations))
+    >>> _ = TRPO("CartPole-v1", steps_per_update=512).learn(2000, False, report)
+    3
+    5
     """
 
     def __init__(self, steps: float, callback: Callback | Iterable[Callback | None]) -> None:
@@ -54,10 +48,10 @@ class Every:
         done = agent.num_timesteps
         if agent is not self._agent:  # agents go on counting where they were
             self._agent, self._next = agent, done - log["time/steps"] + self.steps
-        due = self._next
-        late = (done - due) // self.steps + 1  # calls that are due: an update may have many steps
-        self._next = due + self.steps * max(late, 0)
-        return done < due or not stops([call(agent, log) for call in self.callbacks])
+        if done < self._next:
+            return True
+        self._next += self.steps * ((done - self._next) // self.steps + 1)  # an update may be long
+        return not stops([call(agent, log) for call in self.callbacks])
 
 
 class SaveCheckpoint:
@@ -79,15 +73,10 @@ class EvaluateBest:
         env: the environment to evaluate in, as for :func:`evaluate`.
         best: file of the best agent; None to keep none. If it exists, as when a training is
             resumed, only a better agent replaces it: the file says what its agent reached.
-        episodes: number of episodes of each evaluation.
-        seed: seed of the environments' first reset, the same every time.
-        max_episode_steps: steps after which an episode is cut off, as for :func:`evaluate`.
+        episodes, seed, max_episode_steps: as for :func:`evaluate`, the same every time.
 
     Attributes:
         best_mean: the highest mean return so far.
-
-    Raises:
-        ValueError: ``best`` exists and does not say what its agent reached.
 
     """
 
@@ -101,29 +90,25 @@ class EvaluateBest:
         max_episode_steps: int | None = None,
     ) -> None:
         check_counts(episodes=episodes, max_episode_steps=max_episode_steps)
-        if not (isinstance(env, str | gymnasium.Env | VectorEnv) or callable(env)):
-            raise TypeError(f"env must be an environment, an id or a function, got {env!r}")
-        if isinstance(env, str) and find_spec("envpool") is None:  # whose ids are others
-            make_envs(env, 1).close()  # a wrong id is named now, not after a rollout
-        self._options: dict[str, Any] = {"env": env, "episodes": episodes, "seed": seed}
-        self._options["max_episode_steps"] = max_episode_steps
+        pooled = isinstance(env, str) and find_spec("envpool") is not None  # whose ids are others
+        if not (pooled or callable(env) or isinstance(env, gymnasium.Env | VectorEnv)):
+            make_envs(env, 1).close()  # a wrong one is named now, not after the first update
+        play = partial(evaluate, env=env, episodes=episodes, seed=seed)
+        self._evaluate = partial(play, max_episode_steps=max_episode_steps)
         self.best = None if best is None else writable(best)
         self.best_mean = -math.inf
         if self.best is not None and self.best.exists():
             notes = checkpoint.read(self.best)["notes"]
             if _MEAN not in notes:
-                raise ValueError(
-                    f"{self.best} exists and does not say what its agent reached, so that it could"
-                    " be lost to a worse one: name another file, or remove this one"
-                )
+                what = f"{self.best} exists and does not say what its agent reached"
+                raise ValueError(f"{what}: name another file, or a worse agent could replace it")
             self.best_mean = notes[_MEAN]
 
     def __call__(self, agent: Agent, log: Log) -> None:
         """Evaluate it."""
-        result = evaluate(agent, **self._options)
-        log[_MEAN] = result.mean
-        log["eval/mean_ep_length"] = sum(result.lengths) / len(result.lengths)
-        log["eval/cut_off"] = result.cut_off
+        result = self._evaluate(agent)
+        length = sum(result.lengths) / len(result.lengths)
+        log |= {_MEAN: result.mean, "eval/mean_ep_length": length, "eval/cut_off": result.cut_off}
         if result.mean > self.best_mean:
             self.best_mean = result.mean
             if self.best is not None:
@@ -131,13 +116,10 @@ class EvaluateBest:
 
 
 class StopOnReward:
-    """Ends the training at a mean return.
+    """Ends the training where an entry of the log, a mean return, reaches a threshold.
 
-    Args:
-        threshold: the mean return at which to stop.
-        key: key of the log; ``"eval/mean_reward"`` for what an :class:`EvaluateBest` before this
-            one found. Updates without this key do not stop.
-
+    The key ``"eval/mean_reward"`` is for what an :class:`EvaluateBest` before this callback found.
+    Updates without the key do not stop.
     """
 
     def __init__(self, threshold: float, key: str = "rollout/ep_rew_mean") -> None:

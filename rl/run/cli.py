@@ -8,14 +8,11 @@ import math
 import re
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
+from contextlib import closing
 from datetime import datetime
-from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
-
-import tyro
 
 import trustregion
 
@@ -23,68 +20,62 @@ from .. import checkpoint
 from ..agent import Agent
 from ..algorithms import ALGORITHMS, load
 from ..envs.make import describe
-from ..presets import load_preset
 from .callbacks import Every
-from .commands import (
-    Check,
-    Configured,
-    Eval,
-    Plot,
-    Record,
-    Train,
-    Trained,
-    env_keywords,
-    env_source,
-    registry,
-)
-from .evaluation import check_counts, evaluate
+from .commands import Check, Eval, Plot, Record, Train, Trained, env_keywords, env_source, parse
+from .evaluation import evaluate
 from .inspection import inspect_env
-from .logs import CSVLog, Table, TensorBoardLog, entry, number, read_csv
+from .logs import CSVLog, Table, TensorBoardLog, check_counts, entry, number, read_csv
 from .plots import plot_learning_curve, plot_runs
 from .video import record
 
-_CHECKPOINT = "checkpoint.zip"
+_CHECKPOINT, _LOG, _CURVE = "checkpoint.zip", "progress.csv", "learning_curve.png"
 
 
-def train(command: Train[Any], algorithm: type[Agent]) -> int:
-    """Run ``train``; return the exit code."""
+def _train(command: Train[Any]) -> int:
     names = ("total_timesteps", "eval_episodes", "max_episode_steps", "log_every")
     check_counts(**{f"--{n.replace('_', '-')}": getattr(command, n) for n in names})
     if command.tensorboard and find_spec("tensorboard") is None:
         raise ValueError('--tensorboard needs pip install "torch-trustregion[tensorboard]"')
     kwargs = env_keywords(command.env_kwargs)
     env = env_source(command.env_id, kwargs)
-    agent = algorithm(env, **command.config.to_dict())
-    try:
+    with closing(ALGORITHMS[command.algo](env, **command.config.to_dict())) as agent:
         out = _make_run_folder(command, kwargs)
-        print(f"{algorithm.__name__} on {describe(agent.envs)}")
+        print(f"{type(agent).__name__} on {describe(agent.envs)}")
         print(entry("run folder", out))
         finished = _learn(agent, command, out)
-    finally:
-        agent.close()
     if agent.iterations:
-        columns = read_csv(out / "progress.csv")
-        title = f"{algorithm.__name__} on {command.env_id}, seed {command.config.seed}"
-        plot_learning_curve(columns, out / "learning_curve.png", title=title)
-        _print_summary(agent, columns, out)
+        _summarise(agent, command, out)
     if not finished:
         return 130  # as a shell reports an interrupt
     limit = command.max_episode_steps
-    result = evaluate(agent, env, command.eval_episodes, max_episode_steps=limit)
-    print(entry("evaluation", result))
+    print(entry("evaluation", evaluate(agent, env, command.eval_episodes, max_episode_steps=limit)))
     return 0
 
 
+def _make_run_folder(command: Train[Any], kwargs: dict[str, Any]) -> Path:
+    stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
+    name = f"{command.algo}-seed{command.config.seed}-{stamp}"
+    # not every system allows other characters, or dots at the ends
+    env = [re.sub(r"[^\w.-]", "-", part).strip(".") for part in command.env_id.split("/")]
+    out = command.out or Path("runs", *env, name)
+    if out.exists():
+        raise ValueError(f"{out} already exists and is kept as it is: choose another --out")
+    out.mkdir(parents=True)
+    what: dict[str, Any] = {"algorithm": command.algo, "env_id": command.env_id}
+    what |= {"env_kwargs": kwargs} if kwargs else {}
+    what["total_timesteps"] = command.total_timesteps
+    (out / "config.json").write_text(json.dumps(what | command.config.to_dict(), indent=2))
+    return out
+
+
 def _learn(agent: Agent, command: Train[Any], out: Path) -> bool:
-    """Train, and keep what was learnt however that ends; return False after an interrupt."""
+    """Train, keep what was learnt, even after a crash, and return False after an interrupt."""
     path, table = out / _CHECKPOINT, Table(command.log_every)
-    # the power may fail
     often = Every(max(1, command.total_timesteps // 20), lambda a, _: a.save(path))
-    boards = [TensorBoardLog(out / "tensorboard")] if command.tensorboard else []
-    loggers = [CSVLog(out / "progress.csv"), *boards, table]
+    board = TensorBoardLog(out / "tensorboard") if command.tensorboard else None
     progress = command.progress and sys.stderr.isatty()
     try:
-        agent.learn(command.total_timesteps, progress, callback=often, logger=loggers)
+        agent.learn(command.total_timesteps, progress, often, [CSVLog(out / _LOG), board, table])
         return True
     except KeyboardInterrupt:
         print(f"interrupted: what was learnt is kept in {out}", file=sys.stderr)
@@ -94,54 +85,22 @@ def _learn(agent: Agent, command: Train[Any], out: Path) -> bool:
         table.finish()
 
 
-def evaluate_run(command: Eval) -> int:
-    """Run ``eval``; return the exit code."""
-    agent, env, words = _trained(command)
-    print(words)
-    result = evaluate(
-        agent,
-        env,
-        command.episodes,
-        seed=command.seed,
-        deterministic=not command.stochastic,
-        max_episode_steps=command.max_episode_steps,
-    )
-    print(entry("evaluation", result))
-    return 0
-
-
-def film(command: Record) -> int:
-    """Run ``record``; return the exit code."""
-    folder = command.run if command.run.is_dir() else command.run.parent
-    agent, env, _ = _trained(command)
-    out = command.out or folder / "recording.gif"
-    returns = record(
-        agent,
-        env,
-        out,
-        episodes=command.episodes,
-        seed=command.seed,
-        max_frames=command.max_frames,
-    )
-    print(entry("returns", ", ".join(map(number, returns)) or "no episode ended"))
-    print(entry("film", out))
-    return 0
-
-
-def plot(command: Plot) -> int:
-    """Run ``plot``; return the exit code."""
-    for label, count in plot_runs(command.runs, command.out).items():
-        print(f"{label}: {count} run{'s' * (count > 1)}")
-    print(entry("plot", command.out))
-    return 0
-
-
-def check(command: Check[Any], algorithm: type[Agent]) -> int:
-    """Run ``check``; return the exit code."""
-    env = env_source(command.env_id, env_keywords(command.env_kwargs))
-    lines, sound = inspect_env(env, algorithm, command.config)
-    print("\n".join(lines))
-    return 0 if sound else 1
+def _summarise(agent: Agent, command: Train[Any], out: Path) -> None:
+    columns = read_csv(out / _LOG)
+    title = f"{type(agent).__name__} on {command.env_id}, seed {command.config.seed}"
+    plot_learning_curve(columns, out / _CURVE, title=title)
+    speed, seconds = columns["time/fps"][-1], columns["time/time_elapsed"][-1]
+    delta = columns.get("trust/delta", [math.inf])[-1]
+    largest = max(columns["train/kl_divergence_loss"])
+    bound = f" of delta = {delta:g}" if largest <= delta else f", beyond delta = {delta:g}"
+    success = columns.get("train/is_line_search_success")
+    accepted = f", {int(sum(success))} accepted" if success else ""
+    words = f"at most {number(largest)}{bound if delta < math.inf else ''}"
+    done = f"{agent.num_timesteps:,} in {seconds:.1f} s"
+    print(entry("learning curve", out / _CURVE))
+    print(entry("checkpoint", out / _CHECKPOINT))
+    print(entry("speed", f"{speed:,.0f} steps per second ({done}), updates included"))
+    print(entry("KL", f"{words} in {agent.iterations} updates{accepted}"))
 
 
 def _trained(command: Trained) -> tuple[Agent, Any, str]:
@@ -154,63 +113,58 @@ def _trained(command: Trained) -> tuple[Agent, Any, str]:
         env_id, kwargs = options.get("env_id"), kwargs or options.get("env_kwargs", {})
     if env_id is None:
         raise ValueError(f"{path} does not name its environment: pass --env ENV_ID")
-    env = env_source(env_id, kwargs)
-    agent = load(path)
+    env, agent = env_source(env_id, kwargs), load(path)
     words = f"{path}: {type(agent).__name__} on {env_id} after {agent.num_timesteps:,} steps"
     return agent, env, words
 
 
-def _make_run_folder(command: Train[Any], kwargs: dict[str, Any]) -> Path:
-    """Make the run folder, and write the options of the run to it."""
-    stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
-    name = f"{command.algo}-seed{command.config.seed}-{stamp}"
-    # not every system allows other characters, or dots at the ends
-    env = [re.sub(r"[^\w.-]", "-", part).strip(".") for part in command.env_id.split("/")]
-    out = command.out or Path("runs", *env, name)
-    try:
-        out.mkdir(parents=True)
-    except FileExistsError as error:
-        raise ValueError(
-            f"{out} already exists and is kept as it is: choose another --out, or remove it"
-        ) from error
-    what = {"algorithm": command.algo, "env_id": command.env_id}
-    what |= {"env_kwargs": kwargs} if kwargs else {}
-    what |= {"total_timesteps": command.total_timesteps} | command.config.to_dict()
-    (out / "config.json").write_text(json.dumps(what, indent=2))
-    return out
+def _eval(command: Eval) -> None:
+    agent, env, words = _trained(command)
+    print(words)
+    options = {name: getattr(command, name) for name in ("episodes", "seed", "max_episode_steps")}
+    result = evaluate(agent, env, deterministic=not command.stochastic, **options)
+    print(entry("evaluation", result))
 
 
-def _print_summary(agent: Agent, columns: dict[str, list[float]], out: Path) -> None:
-    speed, seconds = columns["time/fps"][-1], columns["time/time_elapsed"][-1]
-    largest = max(columns["train/kl_divergence_loss"])
-    words = f"at most {number(largest)}"
-    delta = columns.get("trust/delta", [math.inf])[-1]
-    if delta < math.inf:
-        words += f" of delta = {delta:g}" if largest <= delta else f", beyond delta = {delta:g}"
-    success = columns.get("train/is_line_search_success")
-    accepted = f", {int(sum(success))} accepted" if success else ""
-    print(entry("learning curve", out / "learning_curve.png"))
-    print(entry("checkpoint", out / _CHECKPOINT))
-    rate = f"{speed:,.0f} steps per second ({agent.num_timesteps:,} in {seconds:.1f} s)"
-    print(entry("speed", f"{rate}, updates included"))
-    print(entry("KL", f"{words} in {agent.iterations} updates{accepted}"))
+def _record(command: Record) -> None:
+    agent, env, _ = _trained(command)
+    folder = command.run if command.run.is_dir() else command.run.parent
+    out = command.out or folder / "recording.gif"
+    options = {name: getattr(command, name) for name in ("episodes", "seed", "max_frames")}
+    returns = record(agent, env, out, **options)
+    print(entry("returns", ", ".join(map(number, returns)) or "no episode ended"))
+    print(entry("film", out))
+
+
+def _plot(command: Plot) -> None:
+    for label, count in plot_runs(command.runs, command.out).items():
+        print(f"{label}: {count} run{'s' * (count > 1)}")
+    print(entry("plot", command.out))
+
+
+def _check(command: Check[Any]) -> int:
+    env = env_source(command.env_id, env_keywords(command.env_kwargs))
+    lines, sound = inspect_env(env, ALGORITHMS[command.algo], command.config)
+    print("\n".join(lines))
+    return 0 if sound else 1
 
 
 _COMMANDS: dict[str, tuple[Any, Any]] = {
-    "train": (Train, train),
-    "eval": (Eval, evaluate_run),
-    "plot": (Plot, plot),
-    "record": (Record, film),
-    "check": (Check, check),
+    "train": (Train, _train),
+    "eval": (Eval, _eval),
+    "plot": (Plot, _plot),
+    "record": (Record, _record),
+    "check": (Check, _check),
 }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse the command line and run it; bad input is one line on stderr and exit code 1."""
-    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    arguments = sys.argv[1:] if arguments is None else arguments
     name = _parser().parse_args(arguments[:1]).command
+    kind, run = _COMMANDS[name]
     try:
-        return _run(name, arguments[1:])
+        return run(parse(kind, f"python -m rl {name}", arguments[1:])) or 0
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -220,7 +174,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    """Return the parser of the first argument."""
     about = "\n".join(f"  {name:<8}{kind.__doc__}" for name, (kind, _) in _COMMANDS.items())
     parser = argparse.ArgumentParser(
         prog="python -m rl",
@@ -229,39 +182,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog=f"commands:\n{about}\n\nTheir options: python -m rl COMMAND --help",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("command", choices=_COMMANDS, metavar="COMMAND", help=argparse.SUPPRESS)
     version = f"torch-trustregion {trustregion.__version__}"
     parser.add_argument("--version", action="version", version=version)
+    parser.add_argument("command", choices=_COMMANDS, metavar="COMMAND", help=argparse.SUPPRESS)
     return parser
-
-
-def _run(name: str, arguments: list[str]) -> int:
-    """Parse the arguments of a command and run it; return the exit code."""
-    prog, (kind, run) = f"python -m rl {name}", _COMMANDS[name]
-    if not issubclass(kind, Configured):
-        return run(tyro.cli(kind, prog=prog, args=arguments))
-    chooser = argparse.ArgumentParser(prog=prog, add_help=False, allow_abbrev=False)
-    chooser.add_argument("--algo", choices=ALGORITHMS, default="trpo")
-    algorithm = ALGORITHMS[chooser.parse_known_args(arguments)[0].algo]
-    configured: Any = kind
-    parse = partial(
-        tyro.cli,
-        configured[algorithm.config_class],
-        prog=prog,
-        args=arguments,
-        registry=registry,
-    )
-    command = parse()
-    if command.preset is not None:
-        command = parse(default=_from_preset(command, algorithm))
-    return run(command, algorithm)
-
-
-def _from_preset(command: Configured[Any], algorithm: type[Agent]) -> Any:
-    """Return a command whose options are those of its preset."""
-    file = None if command.preset == "default" else command.preset
-    preset = load_preset(algorithm.name, command.env_id, file)
-    command = replace(command, config=algorithm.config_class(**preset.options))
-    if isinstance(command, Train) and preset.total_timesteps is not None:
-        command = replace(command, total_timesteps=preset.total_timesteps)
-    return command

@@ -2,39 +2,37 @@
 
 from __future__ import annotations
 
+import argparse
 import ast
 import contextlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Generic, TypeVar, get_args
 
 import gymnasium
+import tyro
 from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, Positional, arg
-from tyro.constructors import (
-    ConstructorRegistry,
-    PrimitiveConstructorSpec,
-    PrimitiveTypeInfo,
-)
+from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from ..algorithms import ALGORITHMS
 from ..config import Config
 from ..experience.advantages import ADVANTAGES, Advantages
 from ..fits import FITS, CriticFit
 from ..options import record_to_text
+from ..presets import load_preset
 
 C = TypeVar("C", bound=Config)
-Flag = FlagCreatePairsOff[bool]
 _optional = partial(arg, help_behavior_hint="")  # the text says what is done by default
-EnvKwargs = Annotated[tuple[str, ...], _optional(metavar="KEY=VALUE ...")]
-Limit = Annotated[int | None, _optional(metavar="INT")]
-Algorithm = Annotated[str, arg(metavar="{" + ",".join(ALGORITHMS) + "}")]
-registry = ConstructorRegistry()
+_Flag = FlagCreatePairsOff[bool]
+_Words = Annotated[tuple[str, ...], _optional(metavar="KEY=VALUE ...")]
+_Limit = Annotated[int | None, _optional(metavar="INT")]
+_registry = ConstructorRegistry()
 
 
-@registry.primitive_rule
+@_registry.primitive_rule
 def _record_as_text(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
     """Read options that are small records as the text that the config takes."""
     kinds = get_args(info.type)
@@ -46,9 +44,7 @@ def _record_as_text(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | 
         metavar="{" + ",".join(records) + "}[:NAME=VALUE,...]",
         instance_from_str=lambda words: words[0],
         is_instance=lambda _: True,
-        str_from_instance=lambda value: [
-            value if isinstance(value, str) else record_to_text(value, records) or repr(value)
-        ],
+        str_from_instance=lambda x: [record_to_text(x, records) or str(x)],
     )
 
 
@@ -58,16 +54,12 @@ class Configured(Generic[C]):
 
     env_id: Positional[Annotated[str, arg(metavar="ENV_ID")]]
     """Environment id such as CartPole-v1, or module:MyEnv-v0 if a module registers it."""
-
-    env_kwargs: EnvKwargs = ()
+    env_kwargs: _Words = ()
     """Arguments for the environment, for example gravity=9.8."""
-
-    algo: Algorithm = "trpo"
+    algo: Annotated[str, arg(metavar="{" + ",".join(ALGORITHMS) + "}")] = "trpo"
     """Algorithm. It decides which of the options below there are."""
-
     preset: Annotated[str | None, _optional(metavar="FILE")] = None
     """Options to start from: "default" for ours, or a YAML file, such as rl-baselines3-zoo's."""
-
     config: OmitArgPrefixes[C]
 
 
@@ -77,22 +69,16 @@ class Train(Configured[C]):
 
     total_timesteps: int = 100_000
     """Environment steps to train for, rounded up to whole updates."""
-
     out: Annotated[Path | None, _optional(metavar="FOLDER")] = None
     """Run folder, which must not exist; by default runs/ENV_ID/ALGO-seedSEED-TIME."""
-
     eval_episodes: int = 20
     """Episodes of the evaluation after training, with deterministic actions."""
-
-    max_episode_steps: Limit = None
+    max_episode_steps: _Limit = None
     """Steps after which the evaluation cuts an episode off; by default 10,000 or a longer limit."""
-
-    log_every: Limit = None
+    log_every: _Limit = None
     """Updates per row of the table; by default as many as give about thirty rows."""
-
-    tensorboard: Flag = False
+    tensorboard: _Flag = False
     """Write TensorBoard's files to the folder tensorboard in the run folder."""
-
     progress: bool = True
     """Show a progress bar if the terminal can."""
 
@@ -108,13 +94,10 @@ class Trained:
 
     run: Positional[Annotated[Path, arg(metavar="RUN")]]
     """Run folder, or a checkpoint file."""
-
     env: Annotated[str | None, _optional(metavar="ENV_ID")] = None
     """Environment id; by default that of the training."""
-
-    env_kwargs: EnvKwargs = ()
+    env_kwargs: _Words = ()
     """Arguments for the environment; by default those of the training."""
-
     seed: int = 0
     """Seed of the environments."""
 
@@ -125,11 +108,9 @@ class Eval(Trained):
 
     episodes: int = 20
     """Number of episodes."""
-
-    max_episode_steps: Limit = None
+    max_episode_steps: _Limit = None
     """Steps after which an episode is cut off; by default 10,000 or a longer time limit."""
-
-    stochastic: Flag = False
+    stochastic: _Flag = False
     """Draw actions instead of taking the most likely one."""
 
 
@@ -139,10 +120,8 @@ class Record(Trained):
 
     out: Annotated[Path | None, _optional(metavar="FILE")] = None
     """File to write, .gif or .mp4; by default recording.gif in the run folder."""
-
     episodes: int = 1
     """Number of episodes."""
-
     max_frames: int = 1000
     """Frames after which the film ends."""
 
@@ -153,15 +132,33 @@ class Plot:
 
     runs: Positional[Annotated[tuple[Path, ...], _optional(metavar="RUN ...")]]
     """Run folders. Those that differ in nothing but the seed are drawn as one curve."""
-
     out: Annotated[Path, arg(metavar="FILE")] = Path("runs.png")
     """File to write."""
 
 
+def parse(kind: Any, prog: str, arguments: Sequence[str]) -> Any:
+    """Return a command of one of these kinds, with the config of its algorithm."""
+    if not issubclass(kind, Configured):
+        return tyro.cli(kind, prog=prog, args=arguments)
+    chooser = argparse.ArgumentParser(prog=prog, add_help=False, allow_abbrev=False)
+    chooser.add_argument("--algo", choices=ALGORITHMS, default="trpo")
+    algorithm = ALGORITHMS[chooser.parse_known_args(arguments)[0].algo]
+    generic: Any = kind
+    kind = generic[algorithm.config_class]
+    read = partial(tyro.cli, kind, prog=prog, args=arguments, registry=_registry)
+    command: Any = read()
+    if command.preset is None:
+        return command
+    file = None if command.preset == "default" else command.preset
+    preset = load_preset(algorithm.name, command.env_id, file)
+    command = replace(command, config=algorithm.config_class(**preset.options))
+    if isinstance(command, Train) and preset.total_timesteps is not None:
+        command = replace(command, total_timesteps=preset.total_timesteps)
+    return read(default=command)  # what is said on the command line wins
+
+
 def env_source(env_id: str, kwargs: dict[str, Any]) -> Any:
     """Return the id, or a function that makes its environment with arguments."""
-    if not kwargs:
-        return env_id
 
     def make(**more: Any) -> gymnasium.Env[Any, Any]:
         try:
@@ -170,7 +167,7 @@ def env_source(env_id: str, kwargs: dict[str, Any]) -> Any:
             reason = " ".join(str(error).split())
             raise ValueError(f"cannot make environment {env_id!r}: {reason}") from error
 
-    return make
+    return make if kwargs else env_id
 
 
 def env_keywords(words: Sequence[str]) -> dict[str, Any]:
@@ -181,7 +178,7 @@ def env_keywords(words: Sequence[str]) -> dict[str, Any]:
         if not (equals and key.isidentifier()):
             raise ValueError(f"--env-kwargs takes KEY=VALUE, got {word!r}")
         arguments[key] = text
-        for parse in (ast.literal_eval, json.loads):  # 9.8, [1, 2], True, true; else a word
+        for read in (ast.literal_eval, json.loads):  # 9.8, [1, 2], True, true; else a word
             with contextlib.suppress(ValueError, SyntaxError):
-                arguments[key] = parse(text)
+                arguments[key] = read(text)
     return arguments

@@ -7,9 +7,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import gymnasium
 import numpy as np
-from gymnasium.vector import AsyncVectorEnv, AutoresetMode, VectorEnv
+from gymnasium.vector import AsyncVectorEnv, AutoresetMode
 from torch import nn
 
 from ..envs.layout import MASK
@@ -17,7 +16,7 @@ from ..envs.make import EnvSource, Vectorization, make_envs
 from ..envs.pool import PoolVectorEnv
 from ..envs.stepper import Stepper, Transition, play
 from ..threads import few_threads
-from .logs import number
+from .logs import check_counts, number
 
 _COPIES = 8  # for a predictor that does not say how many environments it was trained in
 _STEPS = 10_000  # after which an episode is cut off
@@ -26,8 +25,7 @@ _STEPS = 10_000  # after which an episode is cut off
 class Predictor(Protocol):
     """Anything that chooses actions for a batch of observations, as stable-baselines3's models do.
 
-    ``action_masks`` are passed to an agent of this package whose environment gives masks in its
-    infos; ``state`` and ``episode_start`` are passed where ``predict`` has both parameters.
+    ``state`` and ``episode_start`` are passed, too, where ``predict`` has both parameters.
     """
 
     def predict(self, obs: Any, deterministic: bool = False) -> tuple[Any, Any]:
@@ -37,18 +35,10 @@ class Predictor(Protocol):
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Returns and lengths of episodes.
+    """Undiscounted returns and lengths of episodes, and how many were cut off before their end.
 
-    Attributes:
-        returns: undiscounted return of each episode.
-        lengths: number of steps of each episode.
-        cut_off: number of episodes that had not ended after ``max_episode_steps``; their returns
-            are those up to there.
-
-    Example:
-        >>> print(Evaluation(returns=(9.0, 10.0), lengths=(9, 10)))
-        mean return 9.500 (standard deviation 0.5000) over 2 episodes
-
+    >>> print(Evaluation(returns=(9.0, 10.0), lengths=(9, 10)))
+    mean return 9.500 (standard deviation 0.5000) over 2 episodes
     """
 
     returns: tuple[float, ...]
@@ -66,10 +56,9 @@ class Evaluation:
         return float(np.std(self.returns))
 
     def __str__(self) -> str:
-        """Return the result in words."""
         n = len(self.returns)
-        words = f"mean return {number(self.mean)} (standard deviation {number(self.std)}) over {n}"
-        words += " episode" if n == 1 else " episodes"
+        words = f"mean return {number(self.mean)} (standard deviation {number(self.std)})"
+        words += f" over {n} episode{'s' * (n > 1)}"
         if self.cut_off:
             words += f", {self.cut_off} of them cut off after {max(self.lengths):,} steps"
         return words
@@ -84,42 +73,35 @@ def evaluate(
     deterministic: bool = True,
     max_episode_steps: int | None = None,
 ) -> Evaluation:
-    """Run episodes and return what they earned.
-
-    Each copy of the environment plays a fixed share of the episodes, so that short ones are not
-    favoured.
+    """Run episodes, a fixed share in each copy so that short ones are not favoured.
 
     Args:
         agent: anything with ``predict(obs, deterministic=...) -> (actions, state)``.
         env: an environment, as for an agent. Given an id or a function, as many copies are made as
-            the agent was trained in, at most ``episodes``, and they are stepped in the same way:
-            in processes of their own, or by envpool if the id is that of the training. An
-            environment object stays open.
+            the agent was trained in, at most ``episodes``, and stepped in the same way: envpool,
+            for example, steps those of the id of the training. An environment object stays open; it
+            cannot be the one that the agent is trained in.
         episodes: number of episodes.
         seed: seed of the first reset.
         deterministic: take the most likely action instead of drawing one.
         max_episode_steps: steps after which an episode is cut off; by default 10,000, or the time
             limit of the environment where that is longer. A copy whose episode was cut off begins
-            no other one unless that one ends. This bounds the time that an evaluation takes; there
-            may then be fewer than ``episodes``.
-
-    Raises:
-        ValueError: fewer than one episode or step, an environment that cannot be made, or the
-            environment object that the agent is trained in.
+            no other one unless that one ends, so there may be fewer than ``episodes``.
 
     """
     check_counts(episodes=episodes, max_episode_steps=max_episode_steps)
-    training = _training_envs(agent)
-    inner = {id(each.unwrapped) for each in getattr(training, "envs", ())}
-    own = isinstance(env, gymnasium.Env) and id(env.unwrapped) in inner
-    if own or (isinstance(env, VectorEnv) and env is training):
+    training = getattr(agent, "envs", None) if getattr(agent, "has_envs", True) else None
+    own = [training, *getattr(training, "envs", ())]
+    if id(getattr(env, "unwrapped", env)) in {id(getattr(e, "unwrapped", None)) for e in own}:
         raise ValueError(
             "these are the environments the agent trains in, and stepping them would spoil its next"
-            " rollout: evaluate in others, for example by id"
+            " path: evaluate in others, for example by id"
         )
-    envs = make_envs(env, min(episodes, _copies(agent)), _vectorization(agent, env))
+    copies, how = _as_in_training(agent, training, env)
+    envs = make_envs(env, min(episodes, copies), how)
     networks = [policy] if isinstance(policy := getattr(agent, "policy", None), nn.Module) else []
-    limit = max_episode_steps or _default_limit(envs)
+    specs = [getattr(each, "spec", None) for each in (envs, *getattr(envs, "envs", ()))]
+    limit = max_episode_steps or max([_STEPS, *(s.max_episode_steps or 0 for s in specs if s)])
     try:
         with few_threads(*networks):
             return _play(agent, Stepper(envs), episodes, seed, deterministic, limit)
@@ -128,30 +110,43 @@ def evaluate(
             envs.close()
 
 
+def _as_in_training(agent: Predictor, training: Any, env: EnvSource) -> tuple[int, Vectorization]:
+    """Return how many copies to make, and how to step them where that can be done here."""
+    config = getattr(agent, "config", agent)  # stable-baselines3's models have n_envs, too
+    how: Vectorization = getattr(config, "vectorization", "auto")
+    ids = [getattr(agent, "env_id", None)]
+    if isinstance(training, AsyncVectorEnv):
+        how = "async"
+    if isinstance(training, PoolVectorEnv) and training.spec is not None:
+        how, ids = "envpool", [*ids, training.spec.id]
+    kept = how in ("sync", "async") or (isinstance(env, str) and env in ids)
+    return getattr(config, "n_envs", None) or _COPIES, how if kept else "auto"
+
+
 def _play(
     agent: Predictor, stepper: Stepper, episodes: int, seed: int, deterministic: bool, limit: int
 ) -> Evaluation:
     n = stepper.envs.num_envs
     left = np.array([len(range(i, episodes, n)) for i in range(n)])
-    returns: list[float] = []
-    lengths: list[int] = []
-    cuts, stuck = 0, np.zeros(n, np.bool_)  # in an episode that was cut off and goes on
     total, length = np.zeros(n), np.zeros(n, np.int64)
+    stuck = np.zeros(n, np.bool_)  # in an episode that was cut off and goes on
+    played: list[tuple[float, int, bool]] = []
     for step in transitions(agent, stepper, seed, deterministic):
         total += np.where(step.valid, step.rewards, 0.0)
         length += step.valid
         done = step.terminated | step.truncated
         cut = ~done & (length == limit)
-        for i in np.flatnonzero(done | cut):
-            if left[i] and not stuck[i]:
-                left[i] -= 1
-                cuts += int(cut[i])
-                returns.append(float(total[i]))
-                lengths.append(int(length[i]))
-            stuck[i], total[i], length[i] = cut[i], 0.0, 0
-        if (stuck | (left == 0)).all():
-            break
-    return Evaluation(tuple(returns), tuple(lengths), cuts)
+        over = done | cut
+        if over.any():
+            counts = over & ~stuck & (left > 0)
+            columns = (x[counts].tolist() for x in (total, length, cut))
+            played += zip(*columns, strict=True)
+            left -= counts
+            stuck[over], total[over], length[over] = cut[over], 0.0, 0
+            if (stuck | (left == 0)).all():
+                break
+    returns, lengths, cuts = zip(*played, strict=True)
+    return Evaluation(returns, lengths, sum(cuts))
 
 
 def transitions(
@@ -183,37 +178,3 @@ def transitions(
         next_step = stepper.mode is AutoresetMode.NEXT_STEP
         starts = ~step.valid if next_step else step.terminated | step.truncated
         yield step
-
-
-def check_counts(**counts: int | None) -> None:
-    """Raise a ValueError where an argument is below 1."""
-    for name, value in counts.items():
-        if value is not None and value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
-
-
-def _training_envs(agent: Predictor) -> Any:
-    """Return the environments an agent trains in, if they were made."""
-    return getattr(agent, "envs", None) if getattr(agent, "has_envs", True) else None
-
-
-def _copies(agent: Predictor) -> int:
-    """Return the number of copies in training; stable-baselines3's models have it, too."""
-    return getattr(getattr(agent, "config", agent), "n_envs", None) or _COPIES
-
-
-def _vectorization(agent: Predictor, env: EnvSource) -> Vectorization:
-    """Return how copies are stepped: as in training, where that can be done with them."""
-    training = _training_envs(agent)
-    how: Vectorization = getattr(getattr(agent, "config", None), "vectorization", "auto")
-    ids = [getattr(agent, "env_id", None)]
-    if isinstance(training, AsyncVectorEnv):
-        how = "async"
-    if isinstance(training, PoolVectorEnv) and training.spec is not None:
-        how, ids = "envpool", [*ids, training.spec.id]
-    return how if how in ("sync", "async") or (isinstance(env, str) and env in ids) else "auto"
-
-
-def _default_limit(envs: VectorEnv) -> int:
-    specs = [getattr(each, "spec", None) for each in (envs, *getattr(envs, "envs", ()))]
-    return max([_STEPS, *(s.max_episode_steps or 0 for s in specs if s is not None)])

@@ -17,10 +17,8 @@ import numpy as np
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
 from ..envs.stepper import Stepper
-from .evaluation import Predictor, check_counts, transitions
-from .logs import writable
-
-_FPS = 30
+from .evaluation import Predictor, transitions
+from .logs import check_counts, writable
 
 
 def record(
@@ -33,86 +31,68 @@ def record(
     max_frames: int = 1000,
     deterministic: bool = True,
 ) -> list[float]:
-    """Play episodes and write them as an animated GIF or as an MP4 film.
+    """Play episodes, write them as an animated GIF or as MP4, and return what those earned.
 
-    Args:
-        agent: who plays: anything that :func:`evaluate` takes.
-        env: an id, or a function that makes an environment; the function is called with
-            ``render_mode="rgb_array"`` if it has such a parameter.
-        path: file to write, ``.gif`` or ``.mp4``. MP4 needs the package imageio-ffmpeg.
-        episodes: number of episodes.
-        seed: seed of the first episode; the others follow from it.
-        max_frames: number of frames after which the film ends, and with it the episode.
-        deterministic: take the most likely action instead of drawing one.
-
-    Returns:
-        The return of each episode that ended.
+    The agent is anything that :func:`evaluate` takes. The environment is an id, or a function that
+    makes one; it is called with ``render_mode="rgb_array"`` if it has such a parameter. MP4 needs
+    the package imageio-ffmpeg. After ``max_frames`` the film ends, and an episode that goes on has
+    no return.
 
     Raises:
-        ValueError: another kind of file, no episodes, or an environment that cannot be made with
-            ``render_mode="rgb_array"`` or gives no pictures then.
+        ValueError: another kind of file, or an environment that gives no pictures.
 
     """
     path = writable(path)
     if path.suffix.lower() not in (".gif", ".mp4"):
         raise ValueError(f"films are written as .gif or .mp4, got {path}")
-    ffmpeg = _ffmpeg() if path.suffix.lower() == ".mp4" else None
+    write = _write_gif if path.suffix.lower() == ".gif" else partial(_write_mp4, _ffmpeg())
     check_counts(episodes=episodes, max_frames=max_frames)
-    envs, frames, returns = _make(env), [], []
-    try:
-        stepper, total = Stepper(envs), 0.0
-        photograph = lambda: frames.append(_picture(envs.envs[0]))  # noqa: E731 # used once
-        for step in transitions(agent, stepper, seed, deterministic, before=photograph):
+    envs, frames, returns, total = _make(env), [], [], 0.0
+    photograph = lambda: frames.append(_picture(envs.envs[0]))  # noqa: E731 # used once
+    with closing(envs):
+        for step in transitions(agent, Stepper(envs), seed, deterministic, before=photograph):
             total += float(step.rewards[0])
             if step.terminated[0] or step.truncated[0]:
                 returns.append(total)
                 total = 0.0
             if len(returns) == episodes or len(frames) >= max_frames:
                 break
-    finally:
-        envs.close()
-    fps = envs.metadata.get("render_fps") or _FPS
-    if ffmpeg is not None:
-        _write_mp4(frames, path, fps, ffmpeg)
-    else:
-        _write_gif(frames, path, fps)
+    write(frames, path, envs.metadata.get("render_fps") or 30)
     return returns
 
 
 def _make(env: str | Callable[..., gymnasium.Env[Any, Any]]) -> SyncVectorEnv:
     """Return one copy that renders; it starts over at once, so that no step is a mere reset."""
-    if not isinstance(env, str) and not callable(env):
-        raise TypeError(f"env must be an id or a function that makes an environment, got {env!r}")
     make = partial(gymnasium.make, env) if isinstance(env, str) else env
+    if not callable(make):
+        raise TypeError(f"env must be an id or a function that makes an environment, got {env!r}")
     parameters = inspect.signature(make).parameters.values()
     if any(p.name == "render_mode" or p.kind is p.VAR_KEYWORD for p in parameters):
         make = partial(make, render_mode="rgb_array")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # gymnasium's, of what becomes an error here
-            return SyncVectorEnv([make], copy=False, autoreset_mode=AutoresetMode.DISABLED)
-    except Exception as error:  # any: environments refuse a render mode in their own ways
-        raise ValueError(
-            f"cannot make {_name(env)} with render_mode='rgb_array': {_reason(error)}"
-        ) from error
+    vector = partial(SyncVectorEnv, [make], copy=False, autoreset_mode=AutoresetMode.DISABLED)
+    return _quietly(vector, f"cannot make {_name(env)} with render_mode='rgb_array'")
 
 
 def _picture(env: gymnasium.Env[Any, Any]) -> np.ndarray:
     """Return what an environment shows, checked."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # as above
-            picture: Any = env.render()
-    except Exception as error:  # as above
-        raise ValueError(f"cannot render {_name(env)}: {_reason(error)}") from error
+    picture = _quietly(env.render, f"cannot render {_name(env)}")
     shape, dtype = getattr(picture, "shape", ()), getattr(picture, "dtype", None)
     if dtype != np.uint8 or len(shape) != 3 or shape[2] != 3:
         what = type(picture).__name__ if dtype is None else f"{dtype} of shape {shape}"
-        raise ValueError(
-            f"cannot film {_name(env)}: its render() must return pictures, which are uint8 arrays"
-            f" of shape (height, width, 3), and returned {what}"
-        )
+        rule = "its render() must return pictures, uint8 arrays of shape (height, width, 3)"
+        raise ValueError(f"cannot film {_name(env)}: {rule}, and returned {what}")
     return np.array(picture, order="C")  # environments may draw the next one into it
+
+
+def _quietly(call: Callable[[], Any], failure: str) -> Any:
+    """Call without gymnasium's warnings, which are of what becomes a ValueError here."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return call()
+    except Exception as error:  # any: environments refuse a render mode in their own ways
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"{failure}: {reason}") from error
 
 
 def _name(env: Any) -> str:
@@ -120,32 +100,26 @@ def _name(env: Any) -> str:
     return repr(env if isinstance(env, str) else spec.id if spec is not None else env)
 
 
-def _reason(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
-
-
 def _write_gif(frames: list[np.ndarray], path: Path, fps: float) -> None:
     from PIL import Image  # late: only films need it; matplotlib has it installed
 
-    images = [Image.fromarray(frame).quantize() for frame in frames]
+    first, *others = [Image.fromarray(frame).quantize() for frame in frames]
     # a GIF counts hundredths of a second, and viewers slow down what is below two
     duration = max(20, 10 * round(100 / fps))
-    images[0].save(path, save_all=True, append_images=images[1:], duration=duration, loop=0)
+    first.save(path, save_all=True, append_images=others, duration=duration, loop=0)
 
 
 def _ffmpeg() -> ModuleType:
     try:
         return importlib.import_module("imageio_ffmpeg")
     except ModuleNotFoundError as error:
-        raise ValueError(
-            "an .mp4 file needs one more package: pip install imageio-ffmpeg, or write a .gif"
-        ) from error
+        hint = "pip install imageio-ffmpeg, or write a .gif"
+        raise ValueError(f"an .mp4 file needs one more package: {hint}") from error
 
 
-def _write_mp4(frames: list[np.ndarray], path: Path, fps: float, ffmpeg: ModuleType) -> None:
+def _write_mp4(ffmpeg: ModuleType, frames: list[np.ndarray], path: Path, fps: float) -> None:
     height, width, _ = frames[0].shape
     film = ffmpeg.write_frames(str(path), (width, height), fps=fps, macro_block_size=2)
     with closing(film) as writer:
-        writer.send(None)  # starts it
-        for frame in frames:
+        for frame in [None, *frames]:  # None starts it
             writer.send(frame)

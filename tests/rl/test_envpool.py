@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from gymnasium.spaces import Box, Dict, Discrete
 
-from rl import TRPO, Collector, ObservationLayout, Stepper, evaluate, load, make_envs
-from rl.envs.make import describe, env_id
+from rl import TRPO, EnvCollector, ObservationLayout, Stepper, evaluate, load, make_envs
+from rl.envs.make import describe
 from rl.envs.pool import PoolVectorEnv
 from rl.run.cli import main
 from toys import Clock
@@ -56,7 +56,7 @@ def test_spaces_are_those_of_gymnasium(real):
 def test_it_says_what_it_is(real):
     envs = make_envs("Pendulum-v1", 2, "envpool")
     assert describe(envs) == "2 x Pendulum-v1, by envpool"
-    assert env_id(envs) == "Pendulum-v1"
+    assert envs.spec.id == "Pendulum-v1"
     envs.close()
     assert envs.closed
 
@@ -92,7 +92,7 @@ def test_the_step_after_a_done_is_a_reset_that_ignores_the_action(real):
         stepper.reset(5)
     resets = 0
     for _ in range(60):
-        valid = steppers[0]._valid
+        valid = ~steppers[0]._ended
         one, other = (
             stepper.step(np.where(valid, 1, action))
             for stepper, action in zip(steppers, (0, 1), strict=True)
@@ -137,15 +137,15 @@ def test_pendulum_is_truncated_after_200_steps_that_count(real):
     envs = make_envs("Pendulum-v1", 3, "envpool")
     agent = TRPO(envs, steps_per_update=3 * 603, hidden=(4,))
     layout = ObservationLayout(envs.single_observation_space)
-    keeper = Collector(Stepper(envs), layout, seed=0, generator=agent.generator)
+    keeper = EnvCollector(Stepper(envs), layout, seed=0, generator=agent.generator)
     rollout = keeper.collect(agent.policy, 603)
     expected = np.arange(603) % 201
     assert (rollout.truncated.numpy() == (expected == 199)[:, None]).all()
-    assert (rollout.valid.numpy() == (expected != 200)[:, None]).all()
+    assert (rollout.mask.numpy() == (expected != 200)[:, None]).all()
     assert not rollout.terminated.any()
-    assert not rollout.rewards[~rollout.valid].any()
-    assert set(keeper.lengths) == {200}
-    assert max(keeper.returns) < 0
+    assert not rollout.rewards[~rollout.mask].any()
+    assert set(keeper.episodes.lengths) == {200}
+    assert max(keeper.episodes.returns) < 0
 
 
 def test_a_checkpoint_finds_its_environments_again(real, tmp_path):
@@ -266,7 +266,7 @@ def test_pools_are_made_when_they_are_seeded(stand_in):
 
 def test_threads_are_bounded_by_copies_and_cores(stand_in, monkeypatch):
     stand_in()
-    monkeypatch.setattr("rl.envs.pool._available_cores", lambda: 4)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: range(4), raising=False)
     assert [PoolVectorEnv("Taxi-v3", n).threads for n in (1, 3, 64)] == [1, 3, 4]
 
 

@@ -47,7 +47,7 @@ def test_a_row_is_what_gymnasium_flattens_to(space, n, seed):
 @given(space=composed)
 def test_the_parts_cover_a_row(space):
     layout = ObservationLayout(space)
-    columns = [c for part in layout.parts for c in range(part.start, part.stop)]
+    columns = [c for part in layout.parts for c in range(part.start, part.columns.stop)]
     assert columns == list(range(layout.width))
 
 

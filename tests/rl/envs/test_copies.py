@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -9,7 +11,7 @@ import torch
 from gymnasium.spaces import Box, Graph, Sequence
 
 from rl import TRPO, make_envs
-from rl.envs.copies import Processes
+from rl.envs.make import Processes
 from toys import Clock
 
 BOTH = pytest.mark.parametrize("how", ["sync", "async"])
@@ -145,6 +147,27 @@ def test_ctrl_c_is_for_the_process_that_steps():
     assert ended(envs.processes)
 
 
+KILLED = """
+import os, signal
+import numpy as np
+from rl import make_envs
+
+envs = make_envs("CartPole-v1", 2, "async")
+envs.reset(seed=0)
+envs.step_async(np.zeros(2, int))
+os.kill(os.getpid(), signal.SIGTERM)
+"""
+
+
+def test_processes_end_without_a_word_when_their_parent_is_killed():
+    """Nobody closes them then; their standard error is open until the last of them has ended."""
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == -signal.SIGTERM
+    assert done.stderr == ""
+
+
 def interrupted():
     """Return environments whose answers to a step were read from the first of them only."""
     envs = make_envs(Clock, 2, "async")
@@ -188,6 +211,19 @@ def test_a_process_whose_environment_failed_is_started_anew_by_a_reset():
 
 
 # -- how they are made
+
+
+@pytest.mark.parametrize("how", ["auto", "sync", "async", "vector_entry_point"])
+def test_an_id_without_a_version_is_the_latest_one(how):
+    envs = make_envs("CartPole", 2, how)
+    assert envs.spec.id == "CartPole-v1"
+    assert envs.reset(seed=0)[0].shape == (2, 4)
+    envs.close()
+
+
+def test_an_unknown_id_without_a_version_is_named():
+    with pytest.raises(ValueError, match="cannot make environment 'CartPoll'"):
+        make_envs("CartPoll", 2, "sync")
 
 
 def test_an_agent_is_built_with_the_seed_of_its_first_rollout():

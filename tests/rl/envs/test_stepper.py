@@ -9,7 +9,7 @@ from gymnasium.spaces import Box, Discrete
 from gymnasium.vector import AutoresetMode, VectorEnv
 
 from rl import Stepper
-from rl.envs.answers import as_numpy, flags, reals
+from rl.envs.batches import as_numpy, flags, reals
 from rl.envs.stepper import play
 from toys import Clock, vector
 

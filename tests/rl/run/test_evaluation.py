@@ -9,7 +9,7 @@ from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
 
 from rl import TRPO, EvaluateBest, Evaluation, evaluate
 from rl.envs.pool import PoolVectorEnv
-from rl.run.evaluation import _copies, _vectorization
+from rl.run.evaluation import _as_in_training
 from toys import Clock, vector
 
 SMALL = {"n_envs": 2, "steps_per_update": 8, "hidden": (4,)}
@@ -90,8 +90,9 @@ def test_no_more_copies_than_in_training(n_envs, episodes, copies):
 
 
 def test_copies_of_a_predictor_that_says_so_or_not():
-    assert _copies(SimpleNamespace(n_envs=5)) == 5  # as stable-baselines3's models do
-    assert _copies(First()) == 8
+    model = SimpleNamespace(n_envs=5)  # as stable-baselines3's do
+    assert _as_in_training(model, None, "A-v0") == (5, "auto")
+    assert _as_in_training(First(), None, "A-v0") == (8, "auto")
 
 
 def pool(name):
@@ -118,12 +119,8 @@ def pool(name):
 )
 def test_copies_are_stepped_as_in_training(option, trained_in, env, how):
     config = SimpleNamespace(vectorization=option)
-    agent = SimpleNamespace(config=config, envs=trained_in, env_id="A-v0")
-    assert _vectorization(agent, env) == how
-
-
-def test_a_predictor_of_another_package_decides_nothing():
-    assert _vectorization(First(), "A-v0") == "auto"
+    agent = SimpleNamespace(config=config, env_id="A-v0")
+    assert _as_in_training(agent, trained_in, env) == (8, how)
 
 
 # -- predictors with a state

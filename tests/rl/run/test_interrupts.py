@@ -11,7 +11,7 @@ import pytest
 
 from rl import TRPO, checkpoint, evaluate
 from rl.algorithms import ALGORITHMS
-from rl.envs.copies import Processes
+from rl.envs.make import Processes
 from rl.run.cli import main
 from toys import Clock
 
@@ -33,7 +33,8 @@ gymnasium.register("Slow-v0", entry_point=Slow, max_episode_steps=50)
 def test_an_interrupt_with_worker_processes_is_one_line_and_keeps_what_was_learnt(tmp_path):
     (tmp_path / "slow_env.py").write_text(textwrap.dedent(ENVIRONMENT))
     command = [sys.executable, "-m", "rl", "train", "slow_env:Slow-v0", "--out", "run"]
-    command += ["--n-envs", "2", "--vectorization", "async", "--steps-per-update", "64"]
+    command += ["--n-envs", "2", "--vectorization", "async"]
+    command += ["--steps-per-update", "16", "--hidden", "4"]
     process = subprocess.Popen(
         [*command, "--total-timesteps", "1000000", "--log-every", "1"],
         cwd=tmp_path,

@@ -1,11 +1,13 @@
 """Numbers, rows and files of the log."""
 
+import builtins
+import csv
 import math
 
 import pytest
 
-from rl import PPO, TRPO, CSVLog, Table
-from rl.run.logs import number
+from rl import PPO, TRPO, CSVLog, Table, TensorBoardLog
+from rl.run.logs import number, read_csv
 from toys import Clock
 
 SMALL = {"n_envs": 4, "steps_per_update": 64, "hidden": (8,)}
@@ -131,3 +133,49 @@ def test_a_log_takes_a_string_and_makes_its_folder(tmp_path):
     assert (tmp_path / "new" / "log.csv").read_text() == "a\n1\n"
     with pytest.raises(ValueError, match="is a folder: give the name of a file in it"):
         CSVLog(tmp_path)
+
+
+def test_a_csv_file_takes_new_columns(tmp_path):
+    path = tmp_path / "log.csv"
+    log = CSVLog(path)
+    log(None, {"a": 1, "b": "x"})
+    log(None, {"a": 2, "b": "y", "c": 0.5})
+    CSVLog(path)(None, {"a": 3, "b": "z"})
+    with path.open(newline="") as file:
+        assert list(csv.reader(file)) == [
+            ["a", "b", "c"],
+            ["1", "x", ""],
+            ["2", "y", "0.5"],
+            ["3", "z", ""],
+        ]
+    columns = read_csv(path)
+    assert columns["a"] == [1, 2, 3]
+    assert str(columns["c"]) == "[nan, 0.5, nan]"
+    assert "b" not in columns
+
+
+def test_tensorboard_is_asked_for_in_words(monkeypatch, tmp_path):
+    real = builtins.__import__
+
+    def without(name, *arguments):
+        if name.startswith("torch.utils.tensorboard"):
+            raise ModuleNotFoundError(name)
+        return real(name, *arguments)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(ModuleNotFoundError, match=r"torch-trustregion\[tensorboard\]"):
+        TensorBoardLog(tmp_path)
+
+
+def test_tensorboard_gets_the_numbers(tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    TRPO(lambda: Clock(length=3, truncate=True), **SMALL).learn(
+        144, False, TensorBoardLog(tmp_path)
+    )
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    kls = events.Scalars("train/kl_divergence_loss")
+    assert [event.step for event in kls] == [48, 96, 144]
+    assert "trust/status" not in events.Tags()["scalars"]

@@ -5,18 +5,20 @@ import math
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from matplotlib.figure import Figure
+from scipy.stats import trim_mean
 
 from rl import plot_learning_curve
-from rl.run.plots import plot_runs
+from rl.run.plots import bootstrap_interval, iqm, plot_runs
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def figures(monkeypatch):
-    """Return a list of the figures that are saved."""
+    """Return a list of the figures that would be saved; to draw them would take long."""
     saved = []
-    save = Figure.savefig
-    monkeypatch.setattr(Figure, "savefig", lambda f, *a, **k: saved.append(f) or save(f, *a, **k))
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: saved.append(figure))
     return saved
 
 
@@ -74,6 +76,7 @@ def test_runs_whose_options_are_not_known_stay_apart(run, tmp_path):
 
 def test_no_legend_covers_a_curve(run, tmp_path, figures):
     plot_runs([run(f"r{i}", hidden=[i], seed=i) for i in range(9)], tmp_path / "runs.png")
+    figures[0].draw_without_rendering()
     (legend,) = figures[0].legends
     box = legend.get_window_extent()
     assert len(legend.texts) == 10  # the runs and delta
@@ -155,3 +158,29 @@ def test_a_learning_curve_takes_a_folder_or_a_file(run, tmp_path, figures):
         assert figures[-1].axes[0].get_title(loc="left") == "mine"
     with pytest.raises(ValueError, match=r"no .*absent\.csv"):
         plot_learning_curve(tmp_path / "absent.csv")
+
+
+@given(st.lists(st.floats(-1e3, 1e3), min_size=1, max_size=40))
+def test_the_interquartile_mean_is_that_of_rliable(scores):
+    """It calls scipy's trimmed mean."""
+    assert iqm(np.array(scores)) == pytest.approx(trim_mean(scores, 0.25), abs=1e-9)
+
+
+def test_it_works_along_the_first_axis():
+    scores = np.arange(12.0).reshape(4, 3)
+    assert iqm(scores).tolist() == [4.5, 5.5, 6.5]
+
+
+def test_the_interval_covers_at_about_its_level():
+    rng = np.random.default_rng(0)
+    covered = 0
+    for _ in range(200):
+        low, high = bootstrap_interval(rng.normal(size=20), draws=200)
+        covered += low <= 0 <= high
+    # percentile intervals of twenty are a little short; three standard errors of 200 around 0.9
+    assert 0.84 < covered / 200 < 0.99
+
+
+def test_no_runs_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="no run folders"):
+        plot_runs([], tmp_path / "plot.png")
