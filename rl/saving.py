@@ -57,10 +57,9 @@ def load_into(
         )
     agent.config = agent.config_class.from_dict({**saved["config"], **options})
     agent.layout, agent.action_space = _spaces(saved)
-    given = agent.source is not None
-    if not given:
+    if agent.source is None:
         agent.source = saved["env_id"]
-    if given or agent.action_space is None:
+    else:
         agent.config = with_copies(agent.config, options, agent.envs)
     agent.build(agent.config, agent.layout, agent.action_space, policy, critic)
     _restore(agent, saved["agent"], options)

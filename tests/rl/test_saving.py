@@ -248,6 +248,8 @@ def test_actions_that_no_file_can_hold_are_those_of_the_environment(tmp_path):
 
     agent = TRPO(Words, policy=Speaker(copies=True), **SMALL).learn(64, progress=False)
     agent.save(tmp_path / "agent.zip")
+    alone = TRPO.load(tmp_path / "agent.zip", policy=Speaker(copies=True))
+    assert alone.predict(np.zeros(2), deterministic=True)[0] in ("yes", "no")
     loaded = TRPO.load(tmp_path / "agent.zip", Words, policy=Speaker(copies=True))
     assert loaded.action_space == Text(3)
     assert same(weights(agent), weights(loaded))
