@@ -14,14 +14,13 @@ import tempfile
 import time
 import warnings
 from statistics import median
-from typing import NamedTuple
 
 import torch
 from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 
-from rl import TRPO, AdamFit, CriticFit, LBFGSFit, Path, TrustRegionFit
-from rl.agent import Estimates, Log
+from rl import TRPO, AdamFit, CriticFit, Estimates, LBFGSFit, Path, Regression, TrustRegionFit
+from rl.reports import Log
 
 ENVIRONMENTS = ("CartPole-v1", "Pendulum-v1", "Hopper-v5", "HalfCheetah-v5")
 SETTINGS: dict[str, CriticFit] = {
@@ -35,39 +34,37 @@ SETTINGS: dict[str, CriticFit] = {
 UPDATES, FIRST, EVERY = 9, 2, 2
 
 
-class Record(NamedTuple):
-    """What a fit starts from."""
-
-    critic: nn.Module
-    rows: Tensor
-    returns: Tensor
-
-    def error(self) -> float:
-        with torch.no_grad():
-            return (self.critic(self.rows) - self.returns).square().mean().item()
-
-
 class Recording(TRPO):
     """TRPO that keeps what each fit of its critic started from."""
 
     def fit_critic(self, path: Path, estimates: Estimates) -> Log:
-        record = Record(copy.deepcopy(self.critic), path.rows, path.flat(estimates.returns))
-        self.records: list[Record] = [*getattr(self, "records", []), record]
+        start = task_of(self.critic, path.rows, path.flat(estimates.returns))
+        self.records: list[Regression] = [*getattr(self, "records", []), start]
         return super().fit_critic(path, estimates)
+
+
+def task_of(critic: nn.Module, rows: Tensor, returns: Tensor) -> Regression:
+    """Return the task for a copy of a critic."""
+    mine = copy.deepcopy(critic)
+    generator = torch.Generator().manual_seed(0)
+    return Regression(mine, list(mine.parameters()), rows, returns, generator)
+
+
+@torch.no_grad()
+def error_of(task: Regression) -> float:
+    return (task.critic(task.rows) - task.returns).square().mean().item()
 
 
 def measure(agent: Recording, fit: CriticFit) -> tuple[list[float], float]:
     """Return the error after over the error before, for each record, and the median ms."""
     shares, times = [], []
     for record in agent.records[FIRST::EVERY]:
-        mine = record._replace(critic=copy.deepcopy(record.critic))
-        parameters = list(mine.critic.parameters())
-        optimizer, before = fit.optimizer(parameters), mine.error()
-        generator = torch.Generator().manual_seed(0)
+        task = task_of(record.critic, record.rows, record.returns)
+        optimizer, before = fit.optimizer(task.parameters), error_of(task)
         begin = time.process_time()
-        fit(mine.critic, parameters, optimizer, mine.rows, mine.returns, generator)
+        fit(task, optimizer)
         times.append(1e3 * (time.process_time() - begin))
-        shares.append(mine.error() / before)
+        shares.append(error_of(task) / before)
     return shares, median(times)
 
 
