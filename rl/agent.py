@@ -110,11 +110,8 @@ class Agent(abc.ABC):
             torch.manual_seed(config.seed or 0)
             networks = make_networks(layout, action_space, norm, config, policy, critic)
         self.policy, self.critic = networks[0].to(config.device), networks[1].to(config.device)
-        self.reward_scale = (
-            RewardScale(config.n_envs, config.gamma).to(config.device)
-            if config.normalise_rewards
-            else None
-        )
+        scale = RewardScale(config.n_envs, config.gamma).to(config.device)
+        self.reward_scale = scale if config.normalise_rewards else None
         self.setup()
 
     @cached_property
