@@ -72,8 +72,8 @@ class AdamFit:
 
     """
 
-    lr: float = 1e-3
-    epochs: int = 10
+    lr: float = 2e-3
+    epochs: int = 5
     batch_size: int = 128
 
     def __post_init__(self) -> None:

@@ -27,7 +27,7 @@ class TRPOConfig(NaturalConfig):
     final_delta: float | None = None
     """The bound at the end of learn(), reached linearly; None to keep it."""
 
-    curvature_fraction: float = 1.0
+    curvature_fraction: float = 0.25
     """Share of the states, drawn anew for each update, whose mean is the Fisher matrix."""
 
     def __post_init__(self) -> None:

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from contract import CHECKS, OURS, NotApplicable, Subject
 from trustregion import NaturalTrustRegion
 
+NaturalTrustRegion([torch.zeros(1, requires_grad=True)])  # the first one gives step its hooks
 RAW = inspect.unwrap(NaturalTrustRegion.step)  # without hooks, which a subclass would fire twice
 
 
