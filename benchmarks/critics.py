@@ -26,7 +26,7 @@ ENVIRONMENTS = ("CartPole-v1", "Pendulum-v1", "Hopper-v5", "HalfCheetah-v5")
 SETTINGS: dict[str, CriticFit] = {
     "Adam, 10 passes of 128": AdamFit(lr=1e-3, epochs=10),
     "Adam, 5 passes of 128, rate 0.002": AdamFit(),
-    "Adam, 10 passes of 512": AdamFit(lr=3e-3, batch_size=512),
+    "Adam, 10 passes of 512": AdamFit(lr=3e-3, epochs=10, batch_size=512),
     "L-BFGS, 10 iterations": LBFGSFit(steps=10),
     "L-BFGS, 20 iterations": LBFGSFit(steps=20),
     "trust region, 3 steps": TrustRegionFit(steps=3),
