@@ -20,10 +20,9 @@ def test_a_fixed_penalty_stays():
 
 
 def test_an_adapted_penalty_continues_where_the_saved_one_was(tmp_path):
-    agent = KLPenalty("CartPole-v1", penalty=1.0, kl_target=1e-4, **MEDIUM)
-    agent.learn(500, progress=False)
+    agent = KLPenalty("CartPole-v1", penalty=0.01, **MEDIUM).learn(500, progress=False)
     (group,) = agent.policy_optimizer.param_groups
-    assert group["penalty"] > 1.0  # each step went further
+    assert group["penalty"] > 0.01  # the first steps are far too long
     agent.save(tmp_path / "agent.zip")
     for options, expected in (({}, group["penalty"]), ({"penalty": 3.0}, 3.0)):
         loaded = KLPenalty.load(tmp_path / "agent.zip", **options)
