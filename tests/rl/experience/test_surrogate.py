@@ -101,3 +101,21 @@ def test_the_present_distribution_is_kept_when_the_policy_moves():
             p.mul_(2).add_(1)
     assert torch.equal(old.logits, expected)
     assert not torch.equal(policy(rows).logits, expected)
+
+
+def test_trials_follow_the_parameters_and_agree_with_the_graph():
+    """They are computed apart from torch's graph, by arrays that share the parameters' memory."""
+    agent = TRPO(vector(lambda: Clock(length=3), 4), **SMALL).learn(1, progress=False)
+    path = agent._collector.collect(agent.policy, 16)
+    closure = agent.objective(path, normalise(torch.randn(path.mask.shape), path.mask))
+    for _ in range(2):
+        value, distribution = closure()
+        with torch.no_grad():
+            tried, other = closure()
+        torch.testing.assert_close(tried, value.detach(), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(other.logits, distribution.logits.detach())
+        assert value.requires_grad
+        assert not tried.requires_grad
+        with torch.no_grad():
+            for p in agent.policy.parameters():
+                p.add_(0.1 * torch.randn_like(p))
