@@ -2,7 +2,7 @@
 
 Every point is a process of its own on one thread, so that its peak memory is its own: an agent on
 CartPole-v1 makes an update to warm up, and then some that are timed. sb3-contrib has the same
-environments, states an update and passes of its critic, in minibatches of 128.
+environments, states per update and passes of its critic, in minibatches of 128.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def plot(results: dict[str, list[tuple[int, str, dict[str, float]]]], out: Path)
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(2, 2, figsize=(9, 6), sharex="col", layout="constrained")
-    measures = (("steps_per_second", "steps a second"), ("memory_mib", "peak memory, MiB"))
+    measures = (("steps_per_second", "steps per second"), ("memory_mib", "peak memory, MiB"))
     for column, (over, points) in zip(axes.T, results.items(), strict=True):
         for axis, (key, label) in zip(column, measures, strict=True):
             for side in SIDES:
@@ -97,13 +97,15 @@ def main() -> None:
         print(json.dumps(measure(args.point[0], int(args.point[1]), int(args.point[2]))))
         return
     grid = {
-        f"environments ({STATES_AT_ENVS} states an update)": [(n, n, STATES_AT_ENVS) for n in ENVS],
-        f"states an update ({ENVS_AT_STATES} environments)": [
+        f"environments ({STATES_AT_ENVS} states per update)": [
+            (n, n, STATES_AT_ENVS) for n in ENVS
+        ],
+        f"states per update ({ENVS_AT_STATES} environments)": [
             (b, ENVS_AT_STATES, b) for b in STATES
         ],
     }
     results: dict[str, list[tuple[int, str, dict[str, float]]]] = {over: [] for over in grid}
-    print("| environments | states an update | side | steps / s | peak memory, MiB |")
+    print("| environments | states per update | side | steps / s | peak memory, MiB |")
     print("| ---: | ---: | --- | ---: | ---: |")
     for over, points in grid.items():
         for x, n_envs, states in points:

@@ -94,7 +94,7 @@ class Agent(abc.ABC):
         policy: Policy | None,
         critic: nn.Module | None,
     ) -> None:
-        """Make networks and optimizers, anew."""
+        """Make new networks and optimizers."""
         config.check_batch()
         config.check_device()
         self.config, self.layout, self.action_space = config, layout, action_space

@@ -29,7 +29,7 @@ def observation_layout(envs: VectorEnv, config: Config, seed: int) -> Observatio
     Args:
         envs: the environments; they are reset.
         config: options of the agent.
-        seed: of the reset: that of the first path, so that the environments see no other.
+        seed: seed of the reset. Pass that of the first path, so that there is only one.
 
     Raises:
         ValueError: an unsupported observation space.

@@ -68,7 +68,7 @@ class AdamFit:
     Attributes:
         lr: learning rate.
         epochs: passes over the rollout.
-        batch_size: of a minibatch; the last one of a pass may be smaller.
+        batch_size: size of a minibatch; the last one of a pass may be smaller.
 
     """
 

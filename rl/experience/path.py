@@ -37,7 +37,7 @@ class Path:
         observations: rows of an :class:`rl.ObservationLayout`, ``(T + 1, N, d)``. Row ``t + 1`` is
             what step ``t`` led to, and what the next action was chosen from.
         actions: ``(T, N)`` or ``(T, N, k)``.
-        log_prob: of the actions under the policy that took them, ``(T, N)``; zero outside the mask.
+        log_prob: log-probabilities of the actions when taken, ``(T, N)``; zero outside the mask.
         signals: what the environments gave for each step, by name, each ``(T, N)``: ``"reward"``.
         terminated: bool ``(T, N)``: the episode ended in a terminal state.
         truncated: bool ``(T, N)``: the episode was cut off.

@@ -13,7 +13,7 @@ from .path import Path
 class RewardScale(nn.Module):
     r"""Rewards divided by the standard deviation of their discounted sums.
 
-    The sums :math:`R_t = r_t + \gamma R_{t-1}` run forwards and start anew with each episode. The
+    The sums :math:`R_t = r_t + \gamma R_{t-1}` run forwards and start at zero in each episode. The
     mean is left alone: taking it off would change which policy is best.
 
     Args:
