@@ -341,7 +341,7 @@ class Agent(abc.ABC):
             policy: your own policy, if the agent had one; likewise ``critic`` and ``collector``.
             critic: see there.
             collector: see there.
-            options: options to change, for example ``device`` or ``delta``.
+            options: options to change, as ``delta``; ``critic_fit`` starts its optimizer over.
 
         Raises:
             CheckpointError: the file is truncated, damaged, of another format or algorithm.

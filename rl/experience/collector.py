@@ -136,7 +136,10 @@ class EnvCollector:
             for t in range(steps):
                 actions.append(act(t, rows[t]))
                 step = self._step(policy.to_env(actions[t]), t)
-                for name, x in self.signals(step).items():
+                given = self.signals(step)
+                if "reward" not in given:
+                    raise ValueError(f"signals() must return 'reward', got {', '.join(given)}")
+                for name, x in given.items():
                     if name not in signals:
                         signals[name] = np.full((steps, n), np.nan)
                     signals[name][t] = x

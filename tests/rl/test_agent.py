@@ -350,3 +350,13 @@ def test_a_schedule_that_is_not_asked_for_keeps_its_start():
     assert agent.scheduled(3.0, 1.0) == 2.0
     assert isinstance(agent.critic, Critic)
     assert isinstance(agent.config, TRPOConfig)
+
+
+def test_signals_without_a_reward_are_named():
+    class Without(EnvCollector):
+        def signals(self, step):
+            return {"cost": step.rewards}
+
+    agent = TRPO(Clock, collector=Without, **SMALL)
+    with pytest.raises(ValueError, match=r"signals\(\) must return 'reward', got cost"):
+        agent.learn(64, progress=False)
