@@ -130,10 +130,11 @@ def record_to_text(record: Any, kinds: Mapping[str, type[Any]]) -> str | None:
     return None
 
 
-def _check(holds: Callable[[Any], bool], words: str, options: Any, *names: str) -> None:
-    """Raise a ValueError where a field of a record is neither None nor as it must be."""
-    for name in names:
-        value = getattr(options, name)
+def _check(
+    holds: Callable[[Any], bool], words: str, options: Any = None, /, *names: str, **values: Any
+) -> None:
+    """Raise a ValueError where a field of a record, or a value, is neither None nor as it must."""
+    for name, value in ({n: getattr(options, n) for n in names} | values).items():
         if value is not None and not holds(value):
             raise ValueError(f"{name} must {words}, got {value}")
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Protocol
 
 import torch
@@ -124,7 +123,7 @@ def gae(
 
     """
     _check(rewards, values, next_values, terminated, truncated)
-    _check_factors(gamma=gamma, gae_lambda=gae_lambda)
+    check_fractions(gamma=gamma, gae_lambda=gae_lambda)
     deltas = _errors(rewards, values, next_values, terminated, gamma)
     going_on = (~(terminated | truncated)).to(values.dtype)
     advantages = discounted_sums(deltas, gamma * gae_lambda * going_on, len(deltas))
@@ -160,9 +159,8 @@ def n_step(
 
     """
     _check(rewards, values, next_values, terminated, truncated)
-    _check_factors(gamma=gamma)
-    if n < 1:
-        raise ValueError(f"n must be at least 1, got {n}")
+    check_fractions(gamma=gamma)
+    check_counts(n=n)
     deltas = _errors(rewards, values, next_values, terminated, gamma)
     going_on = (~(terminated | truncated)).to(values.dtype)
     advantages = discounted_sums(deltas, gamma * going_on, min(n, len(deltas)))
@@ -199,7 +197,7 @@ def td_lambda(
 
     """
     _check(rewards, next_values, terminated, truncated)
-    _check_factors(gamma=gamma, trace=trace)
+    check_fractions(gamma=gamma, trace=trace)
     weight = trace * (~(terminated | truncated)).to(next_values.dtype)
     weight[-1] = 0.0
     future = torch.where(terminated, 0.0, next_values)
@@ -250,7 +248,3 @@ def _check(*tensors: Tensor) -> None:
     shapes = {tuple(t.shape) for t in tensors}
     if len(shapes) != 1 or tensors[0].ndim != 2 or len(tensors[0]) == 0:
         raise ValueError(f"all tensors must have one shape (T, N), T >= 1, got {sorted(shapes)}")
-
-
-def _check_factors(**factors: float) -> None:
-    check_fractions(SimpleNamespace(**factors), *factors)

@@ -151,7 +151,7 @@ class GaussianHead(ActionHead):
     the squashed action; its entropy is not.
 
     Args:
-        space: of the actions.
+        space: the action space.
         squash: squash instead of clip; the box must be bounded.
         state_dependent_std: let the network give the logarithms of the standard deviations, which
             otherwise are parameters of the head.

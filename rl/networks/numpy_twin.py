@@ -34,7 +34,7 @@ def actor(policy: Policy, noise: Tensor) -> Actor:
 
     Args:
         policy: its parameters are read now.
-        noise: of the whole rollout, one row per step, as ``policy.noise`` returns it.
+        noise: what ``policy.noise`` returned for the rollout, one row per step.
 
     """
     if type(policy) is HeadPolicy and policy.columns is None:
@@ -89,7 +89,7 @@ def squared_error(
     Args:
         critic: rows ``(B, d)`` to values ``(B,)``.
         x: the values of ``parameters``, one after the other, ``(n,)``.
-        parameters: of the critic.
+        parameters: the critic's parameters to differentiate by.
         rows: of observations, ``(B, d)``.
         returns: targets, ``(B,)``.
 

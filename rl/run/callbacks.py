@@ -19,9 +19,10 @@ from gymnasium.vector import VectorEnv
 from .. import checkpoint
 from ..agent import Agent
 from ..envs.make import EnvSource, make_envs
+from ..options import check_counts
 from ..reports import Callback, Log, as_callbacks, stops
 from .evaluation import evaluate
-from .logs import check_counts, writable
+from .logs import writable
 
 _MEAN = "eval/mean_reward"
 

@@ -20,11 +20,12 @@ from .. import checkpoint
 from ..agent import Agent
 from ..algorithms import ALGORITHMS, load
 from ..envs.make import describe
+from ..options import check_counts
 from .callbacks import Every
 from .commands import Check, Eval, Plot, Record, Train, Trained, env_keywords, env_source, parse
 from .evaluation import evaluate
 from .inspection import inspect_env
-from .logs import CSVLog, Table, TensorBoardLog, check_counts, entry, number, read_csv
+from .logs import CSVLog, Table, TensorBoardLog, entry, number, read_csv
 from .plots import plot_learning_curve, plot_runs
 from .video import record
 

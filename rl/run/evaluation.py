@@ -15,8 +15,9 @@ from ..envs.layout import MASK
 from ..envs.make import EnvSource, Vectorization, make_envs
 from ..envs.pool import PoolVectorEnv
 from ..envs.stepper import Stepper, Transition, play
+from ..options import check_counts
 from ..threads import few_threads
-from .logs import check_counts, number
+from .logs import number
 
 _COPIES = 8  # for a predictor that does not say how many environments it was trained in
 _STEPS = 10_000  # after which an episode is cut off

@@ -11,6 +11,7 @@ from numbers import Integral
 from pathlib import Path
 
 from ..agent import Agent
+from ..options import check_counts
 from ..reports import Log
 
 _COLUMNS = (  # title, key, width: 80 in all; each cell is at least one narrower
@@ -137,13 +138,6 @@ class TensorBoardLog:
             if isinstance(value, int | float):
                 self._writer.add_scalar(key, value, agent.num_timesteps)
         self._writer.flush()
-
-
-def check_counts(**counts: int | None) -> None:
-    """Raise a ValueError where an argument is below 1."""
-    for name, value in counts.items():
-        if value is not None and value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
 
 
 def writable(path: str | Path) -> Path:

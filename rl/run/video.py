@@ -17,8 +17,9 @@ import numpy as np
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
 from ..envs.stepper import Stepper
+from ..options import check_counts
 from .evaluation import Predictor, transitions
-from .logs import check_counts, writable
+from .logs import writable
 
 
 def record(
