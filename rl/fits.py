@@ -14,7 +14,7 @@ from trustregion import NaturalTrustRegion
 from trustregion.operators import ParameterVector
 
 from .networks.modes import evaluating
-from .networks.numpy_twin import squared_error
+from .networks.numpy_twin import adam_step, squared_error
 from .options import check_counts, check_not_negative, check_positive, convert_fields
 from .undo import undone_on_error
 
@@ -88,25 +88,28 @@ class AdamFit:
 
     def __call__(self, task: Regression, optimizer: torch.optim.Optimizer) -> float:
         """Make the passes."""
+        assert isinstance(optimizer, torch.optim.Adam)  # made above
         vector, (x,) = ParameterVector(task.parameters), optimizer.param_groups[0]["params"]
         start, frozen, n = vector.values(), _frozen(task.parameters), len(task.returns)
         x.data.copy_(start)
-        error, total = squared_error(task.critic, x, *task[1:4]), 0.0
+        inputs, error = squared_error(task.critic, x, task.parameters, task.rows)
+        total, step = 0.0, adam_step(optimizer, x)
         with undone_on_error(task.critic, optimizer=optimizer):
             for epoch in range(self.epochs):
                 total = 0.0
                 order = torch.randperm(n, generator=task.generator)
-                for positions in order.split(self.batch_size):
-                    value = error(positions)
+                parts = inputs[order], task.returns[order]
+                for batch in zip(*(part.split(self.batch_size) for part in parts), strict=True):
+                    value = error(*batch)
                     if not math.isfinite(value):
                         raise ValueError(
                             f"the critic's loss is {value} in pass {epoch}: it diverged. Lower lr"
                             " of critic_fit, or scale the rewards"
                         )
-                    optimizer.step()
+                    step()
                     if frozen is not None:
                         x.data[frozen] = start[frozen]
-                    total += value * len(positions)
+                    total += value * len(batch[1])
             vector.assign(x.detach())
         return total / n
 
@@ -140,12 +143,11 @@ class LBFGSFit:
         """Run the iterations; keep the parameters if they end in a worse error."""
         vector, (x,) = ParameterVector(task.parameters), optimizer.param_groups[0]["params"]
         x.data.copy_(vector.values())
-        error = squared_error(task.critic, x, *task[1:4])
-        everywhere = torch.arange(len(task.returns), device=task.returns.device)
+        inputs, error = squared_error(task.critic, x, task.parameters, task.rows)
         frozen = _frozen(task.parameters)
 
         def closure() -> float:
-            value = error(everywhere)
+            value = error(inputs, task.returns)
             if frozen is not None:
                 x.grad[frozen] = 0.0
             return value
@@ -157,7 +159,7 @@ class LBFGSFit:
                     raise ValueError(
                         f"the critic's loss is {first}: the returns or values are not finite"
                     )
-                last = error(everywhere)
+                last = error(inputs, task.returns)
             finally:
                 optimizer.state.clear()  # the curvature is that of this batch
             if last <= first:

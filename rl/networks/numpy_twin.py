@@ -8,6 +8,7 @@ rounding, and returns the torch form where a network is anything else.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -75,46 +76,75 @@ def value_function(critic: nn.Module) -> Callable[[Tensor], Tensor]:
 
 
 def squared_error(
-    critic: nn.Module,
-    x: nn.Parameter,
-    parameters: Sequence[nn.Parameter],
-    rows: Tensor,
-    returns: Tensor,
-) -> Callable[[Tensor], float]:
-    r"""Return :math:`E[(V - R)^2]` over positions in a batch, as a function of parameters ``x``.
+    critic: nn.Module, x: nn.Parameter, parameters: Sequence[nn.Parameter], rows: Tensor
+) -> tuple[Tensor, Callable[[Tensor, Tensor], float]]:
+    r"""Return inputs and :math:`E[(V - R)^2]` as a function of some of them and their targets.
 
-    Each call reads ``x`` and leaves the gradient in ``x.grad``. What does not change while only
-    these parameters do, as the layers below them, is computed once.
+    Each call reads the parameters from ``x`` and writes the gradient to ``x.grad``, which stays the
+    same tensor. The inputs are the rows, or what the layers below these parameters make of them,
+    which is computed once.
 
     Args:
         critic: rows ``(B, d)`` to values ``(B,)``.
         x: the values of ``parameters``, one after the other, ``(n,)``.
         parameters: the critic's parameters to differentiate by.
         rows: of observations, ``(B, d)``.
-        returns: targets, ``(B,)``.
 
     """
-    if type(critic) is Critic:
-        twin = _twin(critic)
-        if twin is not None:
-            frozen, fitted = twin.split({id(p) for p in parameters})
-            if [id(p) for la in fitted.layers for p in la.module.parameters()] == [
-                id(p) for p in parameters
-            ]:
-                return _error_at(fitted.layers, x, frozen(rows.numpy()), returns.numpy())
+    gradient = x.grad = torch.zeros_like(x)
+    twin = _twin(critic) if type(critic) is Critic else None
+    if twin is not None:
+        frozen, fitted = twin.split({id(p) for p in parameters})
+        held = [p for layer in fitted.layers for p in layer.module.parameters()]
+        if list(map(id, held)) == list(map(id, parameters)):
+            return torch.from_numpy(frozen(rows.numpy())), _error_at(fitted.layers, x, gradient)
     names = {id(p): name for name, p in critic.named_parameters()}
     keys, shapes = [names[id(p)] for p in parameters], [p.shape for p in parameters]
     sizes = [p.numel() for p in parameters]
 
-    def error(positions: Tensor) -> float:
+    def error(inputs: Tensor, targets: Tensor) -> float:
         parts = x.split(sizes)
         values = {k: part.view(s) for k, part, s in zip(keys, parts, shapes, strict=True)}
-        predicted = torch.func.functional_call(critic, values, (rows[positions],))
-        loss = (predicted - returns[positions]).square().mean()
-        (x.grad,) = torch.autograd.grad(loss, [x])
+        predicted = torch.func.functional_call(critic, values, (inputs,))
+        loss = (predicted - targets).square().mean()
+        gradient.copy_(torch.autograd.grad(loss, [x])[0])
         return loss.item()
 
-    return error
+    return rows, error
+
+
+def adam_step(optimizer: torch.optim.Adam, x: nn.Parameter) -> Callable[[], object]:
+    """Return a function that does as ``optimizer.step``: Kingma and Ba, Adam, 2015, algorithm 1.
+
+    Args:
+        optimizer: of ``x`` alone.
+        x: its gradient tensor is used from now on.
+
+    """
+    (group,), state = optimizer.param_groups, optimizer.state[x]
+    others = any(group[name] for name in ("weight_decay", "amsgrad", "maximize"))
+    if not state or x.grad is None or others or not _plain(x):  # the first step makes the state
+        return optimizer.step
+    tensors = x.detach(), x.grad, state["exp_avg"], state["exp_avg_sq"], state["step"]
+    values, gradient, mean, square, count = (tensor.numpy() for tensor in tensors)
+    (beta1, beta2), lr, eps = group["betas"], group["lr"], group["eps"]
+    spare = np.empty_like(gradient)
+
+    @np.errstate(all="ignore")  # the caller looks at the error
+    def step() -> None:
+        count[()] += 1
+        t = float(count)
+        np.multiply(mean, beta1, out=mean)
+        np.add(mean, np.multiply(gradient, 1 - beta1, out=spare), out=mean)
+        np.multiply(square, beta2, out=square)
+        np.multiply(np.square(gradient, out=spare), 1 - beta2, out=spare)
+        np.add(square, spare, out=square)
+        np.multiply(np.sqrt(square, out=spare), 1 / math.sqrt(1 - beta2**t), out=spare)
+        np.divide(mean, np.add(spare, eps, out=spare), out=spare)
+        np.multiply(spare, lr / (1 - beta1**t), out=spare)
+        np.subtract(values, spare, out=values)
+
+    return step
 
 
 @dataclass(frozen=True, eq=False)
@@ -154,55 +184,52 @@ class _Network:
 
 
 def _error_at(
-    layers: Sequence[_Layer], x: nn.Parameter, rows: Array, targets: Array
-) -> Callable[[Tensor], float]:
-    """Return the mean squared error of layers whose parameters are ``x``, by back-propagation.
+    layers: Sequence[_Layer], x: Tensor, grad: Tensor
+) -> Callable[[Tensor, Tensor], float]:
+    """Return the mean squared error of layers at parameters ``x``, whose gradient goes to ``grad``.
 
     Its arrays are kept from call to call: new ones of this size come with page faults, which take
     as long as the arithmetic.
     """
-    values, gradient, start = x.detach().numpy(), np.empty(x.shape, np.float32), 0
-    views: list[list[Array]] = []  # weight, its gradient, bias, its gradient
-    for array in (a for layer in layers for a in (layer.weight, layer.bias)):
-        stop = start + array.size
-        views.append([whole[start:stop].reshape(array.shape) for whole in (values, gradient)])
-        start = stop
-    weights, biases, grad = views[::2], views[1::2], torch.from_numpy(gradient)
+    sizes = [array.size for layer in layers for array in (layer.weight, layer.bias)]
+    values, slopes = ([part.numpy() for part in v.split(sizes)] for v in (x.detach(), grad))
+    weights, weight_grads = (
+        [part.reshape(la.weight.shape) for part, la in zip(v[::2], layers, strict=True)]
+        for v in (values, slopes)
+    )
+    biases, bias_grads = values[1::2], slopes[1::2]
 
     @cache
-    def buffers(size: int) -> tuple[list[Array], list[Array], list[Array], Array]:
-        widths = [rows.shape[1], *(len(bias) for bias, _ in biases)]
-        made = [[np.empty((size, width), np.float32) for width in widths] for _ in range(3)]
-        return *made, np.ones(size, np.float32)  # pyright: ignore[reportReturnType] # three
+    def buffers(size: int) -> tuple[list[Array], list[Array], Array]:
+        shapes = [(size, bias.size) for bias in biases]
+        outputs, deltas = ([np.empty(shape, np.float32) for shape in shapes] for _ in range(2))
+        return outputs, deltas, np.ones(size, np.float32)
 
-    def error(positions: Tensor) -> float:
-        i, n = positions.numpy(), len(positions)
-        outputs, slopes, spare, ones = buffers(n)
-        np.take(rows, i, axis=0, out=outputs[0], mode="clip")  # other modes copy once more
+    @np.errstate(all="ignore")  # the caller looks at the error
+    def error(inputs: Tensor, targets: Tensor) -> float:
+        rows, n = inputs.numpy(), len(inputs)
+        outputs, deltas, ones = buffers(n)
         for k, layer in enumerate(layers):
-            y = np.dot(outputs[k], weights[k][0].T, out=outputs[k + 1])
-            y += biases[k][0]
+            y = np.dot(outputs[k - 1] if k else rows, weights[k].T, out=outputs[k])
+            y += biases[k]
             if layer.tanh:
                 np.tanh(y, out=y)
-        residual = outputs[-1][:, 0] - targets[i]
-        np.multiply(residual[:, None], np.float32(2 / n), out=slopes[-1])
+        residual = outputs[-1][:, 0] - targets.numpy()
+        np.multiply(residual[:, None], np.float32(2 / n), out=deltas[-1])
         for k in reversed(range(len(layers))):
-            slope = slopes[k + 1]
-            if layers[k].tanh:
-                derivative = np.square(outputs[k + 1], out=spare[k + 1])
-                slope *= np.subtract(1, derivative, out=derivative)
-            np.dot(slope.T, outputs[k], out=weights[k][1])
-            np.dot(ones, slope, out=biases[k][1])
+            delta = deltas[k]
+            if layers[
+                k
+            ].tanh:  # its derivative takes the place of the output, used for the last time
+                derivative = np.square(outputs[k], out=outputs[k])
+                delta *= np.subtract(1, derivative, out=derivative)
+            np.dot(delta.T, outputs[k - 1] if k else rows, out=weight_grads[k])
+            np.dot(ones, delta, out=bias_grads[k])
             if k:
-                np.dot(slope, weights[k][0], out=slopes[k])
-        x.grad = grad
+                np.dot(delta, weights[k], out=deltas[k - 1])
         return float(residual @ residual) / n
 
-    def quiet(positions: Tensor) -> float:
-        with np.errstate(all="ignore"):  # the caller looks at the error
-            return error(positions)
-
-    return quiet
+    return error
 
 
 def _twin(network: HeadPolicy | Critic) -> _Network | None:
@@ -224,7 +251,7 @@ def _twin(network: HeadPolicy | Critic) -> _Network | None:
         return None
     layers: list[_Layer] = []
     for module in modules:
-        if type(module) is nn.Linear and _plain(module):
+        if type(module) is nn.Linear and _plain(module.weight, module.bias):
             arrays = module.weight.detach().numpy(), module.bias.detach().numpy()
             layers.append(_Layer(module, *arrays, tanh=False))
         elif type(module) is nn.Tanh and layers and not layers[-1].tanh:
@@ -235,8 +262,7 @@ def _twin(network: HeadPolicy | Critic) -> _Network | None:
     return _Network(_normaliser(norm), tuple(layers))
 
 
-def _plain(module: nn.Linear) -> bool:
-    tensors = [module.weight, module.bias]
+def _plain(*tensors: Tensor | None) -> bool:
     return all(
         t is not None and t.dtype is torch.float32 and t.device.type == "cpu" for t in tensors
     )

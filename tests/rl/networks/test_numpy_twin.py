@@ -62,12 +62,12 @@ def test_the_error_and_its_gradient_are_those_of_autograd(case, n, data):
     rows, returns = 5 + 3 * torch.randn(n, critic.encoder.columns.numel()), torch.randn(n)
     kept = [p.clone() for p in critic.parameters()]
     x = nn.Parameter(torch.cat([p.detach().flatten() for p in parameters]))
-    error = squared_error(critic, x, parameters, rows, returns)
+    inputs, error = squared_error(critic, x, parameters, rows)
     for _ in range(2):
         with torch.no_grad():  # each call reads it
             x.copy_(torch.randn_like(x))
         positions = torch.tensor(data.draw(st.lists(st.integers(0, n - 1), min_size=1)))
-        found, gradient = error(positions), x.grad.clone()
+        found, gradient = error(inputs[positions], returns[positions]), x.grad.clone()
         other = copy.deepcopy(critic)
         fitted = list(other.parameters())[-count:]
         with torch.no_grad():
@@ -91,9 +91,9 @@ def test_parameters_in_the_middle_are_fitted_too(fitted):
     critic, rows, returns = critic_of(), torch.randn(20, 3), torch.randn(20)
     parameters = [list(critic.parameters())[fitted]]
     x = nn.Parameter(parameters[0].detach().flatten().clone())
-    error = squared_error(critic, x, parameters, rows, returns)
+    inputs, error = squared_error(critic, x, parameters, rows)
     expected = (critic(rows) - returns).square().mean()
-    assert error(torch.arange(20)) == pytest.approx(expected.item(), rel=1e-5)
+    assert error(inputs, returns) == pytest.approx(expected.item(), rel=1e-5)
     (gradient,) = torch.autograd.grad(expected, parameters)
     torch.testing.assert_close(x.grad, gradient.flatten())
 
@@ -104,12 +104,14 @@ def test_batches_of_several_sizes_share_nothing():
     critic, rows, returns = critic_of(), torch.randn(20, 3), torch.randn(20)
     parameters = list(critic.parameters())
     x = nn.Parameter(torch.cat([p.detach().flatten() for p in parameters]))
-    error = squared_error(critic, x, parameters, rows, returns)
+    inputs, error = squared_error(critic, x, parameters, rows)
     batches = [torch.randperm(20)[:n] for n in (7, 3, 7, 20, 3, 1, 7)]
-    found = [(error(positions), x.grad.clone()) for positions in batches]
+    found = [
+        (error(inputs[positions], returns[positions]), x.grad.clone()) for positions in batches
+    ]
     for positions, (value, gradient) in zip(batches, found, strict=True):
-        alone = squared_error(critic, x, parameters, rows, returns)
-        assert alone(positions) == value
+        _, alone = squared_error(critic, x, parameters, rows)
+        assert alone(inputs[positions], returns[positions]) == value
         assert torch.equal(x.grad, gradient)
         expected = (critic(rows[positions]) - returns[positions]).square().mean()
         assert value == pytest.approx(expected.item(), rel=1e-5)
@@ -119,8 +121,8 @@ def test_overflow_is_an_error_that_is_not_finite_and_no_warning():
     critic, huge = critic_of(), torch.full((4,), 3e38)
     parameters = list(critic.parameters())
     x = nn.Parameter(torch.cat([p.detach().flatten() for p in parameters]))
-    error = squared_error(critic, x, parameters, torch.randn(4, 3), huge)
-    assert error(torch.arange(4)) == math.inf
+    inputs, error = squared_error(critic, x, parameters, torch.randn(4, 3))
+    assert error(inputs, huge) == math.inf
 
 
 @given(networks(), st.lists(st.integers(1, 4), min_size=1, max_size=3))
@@ -298,9 +300,9 @@ def test_other_critics_are_left_to_torch(make):
     assert value_function(critic) is critic
     parameters = list(critic.parameters())
     x = nn.Parameter(torch.cat([p.detach().flatten() for p in parameters]))
-    error = squared_error(critic, x, parameters, rows, returns)
+    inputs, error = squared_error(critic, x, parameters, rows)
     expected = (critic(rows) - returns).square().mean()
-    assert error(torch.arange(6)) == pytest.approx(expected.item(), rel=1e-5)
+    assert error(inputs, returns) == pytest.approx(expected.item(), rel=1e-5)
     gradient = torch.cat([g.flatten() for g in torch.autograd.grad(expected, parameters)])
     torch.testing.assert_close(x.grad, gradient)
 
@@ -316,7 +318,8 @@ def test_plain_networks_are_not():
     critic.linear[-1].forward = None  # cannot be called
     for fitted in (parameters, parameters[-2:]):
         part = nn.Parameter(x.detach()[-sum(p.numel() for p in fitted) :].clone())
-        squared_error(critic, part, fitted, torch.ones(2, 3), torch.ones(2))(torch.arange(2))
+        inputs, error = squared_error(critic, part, fitted, torch.ones(2, 3))
+        error(inputs, torch.ones(2))
 
 
 @pytest.mark.parametrize("place", [torch.float64, "meta"])
