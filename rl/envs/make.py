@@ -144,10 +144,11 @@ class PlainAnswers(gymnasium.Wrapper[Any, Any, Any, Any]):
             terminated = bool(flags("terminated", terminated, ()))
         if not isinstance(truncated, _FLAG):
             truncated = bool(flags("truncated", truncated, ()))
-        info = self._kept(info) if info else info
-        return as_numpy(observation), reward, terminated, truncated, info
+        return as_numpy(observation), reward, terminated, truncated, self._kept(info)
 
     def _kept(self, info: dict[str, Any]) -> dict[str, Any]:
+        if not self._keep and MASK not in info:
+            return {}
         kept = {k: float(reals(f"infos[{k!r}]", info[k], ())) for k in self._keep if k in info}
         mask = info.get(MASK)
         return kept if mask is None else kept | {MASK: flat_mask(mask, self._choices)}
