@@ -28,7 +28,7 @@ class TRPOConfig(NaturalConfig):
     """The bound at the end of learn(), reached linearly; None to keep it."""
 
     curvature_fraction: float = 0.25
-    """Share of the states, drawn anew for each update, whose mean is the Fisher matrix."""
+    """Share of the states whose mean is the Fisher matrix; each update draws other ones."""
 
     def __post_init__(self) -> None:
         """Check the ranges."""
