@@ -1,10 +1,9 @@
-"""The loop that every algorithm shares: collect, update, report."""
+"""What every algorithm shares: networks, optimizers, and an update of both from a path."""
 
 from __future__ import annotations
 
 import abc
-import copy
-import time
+import threading
 from collections.abc import Callable, Iterable
 from functools import cached_property
 from pathlib import Path as FilePath
@@ -30,7 +29,6 @@ from .config import Config
 from .envs.batches import as_batch
 from .envs.layout import ObservationLayout
 from .envs.make import EnvSource, make_envs
-from .envs.stepper import Stepper
 from .experience.advantages import Advantages
 from .experience.collector import Collector, EnvCollector
 from .experience.estimates import Estimates, estimate
@@ -41,8 +39,10 @@ from .fits import CriticFit, Regression, explained_variance
 from .networks.modes import evaluating
 from .networks.numpy_twin import actor
 from .networks.policy import Policy
-from .reports import Callback, Log, as_callbacks, progress_log, stops
-from .threads import few_threads
+from .reports import Callback, Log, as_callbacks
+from .training import Training
+
+_building = threading.Lock()  # two threads would take turns with torch's one generator
 
 
 class Agent(abc.ABC):
@@ -75,7 +75,7 @@ class Agent(abc.ABC):
     ) -> None:
         refuse_positional(self, env, *others)
         config = self.config_class.from_dict(options)
-        self.source, self._make_collector = env, collector
+        self.source, self.training = env, Training(self, collector)
         envs = make_envs(env, config.n_envs, config.vectorization)
         try:
             config = with_copies(config, options, envs)
@@ -101,12 +101,10 @@ class Agent(abc.ABC):
         self.advantages = cast("Advantages", config.advantages)  # the config made them objects
         self.critic_fit = cast("CriticFit", config.critic_fit)
         self.num_timesteps = self.iterations = 0
-        self.progress = 0.0  # of the call of learn(), 1 at its end
         self.generator = torch.Generator().manual_seed(config.seed or 0)
         self._predict_generator = torch.Generator().manual_seed(config.seed or 0)
-        self._collector: Collector | None = None
         norm = self.observation_norm = observation_norm(layout, config)
-        with torch.random.fork_rng(devices=[]):  # leave the user's random state alone
+        with _building, torch.random.fork_rng(devices=[]):  # leave the user's random state alone
             torch.manual_seed(config.seed or 0)
             networks = make_networks(layout, action_space, norm, config, policy, critic)
         self.policy, self.critic = networks[0].to(config.device), networks[1].to(config.device)
@@ -142,9 +140,19 @@ class Agent(abc.ABC):
         return self.source if isinstance(self.source, str) else None
 
     def close(self) -> None:
-        """Close the environments, unless a vector environment was passed in."""
-        if self.has_envs:
-            self._close(self.envs)
+        """Close the environments, unless a vector environment was passed in.
+
+        ``learn`` makes them anew.
+        """
+        if self.has_envs and not isinstance(self.source, VectorEnv):
+            self.training.collector = None
+            vars(self).pop("envs").close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def _close(self, envs: VectorEnv) -> None:
         if not isinstance(self.source, VectorEnv):
@@ -185,72 +193,33 @@ class Agent(abc.ABC):
 
     def learn(
         self,
-        total_timesteps: int,
+        total_timesteps: int | None = None,
         progress: bool = True,
         callback: Callback | Iterable[Callback | None] | None = None,
         logger: Callback | Iterable[Callback | None] | None = None,
     ) -> Self:
         """Train for ``total_timesteps`` more environment steps, rounded up to whole rollouts.
 
+        If this raises or is interrupted, the agent is as its last whole update left it, and
+        ``learn()`` makes the steps that were left.
+
         Args:
-            total_timesteps: environment steps to add; resets do not count.
+            total_timesteps: environment steps to add; resets do not count. None for those that the
+                last call left, also if the agent was saved meanwhile and loaded: the training goes
+                on as if it had not stopped, schedules and callbacks too.
             progress: show a progress bar.
             callback: called with the agent and the log after each update, and may add to the log;
                 False stops. Of several, all are called: see :mod:`rl.run.callbacks`.
             logger: called after all callbacks, with what they added: see :mod:`rl.run.logs`.
 
         """
-        from tqdm import tqdm
-
-        if total_timesteps <= 0:
-            raise ValueError(f"total_timesteps must be positive, got {total_timesteps}")
-        callbacks, loggers = as_callbacks(callback), as_callbacks(logger)
-        if self._collector is None:
-            seed = environment_seed(self.config, self.num_timesteps)
-            self._collector = self._make_collector(
-                Stepper(self.envs), self.layout, seed=seed, generator=self.generator
-            )
-        collector = self._collector
-        rows = self.config.steps_per_update // self.config.n_envs
-        first, started = self.num_timesteps, time.perf_counter()
-        self.progress = 0.0
-        with tqdm(total=total_timesteps, unit="step", disable=not progress, leave=False) as bar:
-            while self.num_timesteps < first + total_timesteps:
-                with few_threads(self.policy, self.critic):
-                    path = collector.collect(self.policy, rows, version=self.iterations)
-                    log = self._learn_from(path)
-                self.num_timesteps += path.steps
-                self.iterations += 1
-                steps = self.num_timesteps - first
-                self.progress = min(steps / total_timesteps, 1.0)
-                bar.update(min(path.steps, total_timesteps - bar.n))
-                elapsed = time.perf_counter() - started
-                log = progress_log(self, collector.episodes, steps, elapsed) | log
-                answers = [call(self, log) for call in callbacks]
-                for write in loggers:
-                    write(self, log)
-                if stops(answers):
-                    break
+        self.training.learn(total_timesteps, progress, as_callbacks(callback), as_callbacks(logger))
         return self
 
-    def _learn_from(self, path: Path) -> Log:
-        """Update, with the scale of rewards and the moments of observations.
-
-        The moments move afterwards: the surrogate sees those that the actions were chosen from. The
-        scale of rewards moves first: the critic is to know it from its first fit on.
-        """
-        kept = copy.deepcopy(self.reward_scale)
-        try:
-            if self.reward_scale is not None:
-                self.reward_scale.update(path)
-                path = self.reward_scale(path)
-            log = self.update(path)
-        except BaseException:
-            self.reward_scale = kept
-            raise
-        if self.observation_norm is not None:
-            self.observation_norm.update(path.rows[:, self.layout.vector_columns])
-        return log
+    @property
+    def progress(self) -> float:
+        """The share of the steps of :meth:`learn` that are made: 1 at its end."""
+        return self.training.progress
 
     def scheduled(self, start: float, end: float | None) -> float:
         """Return an option that moves linearly over :meth:`learn`; its start where it does not."""
@@ -307,15 +276,24 @@ class Agent(abc.ABC):
         self.generator.set_state(state["generator"])
         self.num_timesteps, self.iterations = state["num_timesteps"], state["iterations"]
 
-    def save(self, path: str | FilePath, notes: dict[str, Any] | None = None) -> None:
+    def save(
+        self, path: str | FilePath, notes: dict[str, Any] | None = None, *, run: bool = True
+    ) -> None:
         """Write weights, optimizers, counters and random state to one file, atomically.
 
         Args:
             path: the file.
             notes: plain values to keep with them.
+            run: also what ``learn()`` needs to go on: episodes, schedules, callbacks. Environments
+                whose state cannot be read are made anew, with a warning.
+
+        Raises:
+            RuntimeError: another thread is in :meth:`learn`.
 
         """
-        state = {"notes": notes or {}, "agent": self.state_dict()}
+        self.training.check_thread()
+        state: dict[str, Any] = {"notes": notes or {}, "agent": self.state_dict()}
+        state["run"] = self.training.state_dict() if run else None
         checkpoint.write(FilePath(path), saving.describe(self) | state)
 
     @classmethod
@@ -331,9 +309,9 @@ class Agent(abc.ABC):
     ) -> Self:
         """Return the agent of a file written by :meth:`save`.
 
-        The environments start new episodes, and draws of ``predict`` start over; everything else
-        continues where it was. Environments are made when they are first needed, which is not by
-        ``predict``.
+        ``learn()`` goes on bit for bit as the agent that was saved: on the same machine, with the
+        same versions and number of threads. Only draws of ``predict`` start over. Environments are
+        made when they are first needed, which is not by ``predict``.
 
         Args:
             path: the file.
@@ -348,7 +326,7 @@ class Agent(abc.ABC):
 
         """
         agent = cls.__new__(cls)
-        agent.source, agent._make_collector = env, collector
+        agent.source, agent.training = env, Training(agent, collector)
         try:
             saving.load_into(agent, FilePath(path), options, policy, critic)
         except BaseException as error:

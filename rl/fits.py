@@ -94,7 +94,7 @@ class AdamFit:
         x.data.copy_(start)
         inputs, error = squared_error(task.critic, x, task.parameters, task.rows)
         total, step = 0.0, adam_step(optimizer, x)
-        with undone_on_error(task.critic, optimizer=optimizer):
+        with undone_on_error(task.critic, optimizers=[optimizer]):
             for epoch in range(self.epochs):
                 total = 0.0
                 order = torch.randperm(n, generator=task.generator)
@@ -223,7 +223,7 @@ class TrustRegionFit:
             return ((values - returns) / sigma).square().mean(), Normal(values, sigma)
 
         reached = 1.0  # of the error
-        with undone_on_error(critic, optimizer=optimizer):
+        with undone_on_error(critic, optimizers=[optimizer]):
             for _ in range(self.steps):
                 optimizer.step(closure)
                 info = optimizer.info

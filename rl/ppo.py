@@ -96,7 +96,7 @@ class PPO(Agent):
     def update(self, path: Path) -> Log:
         """Estimate advantages and make the passes."""
         estimates = self.estimate(path)
-        with undone_on_error(self.policy, self.critic, optimizer=self.optimizer):
+        with undone_on_error(self.policy, self.critic, optimizers=[self.optimizer]):
             try:
                 return self._passes(path, estimates)
             except FloatingPointError as error:

@@ -63,6 +63,8 @@ def load_into(
         agent.config = with_copies(agent.config, options, agent.envs)
     agent.build(agent.config, agent.layout, agent.action_space, policy, critic)
     _restore(agent, saved["agent"], options)
+    if saved["run"] is not None:
+        agent.training.load_state_dict(saved["run"])
 
 
 def _restore(agent: Any, state: dict[str, Any], options: dict[str, Any]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import chain
 
@@ -13,24 +13,24 @@ from torch import nn
 
 @contextmanager
 def undone_on_error(
-    *networks: nn.Module, optimizer: torch.optim.Optimizer | None = None
+    *networks: nn.Module, optimizers: Iterable[torch.optim.Optimizer] = ()
 ) -> Iterator[None]:
-    """Put networks and an optimizer back as they were, where the block raises or is interrupted.
+    """Put networks and optimizers back as they were, where the block raises or is interrupted.
 
     Args:
         networks: whose parameters and buffers are kept.
-        optimizer: whose state is kept; None for none.
+        optimizers: whose state is kept.
 
     """
     tensors = chain.from_iterable((*n.parameters(), *n.buffers()) for n in networks)
     kept = [(x, x.detach().clone()) for x in tensors]
-    state = None if optimizer is None else copy.deepcopy(optimizer.state_dict())
+    states = [(o, copy.deepcopy(o.state_dict())) for o in optimizers]
     try:
         yield
     except BaseException:
         with torch.no_grad():
             for x, value in kept:
                 x.copy_(value)
-        if optimizer is not None and state is not None:
+        for optimizer, state in states:
             optimizer.load_state_dict(state)
         raise

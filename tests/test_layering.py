@@ -29,7 +29,7 @@ LEVELS = {
         ["fits"],
         ["config"],
         ["build"],
-        ["saving"],
+        ["saving", "training"],
         ["agent"],
         ["trpo", "npg", "kl_penalty", "ppo", "vpg"],
         ["algorithms"],

@@ -21,6 +21,7 @@ from .batches import as_numpy, flags, reals
 from .layout import ObservationLayout
 from .masks import MASK, flat_mask
 from .pool import PoolVectorEnv
+from .state import Replayed, made_of
 
 Env: TypeAlias = "gymnasium.Env[Any, Any]"
 EnvSource: TypeAlias = "str | VectorEnv | Env | Callable[[], Env]"
@@ -101,7 +102,7 @@ def _copies(make: Callable[[], Env], n_envs: int, how: str, keep: Sequence[str])
             # Ctrl-C reaches all processes, and it is for the parent to act on it. This is not
             # SIG_IGN, which a simulator that the environment starts would inherit.
             signal.signal(signal.SIGINT, lambda *_: None)
-        env = PlainAnswers(make(), keep)
+        env = PlainAnswers(Replayed.where_needed(make()), keep)
         if processes:
             ObservationLayout(env.observation_space)  # refuses what they could not share
         return env
@@ -127,6 +128,7 @@ class PlainAnswers(gymnasium.Wrapper[Any, Any, Any, Any]):
     def __init__(self, env: Env, keep: Sequence[str] = (), *, owned: bool = True) -> None:
         super().__init__(env)
         self._keep, self._owned = keep, owned
+        self.made = made_of(env)
         counted = isinstance(env.action_space, spaces.Discrete | spaces.MultiDiscrete)
         self._choices = spaces.flatdim(env.action_space) if counted else None  # entries of a mask
 

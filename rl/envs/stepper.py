@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from gymnasium.vector import AutoresetMode, VectorEnv
 
 from .batches import as_numpy, flags, reals, take
 from .masks import flat_mask, mask_of_each, whole_masks, with_masks
+from .state import restore, snapshot
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,31 @@ class Stepper:
             observations, finals, infos = self._renewed(observations, infos, done)
         infos = self._complete(infos)
         return Transition(observations, rewards, terminated, truncated, valid, ended, infos, finals)
+
+    def state_dict(self) -> dict[str, Any] | None:
+        """Return the environments' state and what is known of their episodes; None if hidden."""
+        states = snapshot(self.envs)
+        if states is None:
+            return None
+        return {
+            "states": states,
+            "ended": torch.from_numpy(self._ended.copy()),
+            "choices": self.choices,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where another stepper of environments like these stopped.
+
+        Raises:
+            ValueError: they are other environments.
+
+        """
+        ended = state["ended"].numpy().copy()
+        if ended.shape != self._nowhere.shape:
+            raise ValueError(f"the state is that of {len(ended)} environments")
+        restore(self.envs, state["states"], ended)
+        self._ended = ended if self.mode is AutoresetMode.NEXT_STEP else self._nowhere
+        self.choices = state["choices"]
 
     def _complete(self, infos: dict[str, Any]) -> dict[str, Any]:
         if self.choices is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import replace
@@ -59,6 +60,19 @@ class Episodes:
         """Forget the episodes that have not ended."""
         self._return[:], self._length[:] = 0.0, 0
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return the returns and lengths, also of the episodes that have not ended."""
+        whole = {"returns": list(self.returns), "lengths": list(self.lengths)}
+        begun = torch.from_numpy(self._return.copy()), torch.from_numpy(self._length.copy())
+        return whole | {"begun": list(begun)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what :meth:`state_dict` returned."""
+        self.returns.extend(state["returns"])
+        self.lengths.extend(state["lengths"])
+        for x, saved in zip((self._return, self._length), state["begun"], strict=True):
+            x[:] = saved if len(saved) == len(x) else 0
+
 
 class Collector(Protocol):
     """Whatever turns a policy into paths; pass another one as ``TRPO(env, collector=...)``.
@@ -107,6 +121,36 @@ class EnvCollector:
         observations, infos = self.stepper.reset(self._seed)  # None after the first time
         self._seed = None
         return self.layout.flat(observations, infos)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return where the next path starts; no ``environments`` if it starts with a reset."""
+        row = self._row
+        environments = None if row is None else self.stepper.state_dict()
+        if row is not None and environments is None:
+            warnings.warn(
+                "the environments hide their state: all episodes start anew at this checkpoint,"
+                " here and in a run that is resumed from it",
+                stacklevel=6,
+            )
+        elif row is not None and environments is not None:
+            environments["row"] = torch.from_numpy(row)
+            environments["starts"] = torch.from_numpy(self._starts.copy())
+        return {"episodes": self.episodes.state_dict(), "environments": environments}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where another collector stopped.
+
+        Raises:
+            ValueError: it has other environments.
+
+        """
+        environments = state["environments"]
+        if environments is not None:
+            self.stepper.load_state_dict(environments)
+            self._row = environments["row"].numpy().copy()
+            self._starts = environments["starts"].numpy().copy()
+            self._seed = None
+        self.episodes.load_state_dict(state["episodes"])
 
     def collect(self, policy: Policy, steps: int, *, version: int = 0) -> Path:
         """Step every environment ``steps`` times, from where the last call stopped.

@@ -41,7 +41,7 @@ def test_a_callback_that_cannot_be_called_is_refused_before_anything_is_spent(ca
         TypeError, match=r"a callback must be a function|is a class, not a callback"
     ):
         agent.learn(64, False, callback)
-    assert agent._collector is None
+    assert agent.training.collector is None
     agent.learn(64, False, [None, lambda *_: None])
 
 
@@ -158,7 +158,7 @@ def test_the_critic_may_be_fitted_to_lambda_returns():
     """Of trace 0 they are the one-step targets, whatever the advantages are."""
     agent = TRPO("CartPole-v1", td_lambda=0.0, advantages="monte_carlo", **SMALL)
     plain = TRPO("CartPole-v1", advantages="monte_carlo", **SMALL)
-    path = agent.learn(1, progress=False)._collector.collect(agent.policy, 16)
+    path = agent.learn(1, progress=False).training.collector.collect(agent.policy, 16)
     found, other = agent.estimate(path), plain.estimate(path)
     values = path.values(agent.critic)
     target = path.rewards + 0.99 * torch.where(path.terminated, 0.0, values.following)
@@ -229,9 +229,9 @@ def test_a_collector_of_ones_own_with_another_signal_reaches_the_update():
     agent = Lagrangian(Clock, collector=Costly, **SMALL)
     assert agent.learn(128, progress=False).iterations == 3
     assert seen == [[10.0]] * 3
-    collector = agent._collector
+    collector = agent.training.collector
     assert isinstance(collector, Costly)
-    assert agent.learn(1, progress=False)._collector is collector
+    assert agent.learn(1, progress=False).training.collector is collector
 
 
 @pytest.mark.parametrize("algorithm", [TRPO, VPG])
@@ -345,9 +345,10 @@ def test_a_critic_that_diverges_is_named():
 
 def test_a_schedule_that_is_not_asked_for_keeps_its_start():
     agent = TRPO(Clock, **SMALL)
-    agent.progress = 0.5
+    agent.learn(128, False, lambda agent, log: False)  # stops after one of two updates
+    assert agent.progress == agent.num_timesteps / 128 < 1
     assert agent.scheduled(3.0, None) == 3.0
-    assert agent.scheduled(3.0, 1.0) == 2.0
+    assert agent.scheduled(3.0, 1.0) == 3.0 - 2.0 * agent.progress
     assert isinstance(agent.critic, Critic)
     assert isinstance(agent.config, TRPOConfig)
 

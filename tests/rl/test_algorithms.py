@@ -58,7 +58,7 @@ def test_a_loaded_agent_continues_as_the_saved_one(algorithm, tmp_path):
     agent = algorithm(vector(lambda: Clock(length=3), 4), **MEDIUM).learn(300, progress=False)
     agent.save(tmp_path / "agent.zip")
     loaded = algorithm.load(tmp_path / "agent.zip", vector(lambda: Clock(length=3), 4))
-    path = agent._collector.collect(agent.policy, 64)
+    path = agent.training.collector.collect(agent.policy, 64)
     loaded.generator.set_state(agent.generator.get_state())
     before = weights(agent)
     agent.update(path)
@@ -73,7 +73,7 @@ def test_dummy_transitions_reach_no_update(algorithm):
     agents = [algorithm(vector(lambda: Clock(length=3), 4), **SMALL) for _ in range(2)]
     for agent, garbage in zip(agents, (0.0, 1e6), strict=True):
         agent.learn(1, progress=False)
-        path = agent._collector.collect(agent.policy, 64)
+        path = agent.training.collector.collect(agent.policy, 64)
         assert not path.mask.all()
         path.rewards[~path.mask] = garbage
         path.actions[~path.mask] = int(garbage > 0)

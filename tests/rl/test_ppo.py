@@ -76,7 +76,7 @@ class Normalised(Policy):
 def test_passes_that_are_interrupted_are_undone_with_buffers_and_moments():
     torch.manual_seed(0)
     agent = PPO(Slide, policy=Normalised(), **SMALL).learn(64, progress=False)
-    path = agent._collector.collect(agent.policy, 16)
+    path = agent.training.collector.collect(agent.policy, 16)
     kept = {k: x.clone() for k, x in agent.policy.state_dict().items()}
     state = {
         (i, k): x.clone()

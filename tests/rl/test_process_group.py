@@ -42,7 +42,7 @@ def test_a_fit_of_the_critic_does_not_join(fit, a_group):
 def test_an_optimizer_joins_unless_it_is_told_not_to(a_group):
     """Otherwise the tests above could not fail."""
     agent = TRPO("CartPole-v1", **SMALL).learn(1, progress=False)
-    path = agent._collector.collect(agent.policy, 16)
+    path = agent.training.collector.collect(agent.policy, 16)
     agent.policy_optimizer.process_group = None
     with pytest.raises(AssertionError, match="a collective was called"):
         agent.update(path)

@@ -263,7 +263,7 @@ def test_a_collector_of_ones_own_is_passed_again(trained):
         pass
 
     loaded = TRPO.load(path, collector=Own).learn(1, progress=False)
-    assert isinstance(loaded._collector, Own)
+    assert isinstance(loaded.training.collector, Own)
 
 
 # -- other environments
@@ -390,7 +390,7 @@ def test_an_agent_whose_training_is_interrupted_can_be_saved_and_goes_on(tmp_pat
     agent.fit_critic = interrupted
     with pytest.raises(KeyboardInterrupt):
         agent.learn(64, progress=False)
-    assert not same(before, weights(agent))  # the policy had its step
+    assert same(before, weights(agent))  # an update is done wholly, or not at all
     agent.save(tmp_path / "agent.zip")
     assert same(weights(agent), weights(TRPO.load(tmp_path / "agent.zip", Clock)))
     agent.fit_critic = fit_critic

@@ -28,7 +28,7 @@ def test_delta_moves_over_learn():
 
 def test_the_curvature_may_be_that_of_some_states():
     agent = TRPO("CartPole-v1", curvature_fraction=0.25, **MEDIUM).learn(1, progress=False)
-    path = agent._collector.collect(agent.policy, 64)
+    path = agent.training.collector.collect(agent.policy, 64)
     some = agent.curvature(path)()
     assert some.batch_shape == (path.steps // 4,)
     agent.iterations += 1

@@ -77,7 +77,7 @@ def test_the_clipped_objective_is_a_bound(ratios, advantage, clip):
 
 def test_the_closure_of_a_path_weighs_each_step_that_counts_by_its_ratio():
     agent = TRPO(vector(lambda: Clock(length=3), 4), **SMALL).learn(1, progress=False)
-    path = agent._collector.collect(agent.policy, 16)
+    path = agent.training.collector.collect(agent.policy, 16)
     assert not path.mask.all()
     with torch.no_grad():  # the policy is no longer the one that acted
         for p in agent.policy.parameters():
@@ -106,7 +106,7 @@ def test_the_present_distribution_is_kept_when_the_policy_moves():
 def test_trials_follow_the_parameters_and_agree_with_the_graph():
     """They are computed apart from torch's graph, by arrays that share the parameters' memory."""
     agent = TRPO(vector(lambda: Clock(length=3), 4), **SMALL).learn(1, progress=False)
-    path = agent._collector.collect(agent.policy, 16)
+    path = agent.training.collector.collect(agent.policy, 16)
     closure = agent.objective(path, normalise(torch.randn(path.mask.shape), path.mask))
     for _ in range(2):
         value, distribution = closure()

@@ -34,7 +34,7 @@ class Generous(SyncVectorEnv):
 def test_rewards_of_dummy_steps_are_in_no_return():
     envs = Generous([lambda: Clock(length=3)] * 4)
     agent = TRPO(envs, **SMALL).learn(1, progress=False)
-    assert set(agent._collector.episodes.returns) == {3.0}
+    assert set(agent.training.collector.episodes.returns) == {3.0}
     assert evaluate(agent, Generous([lambda: Clock(length=3)] * 2), 6).returns == (3.0,) * 6
 
 

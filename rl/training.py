@@ -1,0 +1,213 @@
+"""The loop that every algorithm shares, collect, update, report, and what it needs to go on."""
+
+from __future__ import annotations
+
+import threading
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from .build import environment_seed
+from .envs.stepper import Stepper
+from .experience.collector import Collector
+from .reports import Callback, Log, progress_log, stops
+from .threads import few_threads
+from .undo import undone_on_error
+
+
+@dataclass
+class Call:
+    """A call of ``learn``: the step that it began at, how many it makes, its seconds so far."""
+
+    first: int
+    total: int
+    elapsed: float = 0.0
+
+
+class Training:
+    """The training of an agent.
+
+    A checkpoint holds it, so that a run that is resumed goes on as if it had never stopped. What it
+    says of environments and callbacks is kept until there are some.
+
+    Args:
+        agent: who learns.
+        make_collector: makes what collects, from a stepper.
+
+    Attributes:
+        collector: what collects; None before the first path.
+        call: the last call of ``learn``.
+        thread: the thread that is in ``learn``, if any.
+
+    """
+
+    def __init__(self, agent: Any, make_collector: Callable[..., Collector]) -> None:
+        self.agent, self._make_collector = agent, make_collector
+        self.collector: Collector | None = None
+        self.call: Call | None = None
+        self.thread: int | None = None
+        self._callbacks: list[Callback] = []
+        self._left: dict[str, Any] = {"collector": None, "callbacks": []}  # by a checkpoint
+
+    @property
+    def progress(self) -> float:
+        """The share of the call's steps that are made, at most 1."""
+        if self.call is None:
+            return 0.0
+        return min((self.agent.num_timesteps - self.call.first) / self.call.total, 1.0)
+
+    def learn(
+        self,
+        total_timesteps: int | None,
+        progress: bool,
+        callbacks: list[Callback],
+        loggers: list[Callback],
+    ) -> None:
+        """Collect, update, report, until the steps are made or a callback stops."""
+        from tqdm import tqdm
+
+        agent, call = self.agent, self._begin(total_timesteps, [*callbacks, *loggers])
+        before, started = call.elapsed, time.perf_counter()
+        made, self.thread = agent.num_timesteps - call.first, threading.get_ident()
+        bar = tqdm(total=call.total, initial=made, unit="step", disable=not progress, leave=False)
+        try:
+            while made < call.total:
+                collector = self._collecting()
+                log = self._iterate(collector)
+                made = agent.num_timesteps - call.first
+                call.elapsed = before + time.perf_counter() - started
+                bar.update(min(made, call.total) - bar.n)
+                log = progress_log(agent, collector.episodes, made, call.elapsed) | log
+                answers = [callback(agent, log) for callback in callbacks]
+                for write in loggers:
+                    write(agent, log)
+                if stops(answers):
+                    break
+        finally:
+            self.thread = None
+            bar.close()
+
+    def _iterate(self, collector: Collector) -> Log:
+        """Collect a path and learn from it: wholly, or not at all.
+
+        The moments of observations move after the update: the surrogate sees those that the actions
+        were chosen from. The scale of rewards moves first: the critic is to know it from its first
+        fit on.
+        """
+        agent = self.agent
+        rows, scale = agent.config.steps_per_update // agent.config.n_envs, agent.reward_scale
+        networks = (agent.policy, agent.critic, *([] if scale is None else [scale]))
+        with few_threads(agent.policy, agent.critic):
+            path = collector.collect(agent.policy, rows, version=agent.iterations)
+            with undone_on_error(*networks, optimizers=agent.optimizers().values()):
+                if scale is not None:
+                    scale.update(path)
+                log = agent.update(path if scale is None else scale(path))
+                if agent.observation_norm is not None:
+                    agent.observation_norm.update(path.rows[:, agent.layout.vector_columns])
+                steps = agent.num_timesteps + path.steps
+                # no call lies between these, and so no interrupt
+                agent.num_timesteps, agent.iterations = steps, agent.iterations + 1
+        return log
+
+    def _begin(self, total_timesteps: int | None, callbacks: list[Callback]) -> Call:
+        """Return the call that begins, or the one that goes on, where no steps are given.
+
+        Raises:
+            ValueError: none is unfinished, or the steps are not positive.
+
+        """
+        if total_timesteps is not None:
+            if total_timesteps <= 0:
+                raise ValueError(f"total_timesteps must be positive, got {total_timesteps}")
+            self.call = Call(self.agent.num_timesteps, total_timesteps)
+        elif self.call is None or self.progress >= 1:
+            raise ValueError("no call of learn() was left unfinished: pass total_timesteps")
+        else:
+            self._restore(callbacks)
+        self._callbacks, self._left["callbacks"] = callbacks, []
+        return self.call
+
+    def _restore(self, callbacks: list[Callback]) -> None:
+        """Give callbacks the states of a checkpoint: to each the next one of its class."""
+        states = list(self._left["callbacks"])
+        for callback in callbacks:
+            found = [entry for entry in states if entry[0] == type(callback).__qualname__]
+            if found:
+                states.remove(found[0])
+                _load(callback, found[0][1])
+
+    def _collecting(self) -> Collector:
+        """Return what collects, made when it is first needed."""
+        if self.collector is None:
+            agent, state = self.agent, self._left["collector"]
+            seed = environment_seed(agent.config, agent.num_timesteps)
+            self.collector = collector = self._make_collector(
+                Stepper(agent.envs), agent.layout, seed=seed, generator=agent.generator
+            )
+            self._left["collector"] = None
+            if state is not None:
+                try:
+                    _load(collector, state)
+                except ValueError as error:
+                    warnings.warn(f"all episodes start anew: {error}", stacklevel=4)
+                    _load(collector, state | {"environments": None})
+        return self.collector
+
+    def check_thread(self) -> None:
+        """Raise a RuntimeError where another thread is in ``learn``: the agent is half updated."""
+        if self.thread not in (None, threading.get_ident()):
+            raise RuntimeError(
+                "another thread is training this agent: save it in a callback of learn, between"
+                " two updates"
+            )
+
+    def renew(self) -> None:
+        """Have the next path start new episodes, in new environments unless some were passed in."""
+        if self.collector is not None:
+            left = _state_of(self.collector)
+            self._left["collector"] = None if left is None else left | {"environments": None}
+        self.collector = None
+        self.agent.close()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the training as plain values and tensors.
+
+        Where the state of the environments is hidden, all episodes start anew: the run that goes on
+        and a run that is resumed then start the same ones.
+        """
+        state = self._left["collector"]
+        if self.collector is not None:
+            state = _state_of(self.collector)
+            if state is None or state["environments"] is None:
+                self.renew()
+        states = [(type(c).__qualname__, _state_of(c)) for c in self._callbacks]
+        scale = self.agent.reward_scale
+        return {
+            "n_envs": self.agent.config.n_envs,
+            "call": None if self.call is None else asdict(self.call),
+            "collector": state,
+            "callbacks": [entry for entry in states if entry[1] is not None],
+            "running_rewards": None if scale is None else scale.running,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what :meth:`state_dict` returned."""
+        self.call = None if state["call"] is None else Call(**state["call"])
+        self._left = {"collector": state["collector"], "callbacks": state["callbacks"]}
+        if state["n_envs"] != self.agent.config.n_envs:
+            self._left["collector"] = None  # episodes of other copies
+        elif state["running_rewards"] is not None:
+            self.agent.reward_scale.running.copy_(state["running_rewards"])
+
+
+def _state_of(part: Any) -> Any:
+    """Return the state of a callback or collector; None where it has none to keep."""
+    return part.state_dict() if hasattr(part, "state_dict") else None
+
+
+def _load(part: Any, state: Any) -> None:
+    if hasattr(part, "load_state_dict"):
+        part.load_state_dict(state)
