@@ -64,6 +64,7 @@ from .reports import Callback as Callback
 from .reports import Log as Log
 from .run.callbacks import EvaluateBest as EvaluateBest
 from .run.callbacks import Every as Every
+from .run.callbacks import SaveBest as SaveBest
 from .run.callbacks import SaveCheckpoint as SaveCheckpoint
 from .run.callbacks import StopOnReward as StopOnReward
 from .run.evaluation import Evaluation as Evaluation

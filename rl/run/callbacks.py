@@ -1,12 +1,17 @@
 """What can be done after each update of :meth:`Agent.learn`.
 
 A callback is called with the agent and the log of the update, a dict that it may add to. False ends
-the training; anything else lets it go on. If there are several, all are called.
+the training; anything else lets it go on. If there are several, all are called. One that has a
+``state_dict`` and a ``load_state_dict`` goes on where it was when a run is resumed.
 """
 
 from __future__ import annotations
 
 import math
+import os
+import shutil
+import time
+import warnings
 from collections.abc import Iterable
 from functools import partial
 from importlib.util import find_spec
@@ -19,6 +24,7 @@ from gymnasium.vector import VectorEnv
 from .. import checkpoint
 from ..agent import Agent
 from ..envs.make import EnvSource, make_envs
+from ..envs.state import snapshot
 from ..options import check_counts
 from ..reports import Callback, Log, as_callbacks, stops
 from .evaluation import evaluate
@@ -42,29 +48,149 @@ class Every:
             raise ValueError(f"steps must be at least 1, got {steps!r}")
         self.steps, self.callbacks = steps, as_callbacks(callback)
         self._agent: Agent | None = None
-        self._next = 0.0
+        self._next: float | None = None
 
     def __call__(self, agent: Agent, log: Log) -> bool:
         """Call them if that is due."""
         done = agent.num_timesteps
-        if agent is not self._agent:  # agents go on counting where they were
-            self._agent, self._next = agent, done - log["time/steps"] + self.steps
+        if agent is not self._agent or self._next is None:
+            resumed = self._agent is None and self._next is not None
+            first = done - log["time/steps"]  # agents go on counting where they were
+            self._agent, self._next = agent, self._next if resumed else first + self.steps
+        assert self._next is not None
         if done < self._next:
             return True
         self._next += self.steps * ((done - self._next) // self.steps + 1)  # an update may be long
         return not stops([call(agent, log) for call in self.callbacks])
 
+    def state_dict(self) -> dict[str, float | None]:
+        """Return when the next call is due."""
+        return {"next": self._next}
+
+    def load_state_dict(self, state: dict[str, float | None]) -> None:
+        """Go on where another one was."""
+        self._agent, self._next = None, state["next"]
+
 
 class SaveCheckpoint:
-    """Saves the agent as ``folder/STEPS.zip``; the folder is made."""
+    """Saves the agent as ``folder/STEPS.zip``; the folder is made.
 
-    def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
+    A file holds the run as it is at this call: as the last of the loggers, also what the callbacks
+    and the loggers before it did.
+
+    Args:
+        folder: where.
+        keep: how many of its files to keep, the last ones; None for all.
+
+    """
+
+    def __init__(self, folder: str | Path, keep: int | None = None) -> None:
+        check_counts(keep=keep)
+        self.folder, self.keep = Path(folder), keep
         self.folder.mkdir(parents=True, exist_ok=True)
+        self._names: list[str] = []
 
     def __call__(self, agent: Agent, log: Log) -> None:  # noqa: ARG002 # the protocol's
         """Save it."""
-        agent.save(self.folder / f"{agent.num_timesteps}.zip")
+        name = f"{agent.num_timesteps}.zip"
+        agent.save(self.folder / name)
+        self._names.append(name)
+        while self.keep is not None and len(self._names) > self.keep:
+            (self.folder / self._names.pop(0)).unlink(missing_ok=True)
+
+    def state_dict(self) -> dict[str, list[str]]:
+        """Return the names of the files that are kept."""
+        return {"names": self._names}
+
+    def load_state_dict(self, state: dict[str, list[str]]) -> None:
+        """Go on where another one was."""
+        self._names = state["names"]
+
+
+class KeepCheckpoint:
+    """Saves the agent to one file every so many seconds, and keeps the file before it.
+
+    Where the state of the environments is hidden, a checkpoint starts new episodes. It is then due
+    after each twentieth of the training, so that the clock does not decide what is learnt. On a
+    full disk or the like the training goes on, with a warning, and the last file stays.
+
+    Args:
+        path: the file, of suffix ``.zip``.
+        before: the file before it.
+        seconds: between two files.
+
+    """
+
+    def __init__(self, path: Path, before: Path, seconds: float) -> None:
+        self.path, self.before, self.seconds = path, before, seconds
+        self._last = time.monotonic()
+        self._hidden: bool | None = None
+        self._part = 0  # of twenty
+
+    def __call__(self, agent: Agent, log: Log) -> None:
+        """Save it if that is due."""
+        if self._hidden is None:
+            self._hidden = snapshot(agent.envs) is None
+        part, now = math.floor(20 * log["time/progress"]), time.monotonic()
+        due = part > self._part if self._hidden else now >= self._last + self.seconds
+        self._part = part
+        if due:
+            self._last = now
+            try:
+                self.save(agent)
+            except OSError as error:
+                what = f"no checkpoint was written, the training goes on: {error}"
+                warnings.warn(what, stacklevel=2)
+
+    def save(self, agent: Agent) -> None:
+        """Save it now."""
+        if self.path.exists():
+            link = self.before.with_name(f".{self.before.name}.new")
+            link.unlink(missing_ok=True)
+            try:
+                os.link(self.path, link)
+            except OSError:  # a file system without links
+                shutil.copy2(self.path, link)
+            os.replace(link, self.before)
+        agent.save(self.path)
+
+    def state_dict(self) -> dict[str, int]:
+        """Return which twentieth was saved."""
+        return {"part": self._part}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on where another one was."""
+        self._part = state["part"]
+
+
+class SaveBest:
+    """Keeps the agent with the highest value of an entry of the log so far in one file.
+
+    Args:
+        path: the file. If it exists, as when a training is resumed, only a better agent replaces
+            it: the file says what its agent reached.
+        key: the entry; by default the mean return of the last hundred episodes of training.
+
+    Attributes:
+        best: the highest value so far.
+
+    """
+
+    def __init__(self, path: str | Path, key: str = "rollout/ep_rew_mean") -> None:
+        self.path, self.key, self.best = writable(path), key, -math.inf
+        if self.path.exists():
+            notes = checkpoint.read(self.path)["notes"]
+            if key not in notes:
+                what = f"{self.path} exists and does not say what its agent reached"
+                raise ValueError(f"{what}: name another file, or a worse agent could replace it")
+            self.best = notes[key]
+
+    def __call__(self, agent: Agent, log: Log) -> None:
+        """Save it if it is the best so far."""
+        value = log.get(self.key, math.nan)
+        if value > self.best:
+            self.best = value
+            agent.save(self.path, notes={self.key: value}, run=False)
 
 
 class EvaluateBest:
@@ -96,24 +222,17 @@ class EvaluateBest:
             make_envs(env, 1).close()  # a wrong one is named now, not after the first update
         play = partial(evaluate, env=env, episodes=episodes, seed=seed)
         self._evaluate = partial(play, max_episode_steps=max_episode_steps)
-        self.best = None if best is None else writable(best)
-        self.best_mean = -math.inf
-        if self.best is not None and self.best.exists():
-            notes = checkpoint.read(self.best)["notes"]
-            if _MEAN not in notes:
-                what = f"{self.best} exists and does not say what its agent reached"
-                raise ValueError(f"{what}: name another file, or a worse agent could replace it")
-            self.best_mean = notes[_MEAN]
+        self._save = None if best is None else SaveBest(best, _MEAN)
+        self.best_mean = -math.inf if self._save is None else self._save.best
 
     def __call__(self, agent: Agent, log: Log) -> None:
         """Evaluate it."""
         result = self._evaluate(agent)
         length = sum(result.lengths) / len(result.lengths)
         log |= {_MEAN: result.mean, "eval/mean_ep_length": length, "eval/cut_off": result.cut_off}
-        if result.mean > self.best_mean:
-            self.best_mean = result.mean
-            if self.best is not None:
-                agent.save(self.best, notes={_MEAN: result.mean})
+        self.best_mean = max(self.best_mean, result.mean)
+        if self._save is not None:
+            self._save(agent, log)
 
 
 class StopOnReward:

@@ -5,11 +5,10 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import re
 import sys
-from collections.abc import Sequence
-from contextlib import closing
-from datetime import datetime
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -20,76 +19,156 @@ from .. import checkpoint
 from ..agent import Agent
 from ..algorithms import ALGORITHMS, load
 from ..envs.make import describe
-from ..options import check_counts
-from .callbacks import Every
+from ..options import check_counts, check_positive
+from .callbacks import KeepCheckpoint, SaveBest
 from .commands import Check, Eval, Plot, Record, Train, Trained, env_keywords, env_source, parse
 from .evaluation import evaluate
+from .folder import (
+    BEFORE,
+    BEST,
+    CHECKPOINT,
+    CURVE,
+    LOG,
+    locked,
+    new_folder,
+    newest,
+    read_config,
+    write_config,
+)
 from .inspection import inspect_env
 from .logs import CSVLog, Table, TensorBoardLog, entry, number, read_csv
 from .plots import plot_learning_curve, plot_runs
+from .signals import stop_request
 from .video import record
 
-_CHECKPOINT, _LOG, _CURVE = "checkpoint.zip", "progress.csv", "learning_curve.png"
+_STOPPED = 130  # as a shell reports an interrupt
 
 
 def _train(command: Train[Any]) -> int:
     names = ("total_timesteps", "eval_episodes", "max_episode_steps", "log_every")
     check_counts(**{f"--{n.replace('_', '-')}": getattr(command, n) for n in names})
+    check_positive(**{"--save-every": command.save_every})
     if command.tensorboard and find_spec("tensorboard") is None:
         raise ValueError('--tensorboard needs pip install "torch-trustregion[tensorboard]"')
     kwargs = env_keywords(command.env_kwargs)
     env = env_source(command.env_id, kwargs)
-    with closing(ALGORITHMS[command.algo](env, **command.config.to_dict())) as agent:
-        out = _make_run_folder(command, kwargs)
+    with ExitStack() as stack:
+        stack.enter_context(_notes_of_warnings())
+        if command.resume is None:
+            agent = stack.enter_context(ALGORITHMS[command.algo](env, **command.config.to_dict()))
+            out = _make_run_folder(command, kwargs)
+            stack.enter_context(locked(out))
+        else:
+            out = command.resume
+            stack.enter_context(locked(out))
+            agent = stack.enter_context(_resumed(command, env, out))
         print(f"{type(agent).__name__} on {describe(agent.envs)}")
         print(entry("run folder", out))
-        finished = _learn(agent, command, out)
+        code = _learn(agent, command, out)
     if agent.iterations:
         _summarise(agent, command, out)
-    if not finished:
-        return 130  # as a shell reports an interrupt
+    if code:
+        return code
     limit = command.max_episode_steps
     print(entry("evaluation", evaluate(agent, env, command.eval_episodes, max_episode_steps=limit)))
     return 0
 
 
 def _make_run_folder(command: Train[Any], kwargs: dict[str, Any]) -> Path:
-    stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
-    name = f"{command.algo}-seed{command.config.seed}-{stamp}"
-    # not every system allows other characters, or dots at the ends
-    env = [re.sub(r"[^\w.-]", "-", part).strip(".") for part in command.env_id.split("/")]
-    out = command.out or Path("runs", *env, name)
-    if out.exists():
+    out = command.out
+    if out is None:
+        out = new_folder(command.env_id, f"{command.algo}-seed{command.config.seed}")
+    elif out.exists():
         raise ValueError(f"{out} already exists and is kept as it is: choose another --out")
-    out.mkdir(parents=True)
+    else:
+        out.mkdir(parents=True)
     what: dict[str, Any] = {"algorithm": command.algo, "env_id": command.env_id}
     what |= {"env_kwargs": kwargs} if kwargs else {}
     what["total_timesteps"] = command.total_timesteps
-    (out / "config.json").write_text(json.dumps(what | command.config.to_dict(), indent=2))
+    write_config(out, what | command.config.to_dict())
     return out
 
 
-def _learn(agent: Agent, command: Train[Any], out: Path) -> bool:
-    """Train, keep what was learnt, even after a crash, and return False after an interrupt."""
-    path, table = out / _CHECKPOINT, Table(command.log_every)
-    often = Every(max(1, command.total_timesteps // 20), lambda a, _: a.save(path))
+def _resumed(command: Train[Any], env: Any, out: Path) -> Agent:
+    """Return the agent of a run's newest good checkpoint; the run keeps what is changed.
+
+    Raises:
+        ValueError: the run is finished.
+
+    """
+    path, faults = newest(out)
+    for fault in faults:
+        _note(fault)
+    saved, total = read_config(out), command.total_timesteps
+    options = json.loads(json.dumps(command.config.to_dict()))
+    changed = {key: value for key, value in options.items() if saved.get(key) != value}
+    agent = ALGORITHMS[command.algo].load(path, env, **changed)
+    steps, call = agent.num_timesteps, agent.training.call
+    if steps >= total:
+        raise ValueError(
+            f"{out} has made its {total:,} steps: pass a larger --total-timesteps to go on"
+        )
+    if call is not None:
+        call.total = total - call.first
+    print(f"goes on after {steps:,} steps, from {path}")
+    record = {"after": steps, "total_timesteps": total, "changed": changed}
+    write_config(
+        out,
+        saved
+        | changed
+        | {"total_timesteps": total, "resumed": [*saved.get("resumed", []), record]},
+    )
+    return agent
+
+
+def _note(message: object) -> None:
+    print(f"note: {message}", file=sys.stderr)
+
+
+@contextmanager
+def _notes_of_warnings() -> Iterator[None]:
+    """Show warnings as one line each, and each of them once."""
+    shown = set[str]()
+
+    def show(message: object, *_: object) -> None:
+        if str(message) not in shown:
+            shown.add(str(message))
+            _note(message)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.showwarning = show
+        yield
+
+
+def _learn(agent: Agent, command: Train[Any], out: Path) -> int:
+    """Train, keep what was learnt, even after a crash; return the exit code of a signal, or 0."""
+    table = Table(command.log_every)
+    keep = KeepCheckpoint(out / CHECKPOINT, out / BEFORE, 60 * command.save_every)
     board = TensorBoardLog(out / "tensorboard") if command.tensorboard else None
+    loggers = [CSVLog(out / LOG, strict=False), board, table, keep]
+    goes_on = command.resume is not None and agent.training.call is not None
     progress = command.progress and sys.stderr.isatty()
     try:
-        agent.learn(command.total_timesteps, progress, often, [CSVLog(out / _LOG), board, table])
-        return True
+        with stop_request(_note) as stop:
+            total = None if goes_on else command.total_timesteps
+            agent.learn(total, progress, [SaveBest(out / BEST), stop], loggers)
     except KeyboardInterrupt:
         print(f"interrupted: what was learnt is kept in {out}", file=sys.stderr)
-        return False
+        return _STOPPED
     finally:
-        agent.save(path)
+        keep.save(agent)
         table.finish()
+    if stop.number is None:
+        return 0
+    print(f"stopped: python -m rl train --resume {out} goes on", file=sys.stderr)
+    return 128 + stop.number
 
 
 def _summarise(agent: Agent, command: Train[Any], out: Path) -> None:
-    columns = read_csv(out / _LOG)
+    columns = read_csv(out / LOG)
     title = f"{type(agent).__name__} on {command.env_id}, seed {command.config.seed}"
-    plot_learning_curve(columns, out / _CURVE, title=title)
+    plot_learning_curve(columns, out / CURVE, title=title)
     speed, seconds = columns["time/fps"][-1], columns["time/time_elapsed"][-1]
     delta = columns.get("trust/delta", [math.inf])[-1]
     largest = max(columns["train/kl_divergence_loss"])
@@ -98,15 +177,15 @@ def _summarise(agent: Agent, command: Train[Any], out: Path) -> None:
     accepted = f", {int(sum(success))} accepted" if success else ""
     words = f"at most {number(largest)}{bound if delta < math.inf else ''}"
     done = f"{agent.num_timesteps:,} in {seconds:.1f} s"
-    print(entry("learning curve", out / _CURVE))
-    print(entry("checkpoint", out / _CHECKPOINT))
+    print(entry("learning curve", out / CURVE))
+    print(entry("checkpoint", out / CHECKPOINT))
     print(entry("speed", f"{speed:,.0f} steps per second ({done}), updates included"))
     print(entry("KL", f"{words} in {agent.iterations} updates{accepted}"))
 
 
 def _trained(command: Trained) -> tuple[Agent, Any, str]:
     """Return the agent of a run, what makes an environment to use it in, and both in words."""
-    path = command.run / _CHECKPOINT if command.run.is_dir() else command.run
+    path = command.run / CHECKPOINT if command.run.is_dir() else command.run
     own, kwargs = checkpoint.read(path)["env_id"], env_keywords(command.env_kwargs)
     env_id, config = command.env or own, path.parent / "config.json"
     if env_id is None and config.exists():  # a run with --env-kwargs

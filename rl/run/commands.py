@@ -6,23 +6,25 @@ import argparse
 import ast
 import contextlib
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Generic, TypeVar, get_args
+from typing import Annotated, Any, Generic, TypeVar, cast, get_args
 
 import gymnasium
 import tyro
 from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, Positional, arg
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
+from ..agent import Agent
 from ..algorithms import ALGORITHMS
 from ..config import Config
 from ..experience.advantages import ADVANTAGES, Advantages
 from ..fits import FITS, CriticFit
 from ..options import record_to_text
 from ..presets import load_preset
+from .folder import read_config
 
 C = TypeVar("C", bound=Config)
 _optional = partial(arg, help_behavior_hint="")  # the text says what is done by default
@@ -52,7 +54,7 @@ def _record_as_text(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | 
 class Configured(Generic[C]):
     """What commands take that make an agent."""
 
-    env_id: Positional[Annotated[str, arg(metavar="ENV_ID")]]
+    env_id: Positional[Annotated[str, _optional(metavar="ENV_ID")]] = ""
     """Environment id such as CartPole-v1, or module:MyEnv-v0 if a module registers it."""
     env_kwargs: _Words = ()
     """Arguments for the environment, for example gravity=9.8."""
@@ -71,6 +73,10 @@ class Train(Configured[C]):
     """Environment steps to train for, rounded up to whole updates."""
     out: Annotated[Path | None, _optional(metavar="FOLDER")] = None
     """Run folder, which must not exist; by default runs/ENV_ID/ALGO-seedSEED-TIME."""
+    resume: Annotated[Path | None, _optional(metavar="RUN")] = None
+    """Run folder to go on with, from its last checkpoint; other options change its options."""
+    save_every: Annotated[float, arg(metavar="MINUTES")] = 5.0
+    """Minutes between two checkpoints. The last two are kept, and the best agent."""
     eval_episodes: int = 20
     """Episodes of the evaluation after training, with deterministic actions."""
     max_episode_steps: _Limit = None
@@ -137,16 +143,31 @@ class Plot:
 
 
 def parse(kind: Any, prog: str, arguments: Sequence[str]) -> Any:
-    """Return a command of one of these kinds, with the config of its algorithm."""
+    """Return a command of one of these kinds, with the config of its algorithm.
+
+    Raises:
+        ValueError: there is no environment, or a run to resume is another one's.
+
+    """
     if not issubclass(kind, Configured):
         return tyro.cli(kind, prog=prog, args=arguments)
     chooser = argparse.ArgumentParser(prog=prog, add_help=False, allow_abbrev=False)
-    chooser.add_argument("--algo", choices=ALGORITHMS, default="trpo")
-    algorithm = ALGORITHMS[chooser.parse_known_args(arguments)[0].algo]
-    generic: Any = kind
-    kind = generic[algorithm.config_class]
-    read = partial(tyro.cli, kind, prog=prog, args=arguments, registry=_registry)
+    chooser.add_argument("--algo", choices=ALGORITHMS)
+    if kind is Train:
+        chooser.add_argument("--resume", type=Path)
+    chosen, _ = chooser.parse_known_args(arguments)
+    run = getattr(chosen, "resume", None)
+    saved = None if run is None else read_config(run)
+    name = (chosen.algo or "trpo") if saved is None else saved["algorithm"]
+    algorithm, generic = ALGORITHMS[name], cast("Any", kind)
+    read = partial(
+        tyro.cli, generic[algorithm.config_class], prog=prog, args=arguments, registry=_registry
+    )
+    if saved is not None:
+        return _resumed(read, algorithm, saved)
     command: Any = read()
+    if not command.env_id:
+        raise ValueError("which environment? For example: python -m rl train CartPole-v1")
     if command.preset is None:
         return command
     file = None if command.preset == "default" else command.preset
@@ -155,6 +176,31 @@ def parse(kind: Any, prog: str, arguments: Sequence[str]) -> Any:
     if isinstance(command, Train) and preset.total_timesteps is not None:
         command = replace(command, total_timesteps=preset.total_timesteps)
     return read(default=command)  # what is said on the command line wins
+
+
+def _resumed(read: Callable[..., Any], algorithm: type[Agent], saved: dict[str, Any]) -> Any:
+    """Return the command of a run that goes on: as it was, but what the command line changes."""
+    options = {f.name: saved[f.name] for f in fields(algorithm.config_class) if f.name in saved}
+    words = tuple(f"{key}={value!r}" for key, value in saved.get("env_kwargs", {}).items())
+    total, config = saved["total_timesteps"], algorithm.config_class.from_dict(options)
+    command = read(
+        default=Train(config=config, algo=algorithm.name, total_timesteps=total, env_kwargs=words)
+    )
+    for given, own, what in (
+        (command.env_id, saved["env_id"], "environment"),
+        (command.algo, algorithm.name, "algorithm"),
+    ):
+        if given not in ("", own):
+            raise ValueError(f"{command.resume} is a run of the {what} {own}, not {given}")
+    for name in ("out", "preset"):
+        if getattr(command, name) is not None:
+            raise ValueError(f"--{name} is for new runs, and --resume goes on with an old one")
+    if ":" in saved["env_id"] and not command.env_id:
+        raise ValueError(
+            f"{command.resume} needs {saved['env_id']}, and that imports a module: name it too, as"
+            f" in python -m rl train {saved['env_id']} --resume {command.resume}"
+        )
+    return replace(command, env_id=saved["env_id"])
 
 
 def env_source(env_id: str, kwargs: dict[str, Any]) -> Any:

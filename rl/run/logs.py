@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import csv
 import math
+import os
 import textwrap
+import warnings
 from contextlib import suppress
 from functools import partial
 from numbers import Integral
 from pathlib import Path
+from typing import Any
 
 from ..agent import Agent
 from ..options import check_counts
@@ -26,6 +29,7 @@ _COLUMNS = (  # title, key, width: 80 in all; each cell is at least one narrower
     ("steps/s", "time/fps", 8),
     ("step", "trust/status", 14),
 )
+_ITERATION = "time/iterations"
 _fill = partial(
     textwrap.fill, subsequent_indent=16 * " ", break_long_words=False, break_on_hyphens=False
 )
@@ -102,23 +106,75 @@ def _cell(log: Log, key: str, width: int) -> str:
 class CSVLog:
     """Writes every log to a CSV file, one row per update, after the rows of a file that exists.
 
-    A key that appears later gets a column of its own, empty in the rows before.
+    A key that appears later gets a column of its own, empty in the rows before. In a run that is
+    resumed, the rows of updates that are made again are replaced.
+
+    Args:
+        path: the file.
+        strict: raise where it cannot be written, as on a full disk; otherwise warn, go on, and
+            write the rows that are missing when it can be.
+
     """
 
-    def __init__(self, path: str | Path) -> None:
-        self.path = writable(path)
+    def __init__(self, path: str | Path, strict: bool = True) -> None:
+        self.path, self.strict = writable(path), strict
         self._columns = [key for row in _rows(self.path)[:1] for key in row]
+        self._waiting: list[Log] = []
+        self._resumed = False
 
     def __call__(self, agent: Agent, log: Log) -> None:  # noqa: ARG002 # the protocol's
         """Append a row."""
-        new = [key for key in log if key not in self._columns]
-        self._columns += new
-        rows = [*_rows(self.path), log] if new else [log]  # another header needs another file
-        with self.path.open("w" if new else "a", newline="") as file:
-            writer = csv.DictWriter(file, self._columns)
-            if new:
-                writer.writeheader()
+        self._waiting.append(log)
+        try:
+            self._write()
+        except OSError as error:
+            if self.strict:
+                self._waiting.clear()
+                raise
+            warnings.warn(f"the log is not written, the training goes on: {error}", stacklevel=2)
+
+    def _write(self) -> None:
+        columns = list(dict.fromkeys([*self._columns, *(k for log in self._waiting for k in log)]))
+        if columns == self._columns and not self._resumed and self.path.exists():
+            _append(self.path, columns, self._waiting)
+        else:  # another header or fewer rows need another file
+            first = self._waiting[0].get(_ITERATION, math.inf) if self._resumed else math.inf
+            before = [row for row in _rows(self.path) if float(row.get(_ITERATION) or 0) < first]
+            _replace(self.path, columns, [*before, *self._waiting])
+        self._columns, self._waiting, self._resumed = columns, [], False
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return nothing: the file says it all."""
+        return {}
+
+    def load_state_dict(self, _: dict[str, Any]) -> None:
+        """Go on with the file of a run that is resumed."""
+        self._resumed = True
+
+
+def _append(path: Path, columns: list[str], rows: list[Log]) -> None:
+    """Append whole rows, or none."""
+    size = path.stat().st_size
+    try:
+        with path.open("a", newline="") as file:
+            csv.DictWriter(file, columns).writerows(rows)
+    except BaseException:
+        os.truncate(path, size)
+        raise
+
+
+def _replace(path: Path, columns: list[str], rows: list[Any]) -> None:
+    """Write another file and put it in the place of the old one."""
+    new = path.with_name(f".{path.name}.new")
+    try:
+        with new.open("w", newline="") as file:
+            writer = csv.DictWriter(file, columns)
+            writer.writeheader()
             writer.writerows(rows)
+        os.replace(new, path)
+    except BaseException:
+        new.unlink(missing_ok=True)
+        raise
 
 
 class TensorBoardLog:

@@ -114,6 +114,8 @@ def _config(folder: Path) -> dict[str, Any]:
         config["name"] = f"{config['algorithm']} on {config['env_id']}"
     except (OSError, ValueError, KeyError, TypeError):
         return {"name": str(folder)}
+    changes = [each["changed"] for each in config.pop("resumed", [])]
+    config |= {"resumed with": changes} if any(changes) else {}
     return {key: value for key, value in config.items() if key != "seed"}
 
 

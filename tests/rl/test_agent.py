@@ -345,7 +345,7 @@ def test_a_critic_that_diverges_is_named():
 
 def test_a_schedule_that_is_not_asked_for_keeps_its_start():
     agent = TRPO(Clock, **SMALL)
-    agent.learn(128, False, lambda agent, log: False)  # stops after one of two updates
+    agent.learn(128, False, lambda *_: False)  # stops after one of two updates
     assert agent.progress == agent.num_timesteps / 128 < 1
     assert agent.scheduled(3.0, None) == 3.0
     assert agent.scheduled(3.0, 1.0) == 3.0 - 2.0 * agent.progress

@@ -90,8 +90,8 @@ def test_a_wrong_word_is_answered_by_the_near_ones(capsys, arguments, expected):
 
 def test_a_run_is_a_folder_a_table_and_a_summary(trained):
     run, printed = trained
-    names = {"config.json", "progress.csv", "checkpoint.zip", "learning_curve.png"}
-    assert {path.name for path in run.iterdir()} == names
+    names = {"config.json", "progress.csv", "checkpoint.zip", "best.zip", "learning_curve.png"}
+    assert {path.name for path in run.iterdir()} - {".lock"} == names
     assert (run / "learning_curve.png").read_bytes().startswith(b"\x89PNG")
     config = json.loads((run / "config.json").read_text())
     assert (config["env_id"], config["n_envs"], config["hidden"]) == ("CartPole-v1", 4, [8])

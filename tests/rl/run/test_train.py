@@ -10,6 +10,7 @@ from gymnasium.envs.classic_control import CartPoleEnv
 import rl.run.cli
 from rl import NPG, TRPO
 from rl.algorithms import ALGORITHMS
+from rl.run.callbacks import KeepCheckpoint
 from rl.run.cli import main
 from toys import Clock
 
@@ -107,8 +108,8 @@ def test_a_run_folder_can_be_made_on_any_system(tmp_path, monkeypatch, capsys, e
 
 def test_checkpoints_are_written_while_it_trains(tmp_path, monkeypatch):
     saved = []
-    monkeypatch.setattr(TRPO, "save", lambda self, _: saved.append(self.num_timesteps))
-    assert train(tmp_path / "run", steps=640) == 0
+    monkeypatch.setattr(KeepCheckpoint, "save", lambda _, agent: saved.append(agent.num_timesteps))
+    assert train(tmp_path / "run", "--save-every", "1e-9", steps=640) == 0
     assert len(saved) == len(set(saved)) + 1 > 8  # the last one twice
 
 

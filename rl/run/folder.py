@@ -1,0 +1,95 @@
+"""The folder of a run: its options, its log, its checkpoints, and the process that writes there."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+from .. import checkpoint
+
+CHECKPOINT, BEFORE, BEST = "checkpoint.zip", "checkpoint-before.zip", "best.zip"
+LOG, CURVE, CONFIG = "progress.csv", "learning_curve.png", "config.json"
+
+
+def new_folder(env_id: str, name: str) -> Path:
+    """Make ``runs/ENV_ID/NAME-TIME``; runs that start at the same time get a number, too."""
+    # not every system allows other characters, or dots at the ends
+    env = [re.sub(r"[^\w.-]", "-", part).strip(".") for part in env_id.split("/")]
+    stem = f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
+    for number in count(2):
+        path = Path("runs", *env, stem)
+        try:
+            path.mkdir(parents=True)
+        except FileExistsError:
+            stem = f"{stem.removesuffix(f'-{number - 1}')}-{number}"
+        else:
+            return path
+    raise AssertionError  # there are numbers enough
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep other processes from training in a folder.
+
+    Raises:
+        ValueError: one does already.
+
+    """
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(folder / ".lock", timeout=0)
+    try:
+        with lock:
+            yield
+    except Timeout as error:
+        raise ValueError(f"another process is training in {folder}") from error
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Return what ``config.json`` says of a run.
+
+    Raises:
+        ValueError: there is none, or it is damaged.
+
+    """
+    try:
+        config = json.loads((folder / CONFIG).read_text())
+    except FileNotFoundError as error:
+        raise ValueError(f"{folder} is not a run folder: it has no {CONFIG}") from error
+    except ValueError as error:
+        raise ValueError(f"{folder / CONFIG} is damaged: {error}") from error
+    if not (isinstance(config, dict) and {"algorithm", "env_id"} <= config.keys()):
+        raise ValueError(f"{folder / CONFIG} does not name an algorithm and an environment")
+    return config
+
+
+def write_config(folder: Path, config: dict[str, Any]) -> None:
+    """Write ``config.json``, whole or not at all."""
+    new = folder / f".{CONFIG}.new"
+    new.write_text(json.dumps(config, indent=2))
+    os.replace(new, folder / CONFIG)
+
+
+def newest(folder: Path) -> tuple[Path, list[str]]:
+    """Return the newest checkpoint of a run that can be read, and what is wrong with newer ones.
+
+    Raises:
+        CheckpointError: none can.
+
+    """
+    faults: list[str] = []
+    for path in (folder / CHECKPOINT, folder / BEFORE):
+        try:
+            checkpoint.read(path)
+        except (checkpoint.CheckpointError, FileNotFoundError) as error:
+            faults.append(str(error))
+        else:
+            return path, faults
+    raise checkpoint.CheckpointError("; ".join(faults))
