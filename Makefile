@@ -17,7 +17,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 PYTEST := $(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist worksteal
 INSTALL := $(PIP) install --quiet --constraint constraints.txt --build-constraint constraints.txt
 
-.PHONY: help demo test lint check slow trainers floor newest bench contract mgh curvature cartpole training learning clean
+.PHONY: help demo test lint check slow faults trainers floor newest bench contract mgh curvature cartpole training learning clean
 
 help:
 	@echo "make demo      train TRPO on CartPole-v1 and draw its learning curve"
@@ -25,6 +25,7 @@ help:
 	@echo "make lint      format, lint and types"
 	@echo "make check     make lint and make test"
 	@echo "make slow      the tests that learn to a target, and the laws on many more examples"
+	@echo "make faults    interrupts, kills, damaged files and dying processes, thousands of each; long"
 	@echo "make trainers  the examples under Lightning and accelerate, on the real packages"
 	@echo "make floor     the fast tests on the oldest torch that pyproject.toml promises"
 	@echo "make newest    the fast tests on the newest torch that pip finds"
@@ -80,7 +81,7 @@ demo: $(READY)
 	@$(BIN)/python -m rl train CartPole-v1 --total-timesteps 27000
 
 test: $(READY)
-	@$(PYTEST) -m "not slow"
+	@$(PYTEST) -m "not slow and not faults"
 
 lint: $(READY)
 	@$(BIN)/ruff format --check .
@@ -90,19 +91,22 @@ lint: $(READY)
 check: lint test
 
 slow: $(READY)
-	@HYPOTHESIS_PROFILE=thorough $(PYTEST) -m "slow or hypothesis"
+	@HYPOTHESIS_PROFILE=thorough $(PYTEST) -m "(slow or hypothesis) and not faults"
+
+faults: $(READY)
+	@HYPOTHESIS_PROFILE=thorough $(PYTEST) -m faults
 
 trainers: $(READY_TRAINERS)
 	@$(TRAINERS)/bin/python -m pytest -q tests/trustregion/optim/test_trainers.py
 
 floor: $(READY_FLOOR)
 	@$(FLOOR)/bin/python -c "import torch; print('torch', torch.__version__)"
-	@OMP_NUM_THREADS=1 $(FLOOR)/bin/python -m pytest -q -m "not slow"
+	@OMP_NUM_THREADS=1 $(FLOOR)/bin/python -m pytest -q -m "not slow and not faults"
 
 newest: $(READY_NEWEST)
 	@$(NEWEST)/bin/python -m pip install --quiet --constraint $(NEWEST)/constraints.txt --upgrade torch
 	@$(NEWEST)/bin/python -c "import torch; print('torch', torch.__version__)"
-	@OMP_NUM_THREADS=1 $(NEWEST)/bin/python -m pytest -q -m "not slow"
+	@OMP_NUM_THREADS=1 $(NEWEST)/bin/python -m pytest -q -m "not slow and not faults"
 
 bench: $(READY_BENCH)
 	@$(BIN)/python -m pytest benchmarks -q --benchmark-only --benchmark-sort=name
