@@ -11,6 +11,8 @@ import torch
 from threadpoolctl import ThreadpoolController
 from torch import nn
 
+from .interrupts import deferred_interrupts
+
 # Parameters of a network whose products occupy several threads. Measured on two cores with two
 # hidden layers: of 64 (4,500 parameters) no gain, of 256 (67,000) 7 %, of 512 (265,000) 34 %.
 _WIDE = 2**16
@@ -31,16 +33,16 @@ def few_threads(*networks: nn.Module) -> Iterator[None]:
         networks: what is to be computed.
 
     """
-    large = any(map(_is_large, networks))
-    before = _enter()
+    large, block = any(map(_is_large, networks)), object()
     try:
-        if not large:
-            torch.set_num_threads(1)
+        with deferred_interrupts():
+            _enter(block)
+            if not large:
+                torch.set_num_threads(1)
         yield
     finally:
-        if not large:
-            torch.set_num_threads(before)
-        _leave()
+        with deferred_interrupts():
+            _leave(block, large)
 
 
 def _is_large(network: nn.Module) -> bool:
@@ -56,27 +58,29 @@ def _controller() -> ThreadpoolController:
 
 
 _lock = threading.Lock()
-_inside = 0  # blocks that run now
+_blocks: dict[object, int] = {}  # those that run now, and torch's threads that each puts back
 _before = 1  # torch's threads before the first of them
 _blas = None  # numpy's limit, while there are any
 
 
-def _enter() -> int:
-    """Limit numpy's BLAS; return torch's number of threads that the block has to put back."""
-    global _inside, _before, _blas
+def _enter(block: object) -> None:
+    """Limit numpy's BLAS, and note torch's number of threads."""
+    global _before, _blas
     with _lock:
         own = torch.get_num_threads()
-        if _inside == 0:
+        if not _blocks:
             _blas, _before = _controller().limit(limits=1, user_api="blas"), own
-        _inside += 1
         # a thread that was started while another one trains begins with the other's limit
-        return _before if own == 1 else own
+        _blocks[block] = _before if own == 1 else own
 
 
-def _leave() -> None:
-    global _inside, _blas
+def _leave(block: object, large: bool) -> None:
+    """Put back what the block, if it was entered, has changed."""
+    global _blas
     with _lock:
-        _inside -= 1
-        if _inside == 0 and _blas is not None:
+        own = _blocks.pop(block, None)
+        if own is not None and not large:
+            torch.set_num_threads(own)
+        if not _blocks and _blas is not None:
             _blas.restore_original_limits()
             _blas = None

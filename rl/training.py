@@ -9,9 +9,12 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
+
 from .build import environment_seed
 from .envs.stepper import Stepper
 from .experience.collector import Collector
+from .interrupts import deferred_interrupts
 from .reports import Callback, Log, progress_log, stops
 from .threads import few_threads
 from .undo import undone_on_error
@@ -69,6 +72,7 @@ class Training:
         from tqdm import tqdm
 
         agent, call = self.agent, self._begin(total_timesteps, [*callbacks, *loggers])
+        grad_enabled = torch.is_grad_enabled()
         before, started = call.elapsed, time.perf_counter()
         made, self.thread = agent.num_timesteps - call.first, threading.get_ident()
         bar = tqdm(total=call.total, initial=made, unit="step", disable=not progress, leave=False)
@@ -86,11 +90,14 @@ class Training:
                 if stops(answers):
                     break
         finally:
+            torch.set_grad_enabled(grad_enabled)  # an interrupt may come as no_grad turns it off
             self.thread = None
             bar.close()
 
     def _iterate(self, collector: Collector) -> Log:
         """Collect a path and learn from it: wholly, or not at all.
+
+        An interrupt waits for the end of the update; a second one undoes it.
 
         The moments of observations move after the update: the surrogate sees those that the actions
         were chosen from. The scale of rewards moves first: the critic is to know it from its first
@@ -101,7 +108,10 @@ class Training:
         networks = (agent.policy, agent.critic, *([] if scale is None else [scale]))
         with few_threads(agent.policy, agent.critic):
             path = collector.collect(agent.policy, rows, version=agent.iterations)
-            with undone_on_error(*networks, optimizers=agent.optimizers().values()):
+            with (
+                deferred_interrupts(),
+                undone_on_error(*networks, optimizers=agent.optimizers().values()),
+            ):
                 if scale is not None:
                     scale.update(path)
                 log = agent.update(path if scale is None else scale(path))

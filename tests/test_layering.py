@@ -22,7 +22,7 @@ LEVELS = {
         ["check", "fit"],
     ],
     "rl": [
-        ["options", "threads", "undo", "checkpoint", "reports"],
+        ["interrupts", "options", "threads", "undo", "checkpoint", "reports"],
         ["envs"],
         ["networks"],
         ["experience"],

@@ -7,6 +7,8 @@ from contextlib import contextmanager
 
 from torch import nn
 
+from ..interrupts import deferred_interrupts
+
 
 @contextmanager
 def evaluating(*networks: nn.Module) -> Iterator[None]:
@@ -15,10 +17,11 @@ def evaluating(*networks: nn.Module) -> Iterator[None]:
     Dropout is off there, and batch normalisation uses its running statistics and leaves them alone.
     """
     training = [module for network in networks for module in network.modules() if module.training]
-    for module in training:
-        module.training = False
     try:
+        for module in training:
+            module.training = False
         yield
     finally:
-        for module in training:
-            module.training = True
+        with deferred_interrupts():
+            for module in training:
+                module.training = True

@@ -1,0 +1,209 @@
+"""The same faults for this package and for stable-baselines3: what is said, what is left.
+
+Each fault is a plain script in a process of its own, with a time limit. Written for docs/faults.md:
+
+    python -m benchmarks.rl_faults
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+LIMIT = 40  # seconds after which a script counts as hanging
+MARK = "RL_FAULTS_MARK"
+
+ENVIRONMENT = """
+import os, time
+import numpy as np
+from gymnasium.envs.classic_control import CartPoleEnv
+
+class TwoArguments(Exception):
+    def __init__(self, code, text):
+        super().__init__(f"{code}: {text}")
+
+class Faulty(CartPoleEnv):
+    steps = 0
+    def step(self, action):
+        Faulty.steps += 1
+        obs, reward, terminated, truncated, info = super().step(action)
+        if Faulty.steps == 300:
+            kind = os.environ["FAULT"]
+            if kind == "raises": raise ValueError("the motor is hot")
+            if kind == "raises, two arguments": raise TwoArguments(7, "the motor is hot")
+            if kind == "process dies": os._exit(1)
+            if kind == "segmentation fault": os.kill(os.getpid(), 11)
+            if kind == "hangs": time.sleep(10**6)
+            if kind == "observation is NaN": obs = obs * np.nan
+            if kind == "reward is NaN": reward = float("nan")
+            if kind == "observation of another shape": obs = obs[:1]
+        return obs, reward, terminated, truncated, info
+"""
+FAULTS = (
+    "raises",
+    "raises, two arguments",
+    "process dies",
+    "segmentation fault",
+    "hangs",
+    "observation is NaN",
+    "reward is NaN",
+    "observation of another shape",
+)
+OURS = """
+from rl import TRPO
+from faulty import Faulty
+agent = TRPO(Faulty, n_envs=2, vectorization={how!r}, steps_per_update=512, env_timeout=5.0)
+try:
+    agent.learn(4096, progress=False)
+    print("went on")
+finally:
+    print("finite", all(p.isfinite().all() for p in agent.policy.parameters()))
+    agent.close()
+"""
+SB3 = """
+from faulty import Faulty
+from sb3_contrib import TRPO
+from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv
+if __name__ == "__main__":
+    envs = {kind}([Faulty] * 2)
+    agent = TRPO("MlpPolicy", envs, n_steps=256, device="cpu")
+    try:
+        agent.learn(4096)
+        print("went on")
+    finally:
+        print("finite", all(p.isfinite().all() for p in agent.policy.parameters()))
+        envs.close()
+"""
+OURS_RESUME = """
+import torch
+from rl import TRPO, load
+def save(agent, log):
+    if agent.iterations == 2: agent.save("agent.zip")
+whole = TRPO("{env}", seed=0, steps_per_update=512).learn(2048, progress=False, callback=save)
+other = load("agent.zip").learn(progress=False)
+pairs = zip(whole.policy.parameters(), other.policy.parameters())
+print("equal", all(torch.equal(p, q) for p, q in pairs))
+"""
+SB3_RESUME = """
+import torch
+from sb3_contrib import TRPO
+make = lambda: TRPO("MlpPolicy", "{env}", n_steps=512, seed=0, device="cpu")
+whole = make().learn(2048)
+half = make().learn(1024); half.save("agent")
+other = TRPO.load("agent", env="{env}", device="cpu")
+other.set_env(other.env); other.learn(1024, reset_num_timesteps=False)
+pairs = zip(whole.policy.parameters(), other.policy.parameters())
+print("equal", all(torch.equal(p, q) for p, q in pairs))
+"""
+
+
+def processes(mark: str) -> list[int]:
+    """Return the processes that were started with a mark in their environment."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit() and int(entry.name) != os.getpid():
+            try:
+                if f"{MARK}={mark}".encode() in (entry / "environ").read_bytes():
+                    found.append(int(entry.name))
+            except OSError:  # it ended, or is somebody else's
+                pass
+    return found
+
+
+@contextmanager
+def started(arguments: list[str], folder: Path, **extra: str) -> Iterator[tuple]:
+    """Run Python; afterwards end what is left of it."""
+    mark = f"{os.getpid()}-{time.monotonic_ns()}"
+    process = subprocess.Popen(
+        [sys.executable, *arguments],
+        cwd=folder,
+        text=True,
+        env={**os.environ, **extra, MARK: mark, "PYTHONPATH": f"{Path.cwd()}:{folder}"},
+        stdout=(folder / "out").open("w"),
+        stderr=(folder / "err").open("w"),
+    )
+    try:
+        yield process, mark
+    finally:
+        for number in processes(mark):
+            os.kill(number, signal.SIGKILL)
+        process.wait()
+
+
+def outcome(script: str, fault: str) -> str:
+    """Run a script with a fault, and say in words what became of it."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "faulty.py").write_text(ENVIRONMENT)
+        (folder / "script.py").write_text(script)
+        with started(["script.py"], folder, FAULT=fault) as (process, mark):
+            try:
+                code = process.wait(LIMIT)
+            except subprocess.TimeoutExpired:
+                return f"hangs (killed after {LIMIT} s)"
+            time.sleep(0.5)
+            orphans = len(processes(mark))
+        said = [line for line in (folder / "err").read_text().splitlines() if line.strip()]
+        printed = (folder / "out").read_text()
+        words = []
+        if code < 0:
+            words.append(f"dies of {signal.Signals(-code).name}")
+        elif "went on" in printed:
+            words.append("trains on")
+        else:
+            words.append(f"`{said[-1][:110]}` ({len(said)} lines)" if said else "ends silently")
+        if "finite False" in printed:
+            words.append("weights are NaN")
+        if orphans:
+            words.append(f"{orphans} processes left")
+        return "; ".join(words)
+
+
+def environments() -> None:
+    """Print the table of environments' faults."""
+    print("| the environment | in | ours | stable-baselines3 |")
+    print("| --- | --- | --- | --- |")
+    for fault in FAULTS:
+        for where, how, kind in (
+            ("workers", "async", "SubprocVecEnv"),
+            ("the process", "sync", "DummyVecEnv"),
+        ):
+            if how == "sync" and fault in ("process dies", "segmentation fault", "hangs"):
+                continue  # nothing can be done
+            cells = outcome(OURS.format(how=how), fault), outcome(SB3.format(kind=kind), fault)
+            print(f"| {fault} | {where} | {cells[0]} | {cells[1]} |", flush=True)
+
+
+def resumes() -> None:
+    """Print whether a training that was saved and loaded ends with the parameters of the whole."""
+    print("\n| 2 + save + load + 2 updates are 4 | ours | stable-baselines3 |")
+    print("| --- | --- | --- |")
+    for env in ("CartPole-v1", "Pendulum-v1", "Acrobot-v1"):
+        cells = []
+        for script in (OURS_RESUME, SB3_RESUME):
+            with tempfile.TemporaryDirectory() as name:
+                folder = Path(name)
+                (folder / "script.py").write_text(script.format(env=env))
+                with started(["script.py"], folder) as (process, _):
+                    process.wait(120)
+                printed = (folder / "out").read_text()
+                cells.append("yes" if "equal True" in printed else "no")
+        print(f"| {env} | {cells[0]} | {cells[1]} |", flush=True)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", choices=["environments", "resumes"])
+    only = parser.parse_args().only
+    if only != "resumes":
+        environments()
+    if only != "environments":
+        resumes()
