@@ -22,7 +22,7 @@ LEVELS = {
         ["check", "fit"],
     ],
     "rl": [
-        ["options", "threads", "undo", "checkpoint", "reports"],
+        ["options", "threads", "undo", "files", "json_tree", "checkpoint", "reports"],
         ["envs"],
         ["networks"],
         ["experience"],
