@@ -22,7 +22,7 @@ LEVELS = {
         ["check", "fit"],
     ],
     "rl": [
-        ["options", "threads", "undo", "files", "json_tree", "checkpoint", "reports"],
+        ["options", "threads", "undo", "files", "json_tree", "matching", "checkpoint", "reports"],
         ["envs"],
         ["networks"],
         ["experience"],
