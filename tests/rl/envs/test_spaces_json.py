@@ -116,7 +116,10 @@ for _ in range(5000):
             "hold nothing",
         ),
         ({"kind": "Box", "shape": [1], "dtype": "float32", "low": ["nan"], "high": [1]}, "hold no"),
-        ({"kind": "Box", "shape": [-1], "dtype": "float32", "low": [0], "high": [1]}, "negative dim"),
+        (
+            {"kind": "Box", "shape": [-1], "dtype": "float32", "low": [0], "high": [1]},
+            "negative dim",
+        ),
         ({"kind": "Discrete", "n": 2**40, "start": 0}, "a space of 8,796,093,022,208 bytes"),
         ({"kind": "MultiDiscrete", "nvec": [2**40], "start": [0]}, "a space of 8,796,093,022,208 "),
         ({"kind": "MultiBinary", "n": [2**20, 2**20]}, "a space of 8,796,093,022,208 bytes"),
