@@ -124,11 +124,14 @@ def _named(path: Path, *, all_of_it: bool = True) -> Iterator[None]:
     except ValueError as error:
         if not all_of_it:
             raise
-        raise checkpoint.CheckpointError(f"{path}: {error}") from error
+        raise checkpoint.CheckpointError(f"{path}: {_line(error)}") from error
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError) as error:
-        reason = " ".join(str(error).split())
-        words = f"{path} does not hold an agent of this release: {type(error).__name__}: {reason}"
-        raise checkpoint.CheckpointError(words) from error
+        words = f"{path} does not hold an agent of this release: {type(error).__name__}"
+        raise checkpoint.CheckpointError(f"{words}: {_line(error)}") from error
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def _check_networks(
@@ -221,8 +224,7 @@ def _misfit() -> Iterator[None]:
     try:
         yield
     except (RuntimeError, KeyError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"the state does not fit this agent: {reason}") from error
+        raise ValueError(f"the state does not fit this agent: {_line(error)}") from error
 
 
 def check_source(source: Any) -> None:

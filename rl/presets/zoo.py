@@ -170,7 +170,8 @@ def parse_literal(key: str, value: Any) -> Any:
         return ast.literal_eval(_Plain().visit(ast.parse(value.strip(), mode="eval")))
     except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError):  # the last: nested
         raise ValueError(
-            f"{key} must be a mapping, or a string such as 'dict(a=1, b=[2, 3])', got {value!r:.200}"
+            f"{key} must be a mapping, or a string such as 'dict(a=1, b=[2, 3])', got"
+            f" {value!r:.200}"
         ) from None
 
 
