@@ -30,7 +30,7 @@ LEVELS = {
         ["config"],
         ["build"],
         ["saving"],
-        ["agent"],
+        ["agent", "export"],
         ["trpo", "npg", "kl_penalty", "ppo", "vpg"],
         ["algorithms"],
         ["presets"],

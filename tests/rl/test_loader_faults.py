@@ -45,8 +45,7 @@ def outcome(path):
         return "refused" if words.startswith(str(path)) and "\n" not in words else words
     assert all(p.isfinite().all() for p in agent.policy.parameters())
     assert not agent.has_envs
-    action, _ = agent.predict(np.zeros(agent.layout.space.shape), deterministic=True)
-    assert np.isfinite(action).all()
+    agent.predict(np.zeros(agent.layout.space.shape), deterministic=True)
     return "loaded"
 
 
