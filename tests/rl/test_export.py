@@ -65,6 +65,7 @@ class Anything(Clock):
 
 
 STATE = Box(-5, 5, (3,), np.float32)
+ANY = Box(-np.inf, np.inf, (1,), np.float32)
 MIXED = spaces.Dict(
     image=Box(0, 255, (9, 8, 3), np.uint8),
     time=Box(1.7e9, 1.7e9 + 60, (2,), np.float64),
@@ -81,7 +82,8 @@ CASES = {
     "discrete": ((Discrete(4), Discrete(3, start=7)), {"hidden": ()}),
     "masked": ((STATE, Discrete(3), True), {}),
     "mixed": ((MIXED, MultiDiscrete([2, 3])), {}),
-    "images": ((Box(0, 255, (8, 9), np.uint8), Box(-np.inf, np.inf, (1,), np.float32)), {}),
+    "images": ((Box(0, 255, (8, 9), np.uint8), ANY), {}),
+    "far from zero": ((Box(1.7e9, 1.7e9 + 60, (2,), np.float64), ANY), {}),
 }
 
 
