@@ -13,7 +13,7 @@ from ..algorithms import ALGORITHMS
 from ..options import convert
 from .zoo import Target, translate
 
-_MOST = 2**20  # characters of a file, and of what it says
+_MOST = 2**18  # characters of a file, and of what it says
 
 
 @dataclass(frozen=True)

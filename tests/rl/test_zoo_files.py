@@ -334,13 +334,13 @@ MERGED = LAUGHS.replace("k:", "<<:")
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        (LAUGHS, "my.yml refers to its own entries until it has over 1,048,576 bytes"),
-        (MERGED, "my.yml refers to its own entries until it has over 1,048,576 bytes"),
+        (LAUGHS, "my.yml refers to its own entries until it has over 262,144 bytes"),
+        (MERGED, "my.yml refers to its own entries until it has over 262,144 bytes"),
         ("CartPole-v1: &a {hidden: [*a]}", "my.yml refers to its own entries until"),
         ("a: &a [" + "x" * 2000 + "]\nb: [" + "*a, " * 1000 + "]", "my.yml refers to its own"),
         ("CartPole-v1: " + "[" * 500 + "]" * 500, "my.yml is nested too deeply"),
         ("CartPole-v1: " + "{a: " * 500 + "}" * 500, "my.yml is nested too deeply"),
-        ("#" * 2**20 + "#", "my.yml has 1,048,577 bytes, and presets of 1,048,576 are read"),
+        ("#" * 2**18 + "#", "my.yml has 262,145 bytes, and presets of 262,144 are read"),
     ],
     ids=["sequences", "merges", "itself", "a long scalar", "lists", "mappings", "comment"],
 )
