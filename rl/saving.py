@@ -115,7 +115,7 @@ def load_into(
 def _named(path: Path, *, all_of_it: bool = True) -> Iterator[None]:
     """Turn errors of a forged file into CheckpointErrors that name it.
 
-    Not ``all_of_it``: a ValueError, which may be the caller's, stays as it is.
+    Not ``all_of_it``: a ValueError, which may be the caller's, stays one.
     """
     try:
         yield
@@ -123,7 +123,7 @@ def _named(path: Path, *, all_of_it: bool = True) -> Iterator[None]:
         raise
     except ValueError as error:
         if not all_of_it:
-            raise
+            raise ValueError(f"loading {path}: {_line(error)}") from error
         raise checkpoint.CheckpointError(f"{path}: {_line(error)}") from error
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError) as error:
         words = f"{path} does not hold an agent of this release: {type(error).__name__}"
