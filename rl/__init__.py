@@ -41,6 +41,8 @@ from .experience.surrogate import Objective as Objective
 from .experience.surrogate import clipped_surrogate as clipped_surrogate
 from .experience.surrogate import normalise as normalise
 from .experience.surrogate import surrogate as surrogate
+from .export import export_policy as export_policy
+from .export import export_weights as export_weights
 from .fits import AdamFit as AdamFit
 from .fits import CriticFit as CriticFit
 from .fits import LBFGSFit as LBFGSFit

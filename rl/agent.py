@@ -115,11 +115,7 @@ class Agent(abc.ABC):
     @cached_property
     def envs(self) -> VectorEnv:
         """The environments; those of an agent that was loaded are made when first asked for."""
-        if self.source is None:
-            raise ValueError(
-                "this agent was loaded without an environment, which predict does not need: pass"
-                " env= to load"
-            )
+        saving.check_source(self.source)
         envs = make_envs(self.source, self.config.n_envs, self.config.vectorization)
         try:
             check_spaces(self.layout, self.action_space, envs)
@@ -137,7 +133,9 @@ class Agent(abc.ABC):
     @property
     def env_id(self) -> str | None:
         """The id that the environments are made from, or None."""
-        return self.source if isinstance(self.source, str) else None
+        source = self.source
+        named = source.env_id if isinstance(source, saving.NamedByFile) else source
+        return named if isinstance(named, str) else None
 
     def close(self) -> None:
         """Close the environments, unless a vector environment was passed in.
@@ -271,7 +269,8 @@ class Agent(abc.ABC):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what :meth:`state_dict` returned; a ValueError if it does not fit."""
+        """Take over what :meth:`state_dict` returned, or nothing and raise a ValueError."""
+        saving.check_state(state)
         saving.load_parts(self._parts(), state["parts"])
         self.generator.set_state(state["generator"])
         self.num_timesteps, self.iterations = state["num_timesteps"], state["iterations"]
@@ -329,9 +328,7 @@ class Agent(abc.ABC):
         agent.source, agent.training = env, Training(agent, collector)
         try:
             saving.load_into(agent, FilePath(path), options, policy, critic)
-        except BaseException as error:
+        except BaseException:
             agent.close()
-            if isinstance(error, KeyError):
-                raise checkpoint.CheckpointError(f"{path} is incomplete: no {error}") from error
             raise
         return agent

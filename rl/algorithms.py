@@ -25,8 +25,8 @@ def load(path: str | Path, env: EnvSource | None = None, **options: Any) -> Agen
 
     """
     name = checkpoint.read(Path(path)).get("algorithm")
-    if name not in ALGORITHMS:
+    if not isinstance(name, str) or name not in ALGORITHMS:
         raise checkpoint.CheckpointError(
-            f"{path} holds an agent of {name!r}, which is none of {', '.join(ALGORITHMS)}"
+            f"{path} holds an agent of {str(name)[:40]!r}, which is none of {', '.join(ALGORITHMS)}"
         )
     return ALGORITHMS[name].load(path, env, **options)

@@ -118,6 +118,8 @@ class Config:
         if self.seed is None:
             object.__setattr__(self, "seed", int(np.random.SeedSequence().generate_state(1)[0]))
         check_not_negative(self, "seed")
+        if self.seed is not None and self.seed >= 2**64:
+            raise ValueError(f"seed must be less than 2**64, got {self.seed}")
         for name in ("hidden", "critic_hidden"):
             widths = getattr(self, name)
             if widths is not None and not all(width > 0 for width in widths):

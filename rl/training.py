@@ -15,9 +15,21 @@ from .build import environment_seed
 from .envs.stepper import Stepper
 from .experience.collector import Collector
 from .interrupts import deferred_interrupts
+from .matching import check_types
 from .reports import Callback, Log, progress_log, stops
 from .threads import few_threads
 from .undo import undone_on_error
+
+_NONE = type(None)
+_STATE = {
+    "n_envs": int,
+    "call": (dict, _NONE),
+    "collector": (dict, _NONE),
+    "callbacks": list,
+    "running_rewards": (torch.Tensor, _NONE),
+}
+# what a state of other environments raises somewhere in them
+_MISFIT = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 
 @dataclass
@@ -161,7 +173,7 @@ class Training:
             if state is not None:
                 try:
                     _load(collector, state)
-                except ValueError as error:
+                except _MISFIT as error:
                     warnings.warn(f"all episodes start anew: {error}", stacklevel=4)
                     _load(collector, state | {"environments": None})
         return self.collector
@@ -205,7 +217,13 @@ class Training:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over what :meth:`state_dict` returned."""
-        self.call = None if state["call"] is None else Call(**state["call"])
+        check_types(state, _STATE, "the run")
+        call = state["call"]
+        if call is not None:
+            check_types(call, {"first": int, "total": int, "elapsed": float}, "the call of learn")
+            if call["total"] <= 0:
+                raise ValueError(f"a call of learn of {call['total']} steps")
+        self.call = None if call is None else Call(call["first"], call["total"], call["elapsed"])
         self._left = {"collector": state["collector"], "callbacks": state["callbacks"]}
         if state["n_envs"] != self.agent.config.n_envs:
             self._left["collector"] = None  # episodes of other copies

@@ -22,7 +22,7 @@ LEVELS = {
         ["check", "fit"],
     ],
     "rl": [
-        ["interrupts", "options", "threads", "undo", "checkpoint", "reports"],
+        ["interrupts", "options", "threads", "undo", "files", "json_tree", "matching", "checkpoint", "reports"],
         ["envs"],
         ["networks"],
         ["experience"],
@@ -30,7 +30,7 @@ LEVELS = {
         ["config"],
         ["build"],
         ["saving", "training"],
-        ["agent"],
+        ["agent", "export"],
         ["trpo", "npg", "kl_penalty", "ppo", "vpg"],
         ["algorithms"],
         ["presets"],

@@ -40,20 +40,59 @@ def space_to_json(space: Space[Any]) -> dict[str, Any]:
     raise ValueError(f"this space cannot be written as JSON: {space}")
 
 
-def space_from_json(fields: Any) -> Space[Any]:
-    """Return the space that :func:`space_to_json` was given; raise a ValueError if it was none."""
+def space_from_json(fields: Any, most: int = 2**26) -> Space[Any]:
+    """Return the space that :func:`space_to_json` was given; raise a ValueError if it was none.
+
+    Args:
+        fields: what it returned.
+        most: bytes that the space's observations or actions may take; a few numbers stand for a
+            space of any size. Bytes of images count as such, and all else as eight of them.
+
+    """
     try:
+        if (size := _size(**fields)) > most:
+            raise ValueError(f"a space of {size:,} bytes, and {most:,} are read")
         return _space(**fields)
-    except (ArithmeticError, AssertionError, AttributeError, KeyError, TypeError) as error:
-        raise ValueError(f"not the JSON of a space: {fields!r:.200} ({error!r})") from error
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, TypeError) as error:
+        raise ValueError(f"not the JSON of a space: {error!r}, of {_start(fields)}") from error
+    except RecursionError as error:
+        raise ValueError("not the JSON of a space: it is nested too deeply") from error
+
+
+def _start(fields: Any) -> str:
+    """Return the start of what was given; all of it may be long."""
+    return f"{list(fields)[:9] if isinstance(fields, dict) else fields!r:.200}"
+
+
+def _size(kind: str, dtype: str = "int64", spaces: Any = (), **fields: Any) -> int:
+    """Return the bytes of one observation, as above, before anything is made."""
+    match kind:
+        case "Dict":
+            return sum(_size(**inner) for _, inner in spaces)
+        case "Tuple":
+            return sum(_size(**inner) for inner in spaces)
+        case "Box":
+            image = dtype == "uint8" and len(fields["shape"]) in (2, 3)
+            return math.prod(fields["shape"]) * (1 if image else 8)
+        case "Discrete":
+            return 8 * fields["n"]
+        case "MultiDiscrete":
+            return 8 * int(np.sum(fields["nvec"], dtype=np.float64))
+        case "MultiBinary":
+            return 8 * int(np.prod(fields["n"], dtype=np.float64))
+    return 0  # and refused
 
 
 def _space(kind: str, dtype: Any = np.int64, **fields: Any) -> Space[Any]:
-    dtype = np.dtype(dtype).type
+    if (dtype := np.dtype(dtype)).kind not in "biuf" or dtype.itemsize > 8:
+        raise TypeError(f"a dtype of {dtype}")
+    dtype = dtype.type
     match kind:
         case "Box":
             shape = tuple(fields["shape"])
             low, high = (_array(fields[key], shape, dtype) for key in ("low", "high"))
+            if not (low <= high).all():  # a bound that is not a number is never within another
+                raise TypeError("bounds that hold nothing")
             return spaces.Box(low, high, shape, dtype)
         case "Discrete":
             more = {} if dtype is np.int64 else {"dtype": dtype}  # not in old gymnasiums
@@ -80,5 +119,5 @@ def _plain(name: str, value: Any) -> Any:
 
 
 def _array(entries: list[Any], shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-    numbers = [float(x) if isinstance(x, str) else x for x in entries]
-    return np.array(numbers * (math.prod(shape) if len(numbers) == 1 else 1), dtype).reshape(shape)
+    numbers = np.array([float(x) if isinstance(x, str) else x for x in entries], dtype)
+    return np.full(shape, numbers[0]) if len(numbers) == 1 else numbers.reshape(shape)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from difflib import get_close_matches
 from importlib import resources
@@ -11,6 +12,8 @@ from typing import Any, get_type_hints
 from ..algorithms import ALGORITHMS
 from ..options import convert
 from .zoo import Target, translate
+
+_MOST = 2**18  # characters of a file, and of what it says
 
 
 @dataclass(frozen=True)
@@ -71,14 +74,35 @@ def _parse(source: str, text: bytes) -> dict[str, Any]:
     """Return what a text of YAML maps environments to."""
     import yaml
 
+    if len(text) > _MOST:
+        raise ValueError(f"{source} has {len(text):,} bytes, and presets of {_MOST:,} are read")
     try:
-        entries = yaml.safe_load(text)
+        loader = yaml.SafeLoader(text)
+        root = loader.get_single_node()
+        if root is not None and _size(root, {}) > _MOST:
+            raise ValueError(
+                f"{source} refers to its own entries until it has over {_MOST:,} bytes"
+            )
+        entries = None if root is None else loader.construct_document(root)
     except yaml.YAMLError as error:
         raise ValueError(f"{source} is not YAML: {' '.join(str(error).split())}") from error
+    except RecursionError as error:
+        raise ValueError(f"{source} is nested too deeply") from error
     if not isinstance(entries, dict):
         kind = type(entries).__name__
         raise ValueError(f"{source} must map environment ids to options, got {kind}")
     return entries
+
+
+def _size(node: Any, known: dict[int, float]) -> float:
+    """Return the characters of a YAML node with all that it refers to by ``*name`` written out."""
+    if id(node) not in known:
+        known[id(node)] = math.inf  # of a node within itself
+        inner = node.value if isinstance(node.value, list) else []
+        children = [child for item in inner for child in (item if type(item) is tuple else [item])]
+        own = 1 if isinstance(node.value, list) else 1 + len(node.value)
+        known[id(node)] = own + sum(_size(child, known) for child in children)
+    return known[id(node)]
 
 
 def _preset(algorithm: str, env_id: str, entry: Any) -> Preset:

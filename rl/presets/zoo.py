@@ -168,9 +168,10 @@ def parse_literal(key: str, value: Any) -> Any:
         return value
     try:
         return ast.literal_eval(_Plain().visit(ast.parse(value.strip(), mode="eval")))
-    except (SyntaxError, ValueError, TypeError):
+    except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError):  # the last: nested
         raise ValueError(
-            f"{key} must be a mapping, or a string such as 'dict(a=1, b=[2, 3])', got {value!r}"
+            f"{key} must be a mapping, or a string such as 'dict(a=1, b=[2, 3])', got"
+            f" {value!r:.200}"
         ) from None
 
 

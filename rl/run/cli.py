@@ -15,11 +15,11 @@ from typing import Any
 
 import trustregion
 
-from .. import checkpoint
 from ..agent import Agent
 from ..algorithms import ALGORITHMS, load
 from ..envs.make import describe
 from ..options import check_counts, check_positive
+from ..saving import refuse_module
 from .callbacks import KeepCheckpoint, SaveBest
 from .commands import Check, Eval, Plot, Record, Train, Trained, env_keywords, env_source, parse
 from .evaluation import evaluate
@@ -27,11 +27,12 @@ from .folder import (
     BEFORE,
     BEST,
     CHECKPOINT,
+    CONFIG,
     CURVE,
     LOG,
+    load_newest,
     locked,
     new_folder,
-    newest,
     read_config,
     write_config,
 )
@@ -96,13 +97,13 @@ def _resumed(command: Train[Any], env: Any, out: Path) -> Agent:
         ValueError: the run is finished.
 
     """
-    path, faults = newest(out)
-    for fault in faults:
-        _note(fault)
     saved, total = read_config(out), command.total_timesteps
     options = json.loads(json.dumps(command.config.to_dict()))
     changed = {key: value for key, value in options.items() if saved.get(key) != value}
-    agent = ALGORITHMS[command.algo].load(path, env, **changed)
+    algorithm = ALGORITHMS[command.algo]
+    agent, path, faults = load_newest(out, lambda path: algorithm.load(path, env, **changed))
+    for fault in faults:
+        _note(fault)
     steps, call = agent.num_timesteps, agent.training.call
     if steps >= total:
         raise ValueError(
@@ -185,15 +186,21 @@ def _summarise(agent: Agent, command: Train[Any], out: Path) -> None:
 
 def _trained(command: Trained) -> tuple[Agent, Any, str]:
     """Return the agent of a run, what makes an environment to use it in, and both in words."""
-    path = command.run / CHECKPOINT if command.run.is_dir() else command.run
-    own, kwargs = checkpoint.read(path)["env_id"], env_keywords(command.env_kwargs)
-    env_id, config = command.env or own, path.parent / "config.json"
-    if env_id is None and config.exists():  # a run with --env-kwargs
-        options = json.loads(config.read_text())
-        env_id, kwargs = options.get("env_id"), kwargs or options.get("env_kwargs", {})
+    if command.run.is_dir():
+        agent, path, faults = load_newest(command.run, load)
+        for fault in faults:
+            _note(fault)
+    else:
+        agent, path = load(command.run), command.run
+    env_id, kwargs = command.env or agent.env_id, env_keywords(command.env_kwargs)
+    if env_id is None and (path.parent / CONFIG).exists():  # a run with --env-kwargs
+        options = read_config(path.parent)
+        env_id, kwargs = options["env_id"], kwargs or options.get("env_kwargs", {})
     if env_id is None:
         raise ValueError(f"{path} does not name its environment: pass --env ENV_ID")
-    env, agent = env_source(env_id, kwargs), load(path)
+    if command.env is None:
+        refuse_module(env_id, "--env ")
+    env = env_source(env_id, kwargs)
     words = f"{path}: {type(agent).__name__} on {env_id} after {agent.num_timesteps:,} steps"
     return agent, env, words
 

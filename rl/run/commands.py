@@ -24,6 +24,7 @@ from ..experience.advantages import ADVANTAGES, Advantages
 from ..fits import FITS, CriticFit
 from ..options import record_to_text
 from ..presets import load_preset
+from ..saving import refuse_module
 from .folder import read_config
 
 C = TypeVar("C", bound=Config)
@@ -195,11 +196,8 @@ def _resumed(read: Callable[..., Any], algorithm: type[Agent], saved: dict[str, 
     for name in ("out", "preset"):
         if getattr(command, name) is not None:
             raise ValueError(f"--{name} is for new runs, and --resume goes on with an old one")
-    if ":" in saved["env_id"] and not command.env_id:
-        raise ValueError(
-            f"{command.resume} needs {saved['env_id']}, and that imports a module: name it too, as"
-            f" in python -m rl train {saved['env_id']} --resume {command.resume}"
-        )
+    if not command.env_id:
+        refuse_module(saved["env_id"], "ENV_ID ")
     return replace(command, env_id=saved["env_id"])
 
 

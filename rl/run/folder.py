@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import datetime
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from .. import checkpoint
+from ..files import replace_file
 
+T = TypeVar("T")
 CHECKPOINT, BEFORE, BEST = "checkpoint.zip", "checkpoint-before.zip", "best.zip"
 LOG, CURVE, CONFIG = "progress.csv", "learning_curve.png", "config.json"
 
@@ -72,24 +73,15 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 def write_config(folder: Path, config: dict[str, Any]) -> None:
     """Write ``config.json``, whole or not at all."""
-    new = folder / f".{CONFIG}.new"
-    new.write_text(json.dumps(config, indent=2))
-    os.replace(new, folder / CONFIG)
+    text = json.dumps(config, indent=2).encode()
+    replace_file(folder / CONFIG, lambda file: file.write(text))
 
 
-def newest(folder: Path) -> tuple[Path, list[str]]:
-    """Return the newest checkpoint of a run that can be read, and what is wrong with newer ones.
+def load_newest(folder: Path, load: Callable[[Path], T]) -> tuple[T, Path, list[str]]:
+    """Load the newest good checkpoint of a run; say which it is, and what is wrong with others.
 
     Raises:
-        CheckpointError: none can.
+        CheckpointError: none is.
 
     """
-    faults: list[str] = []
-    for path in (folder / CHECKPOINT, folder / BEFORE):
-        try:
-            checkpoint.read(path)
-        except (checkpoint.CheckpointError, FileNotFoundError) as error:
-            faults.append(str(error))
-        else:
-            return path, faults
-    raise checkpoint.CheckpointError("; ".join(faults))
+    return checkpoint.load_newest((folder / CHECKPOINT, folder / BEFORE), load)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import math
 import os
 import textwrap
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..agent import Agent
+from ..files import replace_file
 from ..options import check_counts
 from ..reports import Log
 
@@ -165,16 +167,11 @@ def _append(path: Path, columns: list[str], rows: list[Log]) -> None:
 
 def _replace(path: Path, columns: list[str], rows: list[Any]) -> None:
     """Write another file and put it in the place of the old one."""
-    new = path.with_name(f".{path.name}.new")
-    try:
-        with new.open("w", newline="") as file:
-            writer = csv.DictWriter(file, columns)
-            writer.writeheader()
-            writer.writerows(rows)
-        os.replace(new, path)
-    except BaseException:
-        new.unlink(missing_ok=True)
-        raise
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, columns)
+    writer.writeheader()
+    writer.writerows(rows)
+    replace_file(path, lambda file: file.write(text.getvalue().encode()))
 
 
 class TensorBoardLog:

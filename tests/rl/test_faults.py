@@ -20,7 +20,7 @@ import torch
 from agents import SMALL
 from rl import PPO, TRPO, CSVLog, load
 from rl.__main__ import main
-from rl.run.folder import newest
+from rl.run.folder import load_newest
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(3600)]
 
@@ -118,8 +118,7 @@ def test_kill_at_random_moments_leaves_a_run_that_goes_on(tmp_path, capsys):
                 (out / ".lock").unlink(missing_ok=True)
                 out.rmdir()
             continue
-        path, faults = newest(out)
-        agent = load(path)
+        agent, _, faults = load_newest(out, load)
         assert not faults
         assert agent.num_timesteps >= steps  # nothing that was saved is lost
         steps = agent.num_timesteps

@@ -1,6 +1,9 @@
 """An agent that is loaded is the one that was saved, with or without its environment."""
 
+import copy
 import itertools
+import resource
+import sys
 
 import gymnasium
 import numpy as np
@@ -26,6 +29,7 @@ from rl import (
     gae,
     load,
 )
+from rl.json_tree import to_json
 from toys import Clock, Slide
 
 
@@ -314,7 +318,7 @@ def test_environments_with_other_spaces_are_named_and_closed(trained):
     assert [env.closed for env in made] == [1] * 4
 
 
-def test_environments_of_an_agent_that_cannot_be_loaded_are_closed(tmp_path):
+def test_no_environment_is_made_for_an_agent_that_cannot_be_loaded(tmp_path):
     TRPO(Clock, **SMALL).save(tmp_path / "agent.zip")
     for options, words in (({"hidden": (3,)}, "does not fit"), ({"n_envs": 5}, "does not divide")):
         made = []
@@ -322,7 +326,7 @@ def test_environments_of_an_agent_that_cannot_be_loaded_are_closed(tmp_path):
             TRPO.load(
                 tmp_path / "agent.zip", lambda m=made: m.append(Closable()) or m[-1], **options
             )
-        assert {env.closed for env in made} == {1}
+        assert not made
 
 
 def test_other_actions_are_named(tmp_path):
@@ -405,29 +409,113 @@ def test_notes_are_kept_beside_the_agent(tmp_path):
     assert checkpoint.read(tmp_path / "agent.zip")["notes"] == {"best": 3.5, "why": None}
 
 
-def test_a_state_that_lacks_a_part_is_refused(trained, tmp_path):
+def changed(path, place, value):
+    """Write a copy of a file with an entry changed, or without it for ``...``; return the copy."""
+    saved = checkpoint.read(path)
+    *outer, last = place
+    inner = saved
+    for key in outer:
+        inner = inner[key]
+    if value is ...:
+        del inner[last]
+    else:
+        inner[last] = value(inner.get(last)) if callable(value) else value
+    copy = path.with_name("changed.zip")
+    checkpoint.write(copy, saved)
+    return copy
+
+
+PARTS = ("agent", "parts")
+ADAM = (*PARTS, "critic_optimizer", "state", 0)
+GROUP = (*PARTS, "policy_optimizer", "param_groups", 0)
+
+
+def poisoned(x):
+    x.view(-1)[1] = torch.nan
+    return x
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "words"),
+    [
+        (("agent",), ..., "the file is incomplete: it has no 'agent'"),
+        (("config",), ..., "it has no 'config'"),
+        (("config",), [1], "'config' of the file must be of type dict, got"),
+        (("config", "gamma"), 2, "gamma must lie in"),
+        (("config", "hidden"), [-1], "hidden must be widths"),
+        (("config", "hidden"), {"a": 1}, "hidden must be a list"),
+        (("config", "n_envs"), 3, "256 does not divide by 3"),
+        (("config", "seed"), 2**64, "seed must be less than"),
+        (("config", "device"), "nothing", "cannot compute on device='nothing'"),
+        (("config", "new"), 1, "no option 'new'"),
+        (("env_id",), 3, "'env_id' of the file must be of type str or NoneType, got 3"),
+        (("layout", "mask"), -1, "an action mask of -1 entries"),
+        (("layout", "mask"), 2**40, "an action mask of 1099511627776 entries"),
+        (("layout", "mask"), 3, r"mask of shape \(3,\) does not fit CategoricalHead"),
+        (("layout", "origin"), torch.zeros(4), "origin of observations is not finite"),
+        (("layout", "origin"), torch.full((4,), torch.nan, dtype=torch.float64), "not finite"),
+        (("layout", "origin"), torch.zeros(3, dtype=torch.float64), "origin must have shape"),
+        (("layout", "space", "kind"), "Graph", "unknown kind of space 'Graph'"),
+        (("layout", "space", "shape"), [2**40], "a space of 8,796,093,022,208 bytes"),
+        (("layout", "space", "dtype"), "O", "not the JSON of a space"),
+        (("layout", "space", "low"), ["nan"], "not the JSON of a space"),
+        (("action_space", "n"), 3, r"policy.linear.0.weight is \(2, 16\) .* and \(3, 16\)"),
+        (("action_space", "n"), 2**40, "a space of 8,796,093,022,208 bytes"),
+        (("action_space",), None, "unsupported action space None"),
+        (("agent", "num_timesteps"), ..., "has no 'num_timesteps'"),
+        (("agent", "num_timesteps"), True, "'num_timesteps' of 'agent' of the file must be of typ"),
+        (("agent", "iterations"), -1, "iterations of the state must not be negative"),
+        (("agent", "generator"), ..., "has no 'generator'"),
+        (("agent", "generator"), torch.zeros(3), "random state is none of torch's"),
+        (("agent", "generator"), lambda x: x * 0 + 255, "random state is none of torch's"),
+        (PARTS, ..., "has no 'parts'"),
+        ((*PARTS, "policy"), ..., "the state of policy must be of type dict, got None"),
+        ((*PARTS, "critic"), [], r"the state of critic must be of type dict, got \[\]"),
+        ((*PARTS, "critic", "linear.0.bias"), ..., "critic.linear.0.bias is missing"),
+        ((*PARTS, "critic", "linear.0.bias"), 3.0, "critic.linear.0.bias is missing"),
+        ((*PARTS, "critic", "linear.0.bias"), torch.zeros(2), r"is \(2,\) of torch.float32 in the"),
+        ((*PARTS, "critic", "linear.0.bias"), torch.zeros(1).long(), "torch.int64 in the saved"),
+        ((*PARTS, "critic", "more"), torch.zeros(1), "Unexpected key.*more"),
+        ((*PARTS, "policy", "linear.0.weight"), poisoned, "0.weight has 1 entries that are nan"),
+        (
+            (*PARTS, "policy", "linear.0.bias"),
+            lambda x: x / 0,
+            "bias has .* entries that are -?inf",
+        ),
+        ((*PARTS, "reward_scale"), ..., "the state of reward_scale must be"),
+        ((*PARTS, "reward_scale", "moments.mean"), torch.tensor(torch.nan).double(), "nan"),
+        ((*PARTS, "critic_optimizer"), ..., "has no 'critic_optimizer'"),
+        (
+            (*PARTS, "critic_optimizer", "state"),
+            [],
+            "'state' of the state of critic_optimizer must",
+        ),
+        (ADAM, {}, "parameter 0.exp_avg is missing"),
+        ((*ADAM, "exp_avg"), torch.zeros(3), r"exp_avg is \(3,\)"),
+        ((*ADAM, "exp_avg_sq"), poisoned, "exp_avg_sq has 1 entries that are nan"),
+        ((*ADAM, "step"), "many", "'step' of the state of critic_optimizer, parameter 0 must"),
+        ((*PARTS, "policy_optimizer", "param_groups"), [], "groups of policy_optimizer are those"),
+        ((*GROUP, "params"), [0], "groups of policy_optimizer are those of other parameters"),
+        ((*GROUP, "delta"), "wide", "delta of policy_optimizer is 'wide', and 0.01 here"),
+        ((*GROUP, "maximize"), 1, "maximize of policy_optimizer is 1, and True here"),
+    ],
+)
+def test_a_state_that_does_not_fit_is_refused_by_name(trained, place, value, words):
     _, path = trained
-    for place in (("num_timesteps",), ("generator",), ("parts", "critic_optimizer"), ("parts",)):
-        saved = checkpoint.read(path)
-        inner = saved["agent"]
-        for key in place[:-1]:
-            inner = inner[key]
-        del inner[place[-1]]
-        checkpoint.write(tmp_path / "lacking.zip", saved)
-        with pytest.raises(
-            CheckpointError, match=f"no '{place[-1]}'|fit this agent: .*{place[-1]}"
-        ):
-            TRPO.load(tmp_path / "lacking.zip")
+    forged = changed(path, place, value)
+    for load_it in (TRPO.load, load):
+        with pytest.raises(CheckpointError, match=words) as caught:
+            load_it(forged)
+        assert str(caught.value).startswith(str(forged))
+        assert "\n" not in str(caught.value)
 
 
 def test_the_state_of_another_number_of_parameters_is_refused(trained, tmp_path):
     _, path = trained
-    saved = checkpoint.read(path)
-    state = saved["agent"]["parts"]["policy_optimizer"]["state"]
-    state[len(state)] = state[0]
-    checkpoint.write(tmp_path / "more.zip", saved)
+    state = checkpoint.read(path)["agent"]["parts"]["policy_optimizer"]["state"]
+    forged = changed(path, (*PARTS, "policy_optimizer", "state", len(state)), lambda _: state[0])
     with pytest.raises(CheckpointError, match="the state of policy_optimizer is not that of"):
-        TRPO.load(tmp_path / "more.zip")
+        TRPO.load(forged)
 
 
 def test_the_algorithm_of_a_file_is_that_of_the_class(trained, tmp_path):
@@ -448,3 +536,113 @@ def test_a_state_can_be_taken_over_without_a_file():
     assert other.num_timesteps == agent.num_timesteps
     with pytest.raises(ValueError, match="the state does not fit this agent"):
         TRPO("CartPole-v1", **SMALL | {"hidden": (5,)}).load_state_dict(agent.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        (("num_timesteps",), -1),
+        (("generator",), torch.zeros(3)),
+        (("parts", "critic", "linear.0.bias"), torch.zeros(3)),
+        (("parts", "critic", "linear.0.bias"), torch.full((1,), torch.inf)),
+        (("parts", "critic", "surplus"), torch.zeros(1)),
+        (("parts", "critic_optimizer", "param_groups"), []),
+        (("parts", "critic_optimizer", "state", 0, "exp_avg"), torch.zeros(3)),
+    ],
+)
+def test_a_state_that_does_not_fit_changes_nothing(place, value):
+    agent, other = (TRPO("CartPole-v1", seed=s, **SMALL).learn(64, progress=False) for s in (1, 2))
+    state, before = copy.deepcopy(other.state_dict()), copy.deepcopy(agent.state_dict())
+    inner = state
+    for key in place[:-1]:
+        inner = inner[key]
+    inner[place[-1]] = value
+    with pytest.raises(ValueError, match="state"):
+        agent.load_state_dict(state)
+    files = [to_json(x) for x in (before, agent.state_dict())]
+    assert files[0][0] == files[1][0]
+    assert same(*(list(tensors.values()) for _, tensors in files))
+
+
+def test_an_interrupt_while_a_state_is_taken_over_changes_nothing(monkeypatch):
+    agent, other = (TRPO("CartPole-v1", seed=s, **SMALL).learn(64, progress=False) for s in (1, 2))
+    before = weights(agent)
+
+    def interrupted(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(agent.policy_optimizer, "load_state_dict", interrupted)
+    monkeypatch.setattr("rl.undo.copy.deepcopy", lambda x: x)
+    with pytest.raises(KeyboardInterrupt):
+        agent.load_state_dict(other.state_dict())
+    assert same(before, weights(agent))
+
+
+# -- files that ask for more than they hold
+
+
+def peak_memory():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"hidden": [20_000, 20_000]},
+        {"critic_hidden": [10**6, 10**6]},
+        {"hidden": [1] * 10**5},
+        {"n_envs": 2**29, "steps_per_update": 2**30},
+        {"hidden": [20_000, 20_000], "n_envs": 32, "vectorization": "async"},
+    ],
+)
+def test_forged_options_make_no_networks_and_no_processes(trained, options, monkeypatch):
+    _, path = trained
+    forged = changed(path, ("config",), lambda config: config | options)
+    monkeypatch.setattr("rl.agent.make_envs", lambda *_: pytest.fail("environments were made"))
+    before = peak_memory()
+    for arguments in ((forged,), (forged, "CartPole-v1")):
+        with pytest.raises(CheckpointError, match=r"does not fit this agent|bytes of networks"):
+            load(*arguments)
+    assert peak_memory() - before < 2**28
+
+
+def test_the_global_random_state_is_left_alone_by_loading(trained):
+    before = torch.get_rng_state()
+    load(trained[1])
+    assert torch.equal(before, torch.get_rng_state())
+
+
+# -- ids that would import a module
+
+
+@pytest.fixture
+def mined(tmp_path, monkeypatch):
+    """Return a file whose environment is in a module that says when it is imported."""
+    (tmp_path / "mine.py").write_text("import sys\nsys.mine_was_imported = True\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delattr(sys, "mine_was_imported", raising=False)
+    TRPO("CartPole-v1", **SMALL).save(tmp_path / "honest.zip")
+    path = changed(tmp_path / "honest.zip", ("env_id",), "mine:CartPole-v1")
+    yield path
+    sys.modules.pop("mine", None)
+
+
+@pytest.mark.parametrize("how", ["auto", "sync", "async", "vector_entry_point", "envpool"])
+def test_a_module_that_a_file_names_is_not_imported(mined, how, tmp_path):
+    agent = load(mined, vectorization=how)
+    agent.predict(np.zeros(4))
+    assert agent.env_id == "mine:CartPole-v1"
+    for use in (lambda: agent.learn(1, progress=False), lambda: agent.envs):
+        with pytest.raises(ValueError, match=r"'mine', which runs its code.*pass env=mine:CartP"):
+            use()
+    agent.save(tmp_path / "again.zip")
+    assert checkpoint.read(tmp_path / "again.zip")["env_id"] == "mine:CartPole-v1"
+    evaluate(agent, "CartPole-v1", 1)
+    agent.close()
+    assert not hasattr(sys, "mine_was_imported")
+
+
+def test_a_module_is_imported_on_request(mined):
+    assert load(mined, "mine:CartPole-v1").learn(1, progress=False).iterations
+    assert sys.mine_was_imported

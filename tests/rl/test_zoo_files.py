@@ -1,5 +1,8 @@
 """Hyperparameter files of the RL zoo, translated entry by entry."""
 
+import tracemalloc
+from itertools import pairwise
+
 import gymnasium
 import pytest
 from hypothesis import given
@@ -214,6 +217,9 @@ def test_literals_come_back(value):
         "",
         "a b",
         "-x",
+        "-" * 10**5 + "1",
+        "(" * 10**4 + "1" + ")" * 10**4,
+        "a" + ".b" * 10**5,
     ],
 )
 def test_what_is_no_literal_is_refused_and_never_run(text):
@@ -316,6 +322,36 @@ def test_a_bad_file_says_what_is_wrong(load, text, words):
         load(text)
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+NINE = ", ".join(["*{0}"] * 9)
+LAUGHS = "a: &a {x: 1, y: 2}\n" + "".join(
+    f"{new}: &{new} {{k: [{NINE.format(old)}]}}\n" for old, new in pairwise("abcdefghij")
+)
+MERGED = LAUGHS.replace("k:", "<<:")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (LAUGHS, "my.yml refers to its own entries until it has over 262,144 bytes"),
+        (MERGED, "my.yml refers to its own entries until it has over 262,144 bytes"),
+        ("CartPole-v1: &a {hidden: [*a]}", "my.yml refers to its own entries until"),
+        ("a: &a [" + "x" * 2000 + "]\nb: [" + "*a, " * 1000 + "]", "my.yml refers to its own"),
+        ("CartPole-v1: " + "[" * 500 + "]" * 500, "my.yml is nested too deeply"),
+        ("CartPole-v1: " + "{a: " * 500 + "}" * 500, "my.yml is nested too deeply"),
+        ("#" * 2**18 + "#", "my.yml has 262,145 bytes, and presets of 262,144 are read"),
+    ],
+    ids=["sequences", "merges", "itself", "a long scalar", "lists", "mappings", "comment"],
+)
+def test_a_file_that_is_endless_is_refused_in_little_memory(load, text, words):
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match=words):
+            load(text)
+        assert tracemalloc.get_traced_memory()[1] < 2**26
+    finally:
+        tracemalloc.stop()
 
 
 def test_files_that_cannot_be_read(tmp_path):

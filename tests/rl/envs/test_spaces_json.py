@@ -33,7 +33,7 @@ def multi_discretes(draw):
 LEAVES = st.one_of(
     boxes(),
     multi_discretes(),
-    st.builds(spaces.Discrete, st.integers(1, 2**40), start=st.integers(-(2**40), 2**40)),
+    st.builds(spaces.Discrete, st.integers(1, 2**20), start=st.integers(-(2**40), 2**40)),
     st.just(spaces.Discrete(3, dtype=np.int32)),
     st.just(spaces.Box(-np.inf, np.inf, (2, 3))),
     st.builds(spaces.MultiBinary, st.integers(1, 9) | hnp.array_shapes()),
@@ -90,6 +90,11 @@ def test_other_spaces_are_refused(space):
         space_to_json(space)
 
 
+NESTED = {"kind": "Discrete", "n": 2, "start": 0}
+for _ in range(5000):
+    NESTED = {"kind": "Tuple", "spaces": [NESTED]}
+
+
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
@@ -101,7 +106,25 @@ def test_other_spaces_are_refused(space):
         ({"kind": "Discrete"}, "'n'"),
         ({"kind": "Discrete", "n": "x", "start": 0}, "not the JSON of a space"),
         ({"kind": "Discrete", "n": 3, "start": 0, "dtype": "nothing"}, "not the JSON of a space"),
-        ({"kind": "Tuple"}, "not the JSON of a space"),
+        ({"kind": "Tuple", "spaces": [[]]}, "not the JSON of a space"),
+        ({"kind": "Dict", "spaces": [[[], {"kind": "Discrete", "n": 3, "start": 0}]]}, "not the"),
+        ({"kind": "Box", "shape": [1], "dtype": "O", "low": [0], "high": [1]}, "not the JSON"),
+        ({"kind": "Box", "shape": [1], "dtype": "S9", "low": [0], "high": [1]}, "not the JSON"),
+        ({"kind": "Box", "shape": [1], "dtype": "float32", "low": [], "high": [1]}, "reshape"),
+        (
+            {"kind": "Box", "shape": [1], "dtype": "float32", "low": [2], "high": [1]},
+            "hold nothing",
+        ),
+        ({"kind": "Box", "shape": [1], "dtype": "float32", "low": ["nan"], "high": [1]}, "hold no"),
+        (
+            {"kind": "Box", "shape": [-1], "dtype": "float32", "low": [0], "high": [1]},
+            "negative dim",
+        ),
+        ({"kind": "Discrete", "n": 2**40, "start": 0}, "a space of 8,796,093,022,208 bytes"),
+        ({"kind": "MultiDiscrete", "nvec": [2**40], "start": [0]}, "a space of 8,796,093,022,208 "),
+        ({"kind": "MultiBinary", "n": [2**20, 2**20]}, "a space of 8,796,093,022,208 bytes"),
+        ({"kind": "Box", "shape": [2**40], "dtype": "int8", "low": [0], "high": [1]}, "a space of"),
+        (NESTED, "nested too deeply"),
         ({"kind": "Box", "dtype": "float32", "shape": [3], "low": [0, 1], "high": [1]}, "reshape"),
         ({"kind": "Box", "dtype": "float32", "shape": [1], "low": ["x"], "high": [1]}, "float"),
     ],

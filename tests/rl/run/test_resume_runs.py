@@ -14,7 +14,7 @@ from rl import TRPO, CSVLog, SaveBest, SaveCheckpoint, checkpoint, load
 from rl.__main__ import main
 from rl.run import logs
 from rl.run.callbacks import KeepCheckpoint
-from rl.run.folder import locked, newest
+from rl.run.folder import load_newest, locked
 
 TINY = ["--n-envs", "4", "--steps-per-update", "128", "--hidden", "8", "--no-progress"]
 TIMES = {"time/time_elapsed", "time/fps"}
@@ -129,7 +129,7 @@ def test_a_damaged_newest_checkpoint_falls_back_and_says_so(tmp_path, monkeypatc
     undo()
     path = out / "checkpoint.zip"
     path.write_bytes(path.read_bytes()[:-1000])
-    assert newest(out)[0].name == "checkpoint-before.zip"
+    assert load_newest(out, load)[1].name == "checkpoint-before.zip"
     assert resume(out) == 0
     captured = capsys.readouterr()
     assert f"note: {path} is" in captured.err
