@@ -197,7 +197,7 @@ def _resumed(read: Callable[..., Any], algorithm: type[Agent], saved: dict[str, 
         if getattr(command, name) is not None:
             raise ValueError(f"--{name} is for new runs, and --resume goes on with an old one")
     if not command.env_id:
-        refuse_module(saved["env_id"], "ENV_ID ")
+        refuse_module(saved["env_id"], "")
     return replace(command, env_id=saved["env_id"])
 
 
