@@ -74,7 +74,7 @@ class Config:
     """How copies of the environment are stepped: see make_envs."""
 
     env_timeout: float | None = 60.0
-    """Seconds that a copy in a process of its own has for an answer; None for no limit."""
+    """Seconds that a copy in a process of its own has for an answer; None to wait."""
 
     on_env_error: OnError = "raise"
     """What to do where an environment fails: raise, or restart it and go on: see make_envs."""
