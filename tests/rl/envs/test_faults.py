@@ -77,7 +77,7 @@ RAISED = {
 }
 DEATHS = {
     "its process ended with exit code 3": lambda: os._exit(3),
-    "its process was killed by SIGSEGV": lambda: faulthandler.disable() or ctypes.string_at(0),
+    "its process was killed by SIGSEGV": lambda: (faulthandler.disable(), ctypes.string_at(0)),
     "its process was killed by SIGKILL": lambda: os.kill(os.getpid(), signal.SIGKILL),
     "SystemExit: 3": lambda: sys.exit(3),
 }
