@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
+import importlib
 import multiprocessing
 import os
 import pickle
 import select
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -94,6 +97,7 @@ class Worker:
     _process: Any = None
     _asked = False  # to close its environment
     _pipe: Connection
+    _line: Connection  # nothing is ever sent there: its end says that this process has ended
 
     def __init__(
         self, factory: Callable[[], Env], context: Any, memory: _Memory | None = None
@@ -105,11 +109,13 @@ class Worker:
     def start(self) -> None:
         """Start a process, which makes the environment; :meth:`receive` returns its spaces."""
         self._pipe, theirs = self._context.Pipe()
-        arguments = CloudpickleWrapper(self._factory), theirs, self._memory
+        line, self._line = self._context.Pipe(duplex=False)
+        arguments = CloudpickleWrapper(self._factory), theirs, line, self._memory
         with clear_mpi_env_vars():
             self._process = self._context.Process(target=_work, args=arguments, daemon=True)
             self._process.start()
         theirs.close()
+        line.close()
         self._ready = _waiter(self._pipe)
 
     def send(self, command: str, arguments: tuple[Any, ...]) -> None:
@@ -173,7 +179,7 @@ class Worker:
         """End the process, whatever it does."""
         self.idle = False
         if self._process is not None:
-            self._pipe.close()
+            self._forget()
             self._process.kill()
             self._process.join(_GRACE)  # one that waits for a broken disk cannot be ended
             with suppress(ValueError):
@@ -194,6 +200,7 @@ class Worker:
     def _forget(self) -> None:
         if self._process is not None:
             self._pipe.close()
+            self._line.close()
 
 
 def _waiter(pipe: Connection) -> Callable[[float], Any]:
@@ -214,7 +221,9 @@ def _in_time(ready: Callable[[float], Any], limit: float) -> bool:
     return True
 
 
-def _work(factory: CloudpickleWrapper, pipe: Connection, memory: _Memory | None) -> None:
+def _work(
+    factory: CloudpickleWrapper[Env], pipe: Connection, line: Connection, memory: _Memory | None
+) -> None:
     """Do what comes through the pipe, until it is closed."""
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):
         if hasattr(signal, name):
@@ -222,6 +231,8 @@ def _work(factory: CloudpickleWrapper, pipe: Connection, memory: _Memory | None)
             # not SIG_IGN, which a simulator that the environment starts would inherit.
             signal.signal(getattr(signal, name), lambda *_: None)
     threading.Thread(target=_end_with, args=(pipe,), daemon=True).start()
+    if sys.platform == "linux":
+        _end_at_last(line)
     stand = Stand(factory.fn)
     command, arguments = "make", ()
     if memory is not None:
@@ -258,3 +269,18 @@ def _end_with(pipe: Connection) -> None:
             parent.join()
     time.sleep(_GRACE)
     os._exit(1)
+
+
+def _end_at_last(line: Connection) -> None:
+    """Have the kernel end this process half a minute after its parent, if nothing else has.
+
+    A library that does not return, and never gives the interpreter's lock back, stops all threads.
+    When the other end of the pipe is closed, SIGIO comes, whose number is 29. It is handled by the
+    C function alarm, which is so called with 29, and has SIGALRM end the process 29 seconds later.
+    """
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    libc = ctypes.CDLL(None)
+    libc.signal(int(signal.SIGIO), ctypes.cast(libc.alarm, ctypes.c_void_p))
+    fcntl = importlib.import_module("fcntl")  # other systems have none
+    fcntl.fcntl(line, fcntl.F_SETOWN, os.getpid())
+    fcntl.fcntl(line, fcntl.F_SETFL, fcntl.fcntl(line, fcntl.F_GETFL) | os.O_ASYNC)
