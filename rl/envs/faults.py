@@ -18,10 +18,12 @@ class EnvironmentFault(ValueError):
 
     Attributes:
         index: which of the copies it was.
+        trace: the traceback of the environment's exception, if it raised one.
 
     """
 
     index: int = 0
+    trace: str = ""
 
 
 class Failure(Exception):
@@ -83,7 +85,8 @@ class Place:
         else:
             where = {"make": "when it was made", "close": "to close"}[command]
         fault = EnvironmentFault(f"environment {self.index} failed {where}: {failure}")
-        fault.index, fault.__cause__ = self.index, failure.__cause__
+        fault.index, fault.trace = self.index, failure.trace
+        fault.__cause__ = failure.__cause__
         if failure.trace and failure.__cause__ is None:
             fault.add_note(f"In its process:\n{failure.trace.rstrip()}")
         return fault

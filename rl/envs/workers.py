@@ -164,12 +164,13 @@ class Worker:
         """Wait for the end of the process, and end it if that takes too long."""
         if self._process is None:
             return
-        grace = _GRACE if limit is None or self._asked else min(limit, _GRACE)
         try:
             if self._asked:
                 self.receive(limit)
                 self._pipe.close()
-            self._process.join(grace)
+                self._process.join(_GRACE)
+                return
+            self._process.join(_GRACE if limit is None else min(limit, _GRACE))
             if self._process.is_alive():
                 raise Failure("its process was still busy, and was ended", late=True)
         finally:
@@ -245,6 +246,8 @@ def _work(
             if command == "close":
                 return
             command, arguments = pickle.loads(pipe.recv_bytes())
+            if command == "apply":
+                arguments = arguments[0].fn, *arguments[1:]
     stand.close()
 
 
