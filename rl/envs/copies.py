@@ -8,56 +8,22 @@ from collections.abc import Callable, Iterable, Sequence
 from copy import deepcopy
 from functools import reduce
 from operator import getitem
-from typing import Any, Literal, Protocol, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 from gymnasium.vector import AutoresetMode, VectorEnv
-from gymnasium.vector.utils import batch_space, create_empty_array, iterate
+from gymnasium.vector.utils import batch_space, iterate
 
 from .answers import Env
 from .batches import leaves
 from .faults import EnvironmentFault, Failure, Place, short
-from .layout import ObservationLayout
-from .stand import Here, Spaces
+from .hands import Hand, stop_all
+from .stand import Spaces
 
 OnError: TypeAlias = Literal["raise", "restart"]
 _Question: TypeAlias = "tuple[str, tuple[Any, ...]]"
 _AT_MOST = 3  # faults of one copy without a good step between them; the next one is raised
 _RESET: _Question = ("reset", (None, None))
-
-
-class Hand(Protocol):
-    """What holds one copy.
-
-    ``idle`` is False from a failure on until :meth:`renew`, and, of a copy in another process,
-    while it owes an answer.
-    """
-
-    idle: bool
-
-    def start(self) -> None:
-        """Have the copy made; :meth:`receive` returns its spaces."""
-        ...
-
-    def send(self, command: str, arguments: tuple[Any, ...]) -> None:
-        """Ask for something; it may be done at once or by :meth:`receive`."""
-        ...
-
-    def receive(self, limit: float | None) -> Any:
-        """Return the answer, or raise a :class:`Failure`, at the latest after ``limit`` seconds."""
-        ...
-
-    def renew(self, limit: float | None) -> None:
-        """Replace the copy by a new one, or raise a :class:`Failure`."""
-        ...
-
-    def release(self) -> None:
-        """Ask for the end of the copy."""
-        ...
-
-    def stop(self, limit: float | None) -> None:
-        """Wait for the end, ``limit`` seconds, then force it and raise a :class:`Failure`."""
-        ...
 
 
 class Copies(VectorEnv):
@@ -277,52 +243,6 @@ class Copies(VectorEnv):
             raise fault
         words = f"{fault}. It is made anew, and its episode counts as truncated"
         warnings.warn(words, RuntimeWarning, stacklevel=2)
-
-
-def in_turn(
-    factories: Sequence[Callable[[], Env]], limit: float | None, on_error: OnError
-) -> Copies:
-    """Return copies in this process, of what each of the functions makes."""
-    hands = [Here(factory) for factory in factories]
-    try:
-        spaces = make_all(hands, limit)
-        ObservationLayout(spaces.observations)  # refuses what has no row
-        batch = create_empty_array(spaces.observations, len(hands))
-        for i, hand in enumerate(hands):
-            hand.stand.put(spaces.observations, batch, i)
-    except BaseException:
-        stop_all(hands, limit)
-        raise
-    return Copies(hands, spaces, batch, "sync", limit, on_error)
-
-
-def make_all(hands: Sequence[Hand], limit: float | None) -> Spaces:
-    """Have copies made, at the same time if they can be, and return the spaces that all have."""
-    for hand in hands:
-        hand.start()
-    made: list[Spaces] = []
-    for i, hand in enumerate(hands):
-        try:
-            made.append(hand.receive(limit))
-        except Failure as failure:
-            raise Place(i).fault("make", (), failure) from failure.__cause__
-        for name, mine, others in zip(("observations", "actions"), made[i], made[0], strict=False):
-            if mine != others:
-                words = f"environment {i} has {name} of {mine}, and environment 0 of {others}"
-                raise ValueError(words)
-    return made[0]
-
-
-def stop_all(hands: Sequence[Hand], limit: float | None) -> None:
-    """End copies, all at the same time if they can be; a warning names those that failed to."""
-    for hand in hands:
-        hand.release()
-    for i, hand in enumerate(hands):
-        try:
-            hand.stop(limit)
-        except Failure as failure:
-            limit = 0.0 if failure.late else limit  # all of them had that time
-            warnings.warn(str(Place(i).fault("close", (), failure)), RuntimeWarning, stacklevel=2)
 
 
 def _raise(faults: dict[int, EnvironmentFault]) -> None:

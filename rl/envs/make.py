@@ -11,9 +11,11 @@ import gymnasium
 from gymnasium.envs.registration import find_highest_version, get_env_id, parse_env_id
 from gymnasium.vector import VectorEnv
 
+from ..options import check_positive, convert
 from .answers import Env, PlainAnswers
-from .copies import Copies, OnError, in_turn
+from .copies import Copies, OnError
 from .faults import EnvironmentFault
+from .here import in_turn
 from .pool import PoolVectorEnv
 from .workers import in_processes
 
@@ -57,6 +59,8 @@ def make_envs(
         EnvironmentFault: one could not be made.
 
     """
+    check_positive(env_timeout=env_timeout)
+    on_env_error = convert("on_env_error", OnError, on_env_error)
     faults: dict[str, Any] = {"limit": env_timeout, "on_error": on_env_error}
     if isinstance(env, VectorEnv):
         return env

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from functools import reduce
 from operator import getitem
@@ -13,7 +12,6 @@ from gymnasium import Space
 
 from .answers import Env
 from .batches import leaves, numbers
-from .faults import Failure
 
 
 class Spaces(NamedTuple):
@@ -91,58 +89,6 @@ class Stand:
         if self._open:
             self._open = False
             self.env.close()
-
-
-class Here:
-    """Holds a copy in this process, where nothing can stop one that hangs or dies."""
-
-    idle = True
-    _question: tuple[Callable[..., Any], tuple[Any, ...]]
-
-    def __init__(self, factory: Callable[[], Env]) -> None:
-        self.stand = Stand(factory)
-
-    @property
-    def env(self) -> Env:
-        """The environment."""
-        return self.stand.env
-
-    def start(self) -> None:
-        """Have the environment made by :meth:`receive`."""
-        self.send("make", ())
-
-    def send(self, command: str, arguments: tuple[Any, ...]) -> None:
-        """Keep a command for :meth:`receive`."""
-        self._question = getattr(self.stand, command), arguments
-
-    def receive(self, limit: float | None) -> Any:  # noqa: ARG002 # nobody could end it
-        """Do what was asked for."""
-        do, arguments = self._question
-        try:
-            return do(*arguments)
-        except Exception as error:
-            self.idle = False
-            raise Failure.of(error) from error
-
-    def renew(self, limit: float | None) -> None:
-        """Close the environment, if it lets itself be closed, and make another one."""
-        try:
-            self.stop(limit)
-        except Failure as failure:
-            warnings.warn(
-                f"an environment failed to close: {failure}", RuntimeWarning, stacklevel=2
-            )
-        self.start()
-        self.receive(limit)
-        self.idle = True
-
-    def release(self) -> None:
-        """Do nothing: :meth:`stop` does it all."""
-
-    def stop(self, limit: float | None) -> None:
-        """Close the environment."""
-        self.send("close", ())
-        self.receive(limit)
 
 
 def _fitting(observation: Any, path: tuple[Any, ...], array: np.ndarray) -> np.ndarray:
