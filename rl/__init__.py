@@ -20,6 +20,7 @@ from .agent import Agent as Agent
 from .algorithms import load as load
 from .checkpoint import CheckpointError as CheckpointError
 from .config import Config as Config
+from .envs.faults import EnvironmentFault as EnvironmentFault
 from .envs.layout import ObservationLayout as ObservationLayout
 from .envs.make import make_envs as make_envs
 from .envs.stepper import Stepper as Stepper

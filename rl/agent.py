@@ -23,12 +23,13 @@ from .build import (
     observation_layout,
     observation_norm,
     refuse_positional,
+    training_envs,
     with_copies,
 )
 from .config import Config
 from .envs.batches import as_batch
 from .envs.layout import ObservationLayout
-from .envs.make import EnvSource, make_envs
+from .envs.make import EnvSource
 from .experience.advantages import Advantages
 from .experience.collector import Collector, EnvCollector
 from .experience.estimates import Estimates, estimate
@@ -76,7 +77,7 @@ class Agent(abc.ABC):
         refuse_positional(self, env, *others)
         config = self.config_class.from_dict(options)
         self.source, self.training = env, Training(self, collector)
-        envs = make_envs(env, config.n_envs, config.vectorization)
+        envs = training_envs(env, config)
         try:
             config = with_copies(config, options, envs)
             layout = observation_layout(envs, config, environment_seed(config, 0))
@@ -116,7 +117,7 @@ class Agent(abc.ABC):
     def envs(self) -> VectorEnv:
         """The environments; those of an agent that was loaded are made when first asked for."""
         saving.check_source(self.source)
-        envs = make_envs(self.source, self.config.n_envs, self.config.vectorization)
+        envs = training_envs(self.source, self.config)
         try:
             check_spaces(self.layout, self.action_space, envs)
         except ValueError:

@@ -12,12 +12,24 @@ from torch import nn
 
 from .config import Config
 from .envs.layout import MASK, ObservationLayout
+from .envs.make import EnvSource, make_envs
 from .envs.stepper import Stepper
 from .networks.critic import Critic
 from .networks.encoders import Encoder
 from .networks.heads import make_head
 from .networks.moments import ObservationNorm
 from .networks.policy import HeadPolicy, Policy
+
+
+def training_envs(source: EnvSource, config: Config) -> VectorEnv:
+    """Return the environments of an agent."""
+    return make_envs(
+        source,
+        config.n_envs,
+        config.vectorization,
+        env_timeout=config.env_timeout,
+        on_env_error=config.on_env_error,
+    )
 
 
 def observation_layout(envs: VectorEnv, config: Config, seed: int) -> ObservationLayout:

@@ -10,6 +10,7 @@ from typing import Any, Self
 import numpy as np
 import torch
 
+from .envs.copies import OnError
 from .envs.make import Vectorization
 from .experience.advantages import ADVANTAGES, Advantages
 from .fits import FITS, CriticFit
@@ -18,6 +19,7 @@ from .options import (
     check_counts,
     check_fractions,
     check_not_negative,
+    check_positive,
     convert_fields,
     record_from_text,
     record_to_text,
@@ -71,6 +73,12 @@ class Config:
     vectorization: Vectorization = "auto"
     """How copies of the environment are stepped: see make_envs."""
 
+    env_timeout: float | None = 60.0
+    """Seconds that a copy in a process of its own has for an answer; None to wait."""
+
+    on_env_error: OnError = "raise"
+    """What to do where an environment fails: raise, or restart it and go on: see make_envs."""
+
     hidden: tuple[int, ...] = (64, 64)
     """Widths of the hidden layers of policy and critic."""
 
@@ -120,6 +128,7 @@ class Config:
         check_not_negative(self, "seed")
         if self.seed is not None and self.seed >= 2**64:
             raise ValueError(f"seed must be less than 2**64, got {self.seed}")
+        check_positive(self, "env_timeout")
         for name in ("hidden", "critic_hidden"):
             widths = getattr(self, name)
             if widths is not None and not all(width > 0 for width in widths):

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from .build import environment_seed
@@ -96,6 +97,8 @@ class Training:
                 call.elapsed = before + time.perf_counter() - started
                 bar.update(min(made, call.total) - bar.n)
                 log = progress_log(agent, collector.episodes, made, call.elapsed) | log
+                if np.any(restarts := getattr(agent.envs, "renewals", 0)):
+                    log["time/env_restarts"] = int(np.sum(restarts))
                 answers = [callback(agent, log) for callback in callbacks]
                 for write in loggers:
                     write(agent, log)

@@ -22,7 +22,17 @@ LEVELS = {
         ["check", "fit"],
     ],
     "rl": [
-        ["interrupts", "options", "threads", "undo", "files", "json_tree", "matching", "checkpoint", "reports"],
+        [
+            "interrupts",
+            "options",
+            "threads",
+            "undo",
+            "files",
+            "json_tree",
+            "matching",
+            "checkpoint",
+            "reports",
+        ],
         ["envs"],
         ["networks"],
         ["experience"],

@@ -3,34 +3,35 @@
 from __future__ import annotations
 
 import importlib
-import os
-import signal
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from functools import partial
 from typing import Any, Literal, TypeAlias, get_args
 
 import gymnasium
-import numpy as np
-from gymnasium import spaces
 from gymnasium.envs.registration import find_highest_version, get_env_id, parse_env_id
-from gymnasium.vector import AsyncVectorEnv, SyncVectorEnv, VectorEnv
-from gymnasium.vector.async_vector_env import AsyncState, _async_worker
+from gymnasium.vector import VectorEnv
 
-from .batches import as_numpy, flags, reals
-from .layout import ObservationLayout
-from .masks import MASK, flat_mask
+from ..options import check_positive, convert
+from .answers import Env, PlainAnswers
+from .copies import Copies, OnError
+from .faults import EnvironmentFault
+from .here import in_turn
 from .pool import PoolVectorEnv
-from .state import Replayed, made_of
+from .state import Replayed
+from .workers import in_processes
 
-Env: TypeAlias = "gymnasium.Env[Any, Any]"
 EnvSource: TypeAlias = "str | VectorEnv | Env | Callable[[], Env]"
 Vectorization: TypeAlias = Literal["auto", "sync", "async", "vector_entry_point", "envpool"]
-_NUMBER, _FLAG = (float, int, np.floating, np.integer), (bool, np.bool_)
 
 
 def make_envs(
-    env: EnvSource, n_envs: int, vectorization: Vectorization = "auto", keep: Sequence[str] = ()
+    env: EnvSource,
+    n_envs: int,
+    vectorization: Vectorization = "auto",
+    keep: Sequence[str] = (),
+    *,
+    env_timeout: float | None = 60.0,
+    on_env_error: OnError = "raise",
 ) -> VectorEnv:
     """Return a vector environment; what a step returns may be overwritten by the next one.
 
@@ -45,12 +46,27 @@ def make_envs(
             are its own. ``"auto"`` takes the vectorised form if there is one that can be imported,
             and ``"sync"`` otherwise.
         keep: keys of numbers to keep in the infos of copies, besides the action mask.
+        env_timeout: seconds after which a copy in a process of its own is ended that gives no
+            answer when it is made, reset, stepped or closed. None for no limit. Nothing can end one
+            that hangs in this process.
+        on_env_error: what to do where a copy raises, gives an answer that is not of its spaces or
+            not finite, or, in a process of its own, dies or hangs. ``"raise"`` an
+            :class:`EnvironmentFault`; the next reset makes that copy anew. ``"restart"``: make it
+            anew at once, with a warning; its episode ends as truncated where it was before. The
+            fourth fault of a copy without a good step in between is raised.
+
+    Raises:
+        ValueError: there is no such environment.
+        EnvironmentFault: one could not be made.
 
     """
+    check_positive(env_timeout=env_timeout)
+    on_env_error = convert("on_env_error", OnError, on_env_error)
+    faults: dict[str, Any] = {"limit": env_timeout, "on_error": on_env_error}
     if isinstance(env, VectorEnv):
         return env
     if isinstance(env, gymnasium.Env):
-        return SyncVectorEnv([lambda: PlainAnswers(env, keep, owned=False)], copy=False)
+        return in_turn([lambda: PlainAnswers(env, keep, owned=False)], **faults)
     if not isinstance(env, str) and not callable(env):
         raise TypeError(
             "env must be an id such as 'CartPole-v1', a function that makes an environment, an"
@@ -62,14 +78,16 @@ def make_envs(
         choices = ", ".join(get_args(Vectorization))
         raise ValueError(f"vectorization must be one of {choices}, got {vectorization!r}")
     if isinstance(env, str):
-        return _from_id(env, n_envs, vectorization, keep)
+        return _from_id(env, n_envs, vectorization, keep, **faults)
     if vectorization in ("vector_entry_point", "envpool"):
         given = f"vectorization={vectorization!r}"
         raise ValueError(f"{given} is for ids: a function makes single environments")
-    return _copies(env, n_envs, vectorization, keep)
+    return _copies(env, n_envs, vectorization, keep, **faults)
 
 
-def _from_id(env_id: str, n_envs: int, how: Vectorization, keep: Sequence[str]) -> VectorEnv:
+def _from_id(
+    env_id: str, n_envs: int, how: Vectorization, keep: Sequence[str], **faults: Any
+) -> VectorEnv:
     try:
         if how == "envpool":
             return PoolVectorEnv(env_id, n_envs)
@@ -86,30 +104,21 @@ def _from_id(env_id: str, n_envs: int, how: Vectorization, keep: Sequence[str]) 
             except ImportError:  # it needs a package that is not installed
                 if how != "auto":
                     raise
-        envs = _copies(partial(gymnasium.make, spec), n_envs, how, keep)
-    except (gymnasium.error.Error, ImportError) as error:
+        envs = _copies(partial(gymnasium.make, spec), n_envs, how, keep, **faults)
+    except (gymnasium.error.Error, ImportError, EnvironmentFault) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"cannot make environment {env_id!r}: {reason}") from error
     envs.spec = spec
     return envs
 
 
-def _copies(make: Callable[[], Env], n_envs: int, how: str, keep: Sequence[str]) -> VectorEnv:
-    parent, processes = os.getpid(), how == "async"
-
-    def copy() -> Env:
-        if os.getpid() != parent:
-            # Ctrl-C reaches all processes, and it is for the parent to act on it. This is not
-            # SIG_IGN, which a simulator that the environment starts would inherit.
-            signal.signal(signal.SIGINT, lambda *_: None)
-        env = PlainAnswers(Replayed.where_needed(make()), keep)
-        if processes:
-            ObservationLayout(env.observation_space)  # refuses what they could not share
-        return env
-
-    if processes:
-        return Processes([copy] * n_envs)
-    envs = SyncVectorEnv([copy] * n_envs, copy=False)
+def _copies(
+    make: Callable[[], Env], n_envs: int, how: Vectorization, keep: Sequence[str], **faults: Any
+) -> Copies:
+    factories = [lambda: PlainAnswers(Replayed.where_needed(make()), keep)] * n_envs
+    if how == "async":
+        return in_processes(factories, **faults)
+    envs = in_turn(factories, **faults)
     if len({id(env.unwrapped) for env in envs.envs}) < n_envs:
         raise ValueError(
             "the function returned the same environment twice: make a new one each time"
@@ -117,86 +126,13 @@ def _copies(make: Callable[[], Env], n_envs: int, how: str, keep: Sequence[str])
     return envs
 
 
-class PlainAnswers(gymnasium.Wrapper[Any, Any, Any, Any]):
-    """An environment whose answers can be merged with those of its copies.
-
-    Rewards become numbers and dones truth values, whether they come as arrays, tensors or lists of
-    one entry. Infos keep the action mask and the numbers under ``keep``: gymnasium cannot merge
-    infos whose kind or shape varies. An environment that is not ``owned`` stays open.
-    """
-
-    def __init__(self, env: Env, keep: Sequence[str] = (), *, owned: bool = True) -> None:
-        super().__init__(env)
-        self._keep, self._owned = keep, owned
-        self.made = made_of(env)
-        counted = isinstance(env.action_space, spaces.Discrete | spaces.MultiDiscrete)
-        self._choices = spaces.flatdim(env.action_space) if counted else None  # entries of a mask
-
-    def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[Any, dict[str, Any]]:
-        """Start a new episode."""
-        observation, info = self.env.reset(seed=seed, options=options)
-        return as_numpy(observation), self._kept(info)
-
-    def step(self, action: Any) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
-        """Step the environment; a ValueError names an answer that is not of its kind."""
-        observation, reward, terminated, truncated, info = self.env.step(action)
-        if not isinstance(reward, _NUMBER):
-            reward = float(reals("reward", reward, ()))
-        if not isinstance(terminated, _FLAG):
-            terminated = bool(flags("terminated", terminated, ()))
-        if not isinstance(truncated, _FLAG):
-            truncated = bool(flags("truncated", truncated, ()))
-        return as_numpy(observation), reward, terminated, truncated, self._kept(info)
-
-    def _kept(self, info: dict[str, Any]) -> dict[str, Any]:
-        if not self._keep and MASK not in info:
-            return {}
-        kept = {k: float(reals(f"infos[{k!r}]", info[k], ())) for k in self._keep if k in info}
-        mask = info.get(MASK)
-        return kept if mask is None else kept | {MASK: flat_mask(mask, self._choices)}
-
-    def close(self) -> None:
-        """Close the environment, unless somebody else will."""
-        if self._owned:
-            super().close()
-
-
-class Processes(AsyncVectorEnv):
-    """Copies in processes of their own, which can be used again after an interrupt or an error.
-
-    Where that left answers unread, closing ends the processes at once, and a reset starts new ones.
-    """
-
-    def __init__(self, env_fns: Sequence[Callable[[], Env]]) -> None:
-        super().__init__(env_fns, copy=False, worker=_work)
-
-    def close_extras(self, timeout: float | None = None, terminate: bool = False) -> None:
-        """End the processes, at once where they still owe an answer."""
-        if self._state is not AsyncState.DEFAULT:
-            terminate, self._state = True, AsyncState.DEFAULT
-        super().close_extras(timeout, terminate)
-
-    def reset_async(self, seed: Any = None, options: Any = None) -> None:
-        """Have all processes start a new episode."""
-        lost = None in self.parent_pipes  # gymnasium drops a process whose environment raised
-        if not self.closed and (lost or self._state is not AsyncState.DEFAULT):
-            self.close_extras(terminate=True)
-            self.__init__(self.env_fns)
-        super().reset_async(seed, options)
-
-
-def _work(*arguments: Any) -> None:
-    with suppress(BrokenPipeError):  # the parent was killed, and gymnasium's worker reports to it
-        _async_worker(*arguments)
-
-
 def describe(envs: VectorEnv) -> str:
     """Say in words what is stepped, and how."""
     ways = {
-        SyncVectorEnv: "stepped in turn in this process",
-        Processes: "each in a process of its own",
-        PoolVectorEnv: "by envpool",
+        "sync": "stepped in turn in this process",
+        "async": "each in a process of its own",
+        "envpool": "by envpool",
     }
     name = envs.spec.id if envs.spec is not None else "environments of your own"
-    how = ways.get(type(envs), f"by the vectorised {type(envs).__name__}")
+    how = ways.get(getattr(envs, "how", ""), f"by the vectorised {type(envs).__name__}")
     return f"{envs.num_envs} x {name}, {how}"

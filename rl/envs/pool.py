@@ -27,6 +27,8 @@ class PoolVectorEnv(VectorEnv):
     A ValueError says what is missing.
     """
 
+    how = "envpool"
+
     def __init__(self, env_id: str, n_envs: int, threads: int | None = None) -> None:
         if threads is not None and threads < 1:
             raise ValueError(f"threads must be at least 1, got {threads}")

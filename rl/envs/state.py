@@ -11,7 +11,7 @@ import copy
 import hashlib
 import sys
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any, TypeAlias
 
 import gymnasium
@@ -19,7 +19,6 @@ import numpy as np
 import torch
 from gymnasium import Space
 from gymnasium.envs.registration import EnvSpec
-from gymnasium.vector import SyncVectorEnv, VectorEnv
 from gymnasium.wrappers import PassiveEnvChecker
 
 Env: TypeAlias = "gymnasium.Env[Any, Any]"
@@ -30,38 +29,6 @@ _ARRAYS = "biuf"  # kinds of numbers that a file holds
 
 class HiddenStateError(TypeError):
     """An environment keeps something that cannot be read."""
-
-
-def snapshot(envs: VectorEnv) -> list[Any] | None:
-    """Return the state of environments as plain values and tensors; None if some of it is hidden.
-
-    What is outside the attributes, as global variables are, is not found; nor are changes of a
-    MuJoCo model.
-    """
-    try:
-        if isinstance(envs, SyncVectorEnv):
-            return [state_of(env) for env in envs.envs]
-        each = getattr(envs, "snapshots", None)  # those in other processes
-        return [_values(envs)] if each is None else each()
-    except HiddenStateError:
-        return None
-
-
-def restore(envs: VectorEnv, states: Sequence[Any], ended: np.ndarray) -> None:
-    """Give environments the state of others like them, of which the next step resets ``ended``.
-
-    Raises:
-        ValueError: the state is that of other environments.
-
-    """
-    if isinstance(envs, SyncVectorEnv):
-        for env, state in zip(envs.envs, states, strict=True):
-            give(env, state)
-        envs._autoreset_envs = ended.copy()
-    elif hasattr(envs, "snapshots"):
-        envs.restore(states, ended)  # pyright: ignore[reportAttributeAccessIssue] # beside it
-    else:
-        _assign(envs, *states)
 
 
 def state_of(env: Env) -> dict[str, Any]:
@@ -75,7 +42,7 @@ def state_of(env: Env) -> dict[str, Any]:
     for layer in layers:
         if isinstance(layer, Replayed):
             return layer.episode()
-    return {"layers": [_values(layer) for layer in layers]}
+    return {"layers": [values_of(layer) for layer in layers]}
 
 
 def give(env: Env, state: Mapping[str, Any]) -> None:
@@ -91,7 +58,7 @@ def give(env: Env, state: Mapping[str, Any]) -> None:
         replayed.replay(state)
     else:
         for layer, values in zip(layers, state["layers"], strict=True):
-            _assign(layer, values)
+            assign(layer, values)
         _pass_checks(env)
 
 
@@ -172,7 +139,7 @@ def _pass_checks(env: Env) -> None:
         env = env.env
 
 
-def _values(layer: Any) -> dict[str, Any]:
+def values_of(layer: Any) -> dict[str, Any]:
     """Return the attributes of an environment or wrapper that may change."""
     held: list[Any] = []
     values = {
@@ -195,7 +162,13 @@ def made_of(env: Env) -> str:
     return hashlib.sha256(repr(values).encode()).hexdigest()
 
 
-def _assign(layer: Any, saved: Mapping[str, Any]) -> None:
+def assign(layer: Any, saved: Mapping[str, Any]) -> None:
+    """Give an environment or wrapper the attributes that :func:`values_of` returned.
+
+    Raises:
+        ValueError: they are those of another one.
+
+    """
     if saved["class"] != type(layer).__qualname__:
         raise ValueError(f"the state is that of a {saved['class']}, not of {layer}")
     if saved["values"].get("made") != vars(layer).get("made"):

@@ -12,7 +12,7 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 
 from .batches import as_numpy, flags, reals, take
 from .masks import flat_mask, mask_of_each, whole_masks, with_masks
-from .state import restore, snapshot
+from .snapshot import restore, snapshot
 
 
 @dataclass(frozen=True)

@@ -217,8 +217,8 @@ class EnvCollector:
             return self.stepper.step(actions)
         except Exception as error:
             error.add_note(
-                f"an environment raised this at step {t} of a rollout: nothing was updated,"
-                " and the next rollout starts new episodes, if the environments still can"
+                f"This was at step {t} of a rollout. Nothing was updated, and the next rollout"
+                " starts new episodes."
             )
             raise
 

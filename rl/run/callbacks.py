@@ -24,7 +24,7 @@ from gymnasium.vector import VectorEnv
 from .. import checkpoint
 from ..agent import Agent
 from ..envs.make import EnvSource, make_envs
-from ..envs.state import snapshot
+from ..envs.snapshot import snapshot
 from ..options import check_counts
 from ..reports import Callback, Log, as_callbacks, stops
 from .evaluation import evaluate

@@ -17,6 +17,7 @@ import trustregion
 
 from ..agent import Agent
 from ..algorithms import ALGORITHMS, load
+from ..envs.faults import EnvironmentFault
 from ..envs.make import describe
 from ..options import check_counts, check_positive
 from ..saving import refuse_module
@@ -253,6 +254,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return run(parse(kind, f"python -m rl {name}", arguments[1:])) or 0
     except (ValueError, OSError) as error:
+        if isinstance(error, EnvironmentFault):
+            print(error.trace, end="", file=sys.stderr)
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -99,7 +99,9 @@ def evaluate(
             " path: evaluate in others, for example by id"
         )
     copies, how = _as_in_training(agent, training, env)
-    envs = make_envs(env, min(episodes, copies), how)
+    config = getattr(agent, "config", None)
+    faults = {k: getattr(config, k) for k in ("env_timeout", "on_env_error") if hasattr(config, k)}
+    envs = make_envs(env, min(episodes, copies), how, **faults)
     networks = [policy] if isinstance(policy := getattr(agent, "policy", None), nn.Module) else []
     specs = [getattr(each, "spec", None) for each in (envs, *getattr(envs, "envs", ()))]
     limit = max_episode_steps or max([_STEPS, *(s.max_episode_steps or 0 for s in specs if s)])
@@ -116,8 +118,7 @@ def _as_in_training(agent: Predictor, training: Any, env: EnvSource) -> tuple[in
     config = getattr(agent, "config", agent)  # stable-baselines3's models have n_envs, too
     how: Vectorization = getattr(config, "vectorization", "auto")
     ids = [getattr(agent, "env_id", None)]
-    if isinstance(training, AsyncVectorEnv):
-        how = "async"
+    how = "async" if isinstance(training, AsyncVectorEnv) else getattr(training, "how", how)
     if isinstance(training, PoolVectorEnv) and training.spec is not None:
         how, ids = "envpool", [*ids, training.spec.id]
     kept = how in ("sync", "async") or (isinstance(env, str) and env in ids)

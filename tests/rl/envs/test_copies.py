@@ -1,9 +1,4 @@
-"""Copies of single environments: their answers can be merged, and their processes end."""
-
-import os
-import signal
-import subprocess
-import sys
+"""Copies of single environments: their answers can be merged."""
 
 import numpy as np
 import pytest
@@ -11,7 +6,6 @@ import torch
 from gymnasium.spaces import Box, Graph, Sequence
 
 from rl import TRPO, make_envs
-from rl.envs.make import Processes
 from toys import Clock
 
 BOTH = pytest.mark.parametrize("how", ["sync", "async"])
@@ -106,7 +100,6 @@ def test_rewards_and_dones_of_every_form(how, form):
         ({"terminated": lambda _: 0.5}, "terminated must be True or False"),
     ],
 )
-@pytest.mark.filterwarnings("ignore::UserWarning")  # gymnasium's report of a failed process
 def test_rewards_and_dones_that_are_none_are_named(how, forms, words):
     envs = make_envs(lambda: Says(**forms), 2, how)
     envs.reset(seed=0)
@@ -127,87 +120,6 @@ def test_observations_that_have_no_row_are_refused_in_words(space, how):
 
     with pytest.raises(ValueError, match="unsupported observation space"):
         TRPO(Odd, n_envs=2, vectorization=how)
-
-
-# -- processes
-
-
-def ended(processes):
-    return not any(process.is_alive() for process in processes)
-
-
-def test_ctrl_c_is_for_the_process_that_steps():
-    """It reaches all of a terminal's processes; the workers go on."""
-    envs = make_envs(Clock, 2, "async")
-    envs.reset(seed=0)
-    for process in envs.processes:
-        os.kill(process.pid, signal.SIGINT)
-    assert envs.step(NOTHING)[1].tolist() == [1, 1]
-    envs.close()
-    assert ended(envs.processes)
-
-
-KILLED = """
-import os, signal
-import numpy as np
-from rl import make_envs
-
-envs = make_envs("CartPole-v1", 2, "async")
-envs.reset(seed=0)
-envs.step_async(np.zeros(2, int))
-os.kill(os.getpid(), signal.SIGTERM)
-"""
-
-
-def test_processes_end_without_a_word_when_their_parent_is_killed():
-    """Nobody closes them then; their standard error is open until the last of them has ended."""
-    done = subprocess.run(
-        [sys.executable, "-c", KILLED], capture_output=True, text=True, timeout=60, check=False
-    )
-    assert done.returncode == -signal.SIGTERM
-    assert done.stderr == ""
-
-
-def interrupted():
-    """Return environments whose answers to a step were read from the first of them only."""
-    envs = make_envs(Clock, 2, "async")
-    envs.reset(seed=0)
-    envs.step_async(NOTHING)
-    envs.parent_pipes[0].recv()
-    return envs, envs.processes
-
-
-def test_interrupted_processes_can_be_closed():
-    envs, processes = interrupted()
-    envs.close()
-    assert ended(processes)
-
-
-def test_interrupted_processes_are_started_anew_by_a_reset():
-    envs, processes = interrupted()
-    observations, _ = envs.reset(seed=0)
-    assert ended(processes)
-    assert observations.tolist() == [[0, 0], [0, 0]]
-    assert envs.step(NOTHING)[0].tolist() == [[0, 1], [0, 1]]
-    envs.close()
-
-
-@pytest.mark.filterwarnings("ignore::UserWarning")  # gymnasium's report of a failed process
-def test_a_process_whose_environment_failed_is_started_anew_by_a_reset():
-    class Broken(Clock):
-        def step(self, action):
-            if action:
-                raise ZeroDivisionError("in the simulator")
-            return super().step(action)
-
-    agent = TRPO(Broken, n_envs=2, vectorization="async", steps_per_update=64, hidden=(4,))
-    for _ in range(2):
-        with pytest.raises(ZeroDivisionError, match="in the simulator"):
-            agent.learn(64, progress=False)
-    assert isinstance(agent.envs, Processes)
-    agent.envs.reset(seed=0)
-    assert agent.envs.step(NOTHING)[0].tolist() == [[0, 1], [0, 1]]
-    agent.envs.close()
 
 
 # -- how they are made

@@ -46,6 +46,10 @@ def test_what_makes_environments():
         make_envs("CartPole-v1", 0)
     with pytest.raises(ValueError, match="vectorization must be one of"):
         make_envs("CartPole-v1", 2, "threads")
+    with pytest.raises(ValueError, match="env_timeout must be a positive, finite number, got 0"):
+        make_envs(Clock, 2, env_timeout=0)
+    with pytest.raises(ValueError, match="on_env_error must be one of raise, restart, got 'stop'"):
+        make_envs(Clock, 2, on_env_error="stop")
     with pytest.raises(ValueError, match="is for ids"):
         make_envs(Clock, 2, "vector_entry_point")
 

@@ -7,7 +7,16 @@ from gymnasium.spaces import Box, Dict, Discrete, Tuple
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
 from agents import SMALL, TwoNumbers, weights
-from rl import TRPO, EnvCollector, ObservationLayout, Policy, Stepper, TRPOConfig, evaluate
+from rl import (
+    TRPO,
+    EnvCollector,
+    EnvironmentFault,
+    ObservationLayout,
+    Policy,
+    Stepper,
+    TRPOConfig,
+    evaluate,
+)
 from rl.build import make_networks
 from rl.experience.collector import Episodes
 from toys import Clock, Slide, vector
@@ -300,9 +309,10 @@ def test_an_error_of_an_environment_is_kept():
 
     agent = TRPO(Broken, **SMALL)
     before = weights(agent)
-    with pytest.raises(ZeroDivisionError, match="in the simulator") as caught:
+    with pytest.raises(EnvironmentFault, match="ZeroDivisionError: in the simulator") as caught:
         agent.learn(64, progress=False)
-    assert "at step 2 of a rollout: nothing was updated" in caught.value.__notes__[0]
+    assert isinstance(caught.value.__cause__, ZeroDivisionError)
+    assert "at step 2 of a rollout. Nothing was updated" in caught.value.__notes__[-1]
     assert all(map(torch.equal, before, weights(agent)))
     assert agent.num_timesteps == 0
 

@@ -11,7 +11,7 @@ import pytest
 
 from rl import TRPO, checkpoint, evaluate
 from rl.algorithms import ALGORITHMS
-from rl.envs.make import Processes
+from rl.envs.workers import in_processes
 from rl.run.cli import main
 from toys import Clock
 
@@ -81,19 +81,20 @@ def test_workers_never_see_an_interrupt(tmp_path, monkeypatch):
 
 def test_an_evaluation_that_fails_ends_its_workers(monkeypatch):
     """A step is under way when the interrupt comes, which an ordinary close would wait for."""
-    made = []
 
     class Interrupted:
         def predict(self, obs, deterministic=False):
-            made[0].step_async([0, 0])
+            copies[0].hands[0].send("step", (0,))
             raise KeyboardInterrupt
 
+    copies = []
+
     def keep(*arguments):
-        made.append(Processes([Clock] * 2))
-        return made[0]
+        copies.append(in_processes([Clock] * 2))
+        return copies[0]
 
     monkeypatch.setattr("rl.run.evaluation.make_envs", keep)
     with pytest.raises(KeyboardInterrupt):
         evaluate(Interrupted(), Clock, 2)
-    assert made[0].closed
-    assert not any(process.is_alive() for process in made[0].processes)
+    assert copies[0].closed
+    assert not multiprocessing.active_children()
