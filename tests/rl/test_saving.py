@@ -598,7 +598,7 @@ def peak_memory():
 def test_forged_options_make_no_networks_and_no_processes(trained, options, monkeypatch):
     _, path = trained
     forged = changed(path, ("config",), lambda config: config | options)
-    monkeypatch.setattr("rl.agent.make_envs", lambda *_: pytest.fail("environments were made"))
+    monkeypatch.setattr("rl.build.make_envs", lambda *_: pytest.fail("environments were made"))
     before = peak_memory()
     for arguments in ((forged,), (forged, "CartPole-v1")):
         with pytest.raises(CheckpointError, match=r"does not fit this agent|bytes of networks"):

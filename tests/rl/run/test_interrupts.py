@@ -50,7 +50,9 @@ def test_an_interrupt_with_worker_processes_is_one_line_and_keeps_what_was_learn
             os.killpg(process.pid, signal.SIGINT)
             break
     _, err = process.communicate(timeout=60)
-    assert (process.returncode, err) == (130, "interrupted: what was learnt is kept in run\n")
+    said = "note: SIGINT: this update is finished and saved; once more to stop at once\n"
+    said += "stopped: python -m rl train --resume run goes on\n"
+    assert (process.returncode, err) == (130, said)
     assert checkpoint.read(tmp_path / "run" / "checkpoint.zip")["agent"]["iterations"] >= 1
 
 
