@@ -6,7 +6,6 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..operators.base import LinearOperator, OperatorLike
@@ -26,7 +25,7 @@ from .derivatives import (
     without_autocast,
 )
 from .objective import Objective
-from .optimizer import TrustRegionOptimizer, uncompiled
+from .optimizer import TrustRegionOptimizer, atomic
 from .options import NewtonOptions, Region, flat
 from .processes import ProcessGroup
 from .quadratic import Minimizer, Model, TrialStep, minimizer
@@ -173,8 +172,7 @@ class NewtonTrustRegion(TrustRegionOptimizer):
         }
         super().__init__(params, defaults, preconditioner, process_group)
 
-    @uncompiled
-    @torch.no_grad()
+    @atomic
     def step(  # pyright: ignore[reportIncompatibleMethodOverride] # the closure may return a pair
         self, closure: NewtonClosure | None = None
     ) -> Tensor | None:
@@ -232,8 +230,7 @@ class NewtonTrustRegion(TrustRegionOptimizer):
             with without_autocast(objective):
                 step = minimize(o.damping)
             rho = shorten(objective, step, limit)
-            if o.warm_start:
-                self._keep_solution(objective.vector, step.s)
+            objective.solution = step.s
             changes = self._next_damping(o, rho)
         elif o.radius == math.inf:
             raised = lambda damping, rho, _: _marquardt(damping, rho, o)  # noqa: E731
@@ -245,8 +242,7 @@ class NewtonTrustRegion(TrustRegionOptimizer):
         if objective.info.status in FAILED:
             objective.compare_start(objective.info.predicted_reduction)
         if objective.info.status is not Status.NOT_REPRODUCIBLE:  # Then no trial says anything.
-            for name, value in changes.items():
-                self._write(name, value)
+            objective.options.update(changes)
 
     def _next_radius(self, radius: float, rho: float, step: TrialStep) -> float:
         if self.rule == "gould":

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, ClassVar
+from types import MappingProxyType
+from typing import Any, ClassVar, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
+from ..interrupts import deferred
 from ..operators.base import OperatorLike
 from ..preconditioners import KFAC, Gated, Preconditioner
 from ..preconditioners.gate import check_preconditioner
@@ -26,7 +28,14 @@ from .units import Units
 
 # A compiled training loop calls the step uncompiled, as it does with torch's own optimizers. The
 # public torch.compiler.disable does the same, but takes a second to import.
+P = ParamSpec("P")
+T = TypeVar("T")
 uncompiled = torch._disable_dynamo  # pyright: ignore[reportPrivateImportUsage] # see above
+
+
+def atomic(step: Callable[P, T]) -> Callable[P, T]:
+    """Return a method ``step`` that runs without grad, and that no signal leaves half-way."""
+    return uncompiled(deferred(torch.no_grad()(step)))
 
 
 DIFFERS = (
@@ -113,7 +122,10 @@ class TrustRegionOptimizer(torch.optim.Optimizer):
         read: Callable[[Any], Evaluation],
         options: SharedOptions,
     ) -> Iterator[Objective]:
-        """Enter a step at the present parameters; on leaving it, keep its report and count it."""
+        """Enter a step at the present parameters; on leaving it, keep its report and count it.
+
+        If anything is raised until then, nothing has changed.
+        """
         vector, processes = self._vector(), self._processes()
         units = Units.of(self.param_groups, vector)
         objective = Objective(
@@ -126,15 +138,39 @@ class TrustRegionOptimizer(torch.optim.Optimizer):
             repeats=self._repeats,
             modules=self._modules,
         )
-        with objective:
+        with self._undone_on_error(), objective:
             objective.first(self._settled(options))
             yield objective
-        if objective.info.status is Status.NOT_REPRODUCIBLE and not self._repeats:
+            self._commit(objective, options)
+        if objective.info.status is Status.NOT_REPRODUCIBLE and not objective.repeats:
             # Torch's wrappers stand between this frame and the line of the user.
-            warnings.warn(DIFFERS.format(objective.info.detail), stacklevel=8)
+            warnings.warn(DIFFERS.format(objective.info.detail), stacklevel=9)
+
+    @contextmanager
+    def _undone_on_error(self) -> Iterator[None]:
+        """Put the preconditioner's state back if a step fails."""
+        gate = self._gated()
+        before = gate.state_dict() if isinstance(gate, Gated) else None
+        try:
+            yield
+        except BaseException:
+            if isinstance(gate, Gated) and before is not None:
+                gate.load_state_dict(before)
+            raise
+
+    def _commit(self, objective: Objective, options: SharedOptions) -> None:
+        """Write what a step leaves besides the parameters; all of it is computed before."""
+        info = replace(objective.info, evaluations=objective.evaluations)
+        directions: dict[Tensor, Tensor] = {}
+        if options.warm_start and objective.solution is not None:
+            vector = objective.vector
+            parts = vector.unravel(objective.solution)
+            directions = {p: part.clone() for p, part in zip(vector.params, parts, strict=True)}
+        self._count_step(directions)
+        for group in self.param_groups:  # as a scheduler would
+            group.update(objective.options)
         self._repeats, self._modules = objective.repeats, objective.modules
-        self.info = replace(objective.info, evaluations=objective.evaluations)
-        self._count_step()
+        self.info = info
 
     def _nothing_to_do(self, returns: str) -> None:
         """Count a step without a closure, as checkpointing takes it; refuse one with gradients."""
@@ -198,28 +234,26 @@ class TrustRegionOptimizer(torch.optim.Optimizer):
             " in the closure, which needs no scaling"
         )
 
-    def _count_step(self) -> None:
+    def _count_step(self, directions: Mapping[Tensor, Tensor] = MappingProxyType({})) -> None:
+        """Count a step, and keep the directions of a warm start by parameter."""
+        new: list[tuple[Tensor, dict[str, Tensor]]] = []
         for group in self.param_groups:
             for p in group["params"]:
-                state = self.state[p]
-                state["step"] = state.get("step", torch.zeros((), device="cpu")) + 1
-                if group.get("warm_start"):
-                    state.setdefault("direction", torch.zeros_like(p, requires_grad=False))
+                old = self.state.get(p, {})
+                state = {"step": old.get("step", torch.zeros((), device="cpu")) + 1}
+                if p in directions:
+                    state["direction"] = directions[p]
+                elif group.get("warm_start") and "direction" not in old:
+                    state["direction"] = torch.zeros_like(p, requires_grad=False)
+                new.append((p, state))
+        for p, state in new:
+            self.state[p].update(state)
 
     def _last_solution(self, vector: ParameterVector, options: SharedOptions) -> Tensor | None:
         """Return the last step's solution for a warm start, zero before the first."""
         if not options.warm_start:
             return None
         return vector.ravel([self.state.get(p, {}).get("direction") for p in vector.params])
-
-    def _keep_solution(self, vector: ParameterVector, x: Tensor) -> None:
-        for p, part in zip(vector.params, vector.unravel(x), strict=True):
-            self.state[p]["direction"] = part.clone()
-
-    def _write(self, option: str, value: float) -> None:
-        """Write an option that follows the steps to all groups, as a scheduler would."""
-        for group in self.param_groups:
-            group[option] = value
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what deepcopy and pickle keep: the base class's state and these attributes.
