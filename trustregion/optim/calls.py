@@ -115,7 +115,7 @@ class Calls:
     def undo(self) -> None:
         """Put buffers and generators back as they were before the first call."""
         if self._start:
-            with _taken_turn():
+            with _turn:  # Nothing may raise here.
                 restore_generators(self._start)
                 _write(self._origin)
 

@@ -107,6 +107,7 @@ class NaturalTrustRegion(TrustRegionOptimizer):
         ValueError: An option is out of range, or groups disagree on a shared option.
 
     Example:
+        >>> import torch
         >>> from torch.distributions import Categorical
         >>> _ = torch.manual_seed(0)
         >>> model = torch.nn.Linear(4, 3)

@@ -109,6 +109,7 @@ class NewtonTrustRegion(TrustRegionOptimizer):
         ValueError: An option is out of range, or groups disagree on a shared option.
 
     Example:
+        >>> import torch
         >>> x = torch.tensor([-1.2, 1.0], dtype=torch.float64, requires_grad=True)
         >>> optimizer = NewtonTrustRegion([x], gtol=1e-6)
         >>> def rosenbrock():
