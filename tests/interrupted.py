@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import signal
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 from torch import nn
 from torch.distributions import Distribution
 
+from contract.problem import equal
 from optimizers import natural, newton
 from problems import closure_of, network
 from trustregion import Jacobi
@@ -68,27 +68,24 @@ class Training:
         self.optimizer.load_state_dict(copy.deepcopy(self._state))
         self.optimizer.info = self._info
         torch.set_rng_state(self._generator)
+        self._settings = process_settings()
 
-    def left(self) -> dict[str, str]:
-        """Digests of all that a step may change."""
+    def left(self) -> dict[str, Any]:
+        """A copy of all that a step may change."""
         parts = {
-            "parameters": [p.tolist() for p in self.model.parameters()],
-            "buffers": [b.tolist() for b in self.model.buffers()],
+            "parameters": [p.detach() for p in self.model.parameters()],
+            "buffers": list(self.model.buffers()),
             "state": self.optimizer.state_dict(),
             "info": self.optimizer.info,
-            "generator": torch.get_rng_state().tolist(),
-            "settings": process_settings(),
+            "generator": torch.get_rng_state(),
         }
-        return {name: hashlib.sha256(repr(x).encode()).hexdigest() for name, x in parts.items()}
+        return copy.deepcopy(parts)
 
     def harm(self) -> str:
         """Say what is neither as before the step nor as after it; empty if all of it is either."""
-        now = self.left()
-        if now in (self.before, self.after):
-            return ""
-        near = min(self.before, self.after, key=lambda end: _differences(end, now))
-        return ", ".join(_differences(near, now))
-
-
-def _differences(end: dict[str, str], now: dict[str, str]) -> list[str]:
-    return [name for name in end if now[name] != end[name]]
+        now, found = self.left(), list[str]()
+        if not (equal(now, self.before) or equal(now, self.after)):
+            found += [name for name in now if not equal(now[name], self.before[name])]
+        if process_settings() != self._settings:
+            found.append("settings of the process")
+        return ", ".join(found)

@@ -2,6 +2,7 @@
 
 import signal
 import threading
+from contextlib import suppress
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ def handled():
     """The numbers of the signals that reached the handlers of this program, which raise nothing."""
     numbers, owns = [], {}
     for number in (signal.SIGINT, signal.SIGTERM):
-        owns[number] = signal.signal(number, lambda n, frame: numbers.append(n))
+        owns[number] = signal.signal(number, lambda n, _: numbers.append(n))
     yield numbers
     for number, own in owns.items():
         signal.signal(number, own)
@@ -117,10 +118,8 @@ def test_a_step_within_a_closure_waits_for_itself_alone(handled, inner_raises):
 
     @deferred
     def outer():
-        try:
+        with suppress(Told):
             interruptible(inner)
-        except Told:
-            pass
         counts.append(len(handled))
         send(signal.SIGINT)
         counts.append(len(handled))
