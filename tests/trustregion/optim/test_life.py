@@ -206,3 +206,22 @@ def test_a_life_with_faults_is_that_of_a_twin_without_them():
 def test_long_lives_with_faults_are_those_of_twins_without_them():
     long = settings(max_examples=400, stateful_step_count=50, suppress_health_check=QUIET)
     run_state_machine_as_test(Life, settings=long)
+
+
+@pytest.mark.parametrize("at", [1, 2])
+@pytest.mark.parametrize("kind", MAKERS)
+def test_a_step_that_fails_leaves_all_of_the_state_as_it_was(kind, at):
+    side = Side(kind, 0)
+    for seed in (1, 2):
+        side.step(seed)
+    before, values = copy.deepcopy(side.optimizer.state_dict()), side.values()
+
+    def befall(call, loss):
+        if call == at:
+            raise KeyboardInterrupt
+        return loss
+
+    with pytest.raises(KeyboardInterrupt):
+        side.step(3, befall)
+    assert equal(side.optimizer.state_dict(), before)
+    assert all(map(torch.equal, side.values(), values))
