@@ -242,6 +242,41 @@ def differ(rank: int, case: Case, what: str) -> None:
     optimizer.step(closure)
 
 
+def begin_unfit(rank: int, case: Case, how: str) -> dict[str, Any]:
+    """Process 1 brings what it cannot take a step with; return how the step ended here."""
+    net, closure, _ = MODELS[case.model](rows_of(rank, case.parts))
+    optimizer = optimizer_of(case, net)
+    optimizer.step(closure)
+    if rank == 1 and how == "option":
+        optimizer.param_groups[0]["lr"] = -1.0
+    elif rank == 1 and how == "frozen":
+        net.requires_grad_(False)
+    elif rank == 1 and how == "NaN":
+        with torch.no_grad():
+            next(net.parameters())[0, 0] = math.nan
+    elif rank == 1:
+        optimizer.grad_scale = torch.ones(())  # as a GradScaler leaves it
+    before, words, begin = str(values(net)), "", time.monotonic()
+    try:
+        optimizer.step(closure)
+    except (RuntimeError, ValueError) as error:
+        words = str(error)
+    seconds = time.monotonic() - begin
+    return {"words": words, "seconds": seconds, "moved": str(values(net)) != before}
+
+
+def begin_with_other_state(rank: int, case: Case) -> list[float]:
+    """Process 1 forgets the state of its optimizer; return the parameters after another step."""
+    net, closure, _ = MODELS[case.model](rows_of(rank, case.parts))
+    optimizer = optimizer_of(case, net)
+    for _ in range(3):
+        optimizer.step(closure)
+    if rank == 1:
+        optimizer = optimizer_of(case, net)
+    optimizer.step(closure)
+    return values(net)
+
+
 def sharded(rank: int, how: str) -> None:
     """Give an optimizer parameters of which this process has a part."""
     # here, since they take seconds to import

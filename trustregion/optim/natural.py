@@ -186,7 +186,8 @@ class NaturalTrustRegion(TrustRegionOptimizer):
         """
         if closure is None:
             return self._nothing_to_do("(loss, distribution)")
-        o, solves, fall = self._options(NaturalOptions), [], None
+        with self._told():
+            o, solves, fall = self._options(NaturalOptions), [], None
         with self._objective(closure, read_natural, o) as objective:
             objective.note(delta=o.delta, penalty=o.penalty)
             with without_autocast(objective):

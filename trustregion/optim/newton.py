@@ -198,7 +198,8 @@ class NewtonTrustRegion(TrustRegionOptimizer):
         """
         if closure is None:
             return self._nothing_to_do("the loss")
-        o = self._options(NewtonOptions)
+        with self._told():
+            o = self._options(NewtonOptions)
         with self._objective(closure, read_newton, o) as objective:
             objective.note(radius=o.radius, damping=o.damping)
             if not is_finite(objective):  # info.status says why

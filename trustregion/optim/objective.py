@@ -89,11 +89,12 @@ class Objective:
             if self._moved and (failed or not self._kept):
                 stack.callback(self.vector.assign, self.theta)
 
-    def first(self, settings: str = "") -> None:
+    def first(self, settings: str = "", state: object = None) -> None:
         """Call the closure at the present parameters and keep its graph.
 
         Args:
-            settings: Everything that decides the step and has to agree between the processes.
+            settings: The options, which have to agree between the processes.
+            state: Everything else that decides the step and has to agree.
 
         Raises:
             RuntimeError: No graph can be recorded.
@@ -107,13 +108,14 @@ class Objective:
             if self._calls.left and not self.repeats:
                 here = self._settled_start(here)
             total, m = here.total, len(here.constraints)
-            sums = [total, m, m * m, total * here.loss.item()]
+            sums = [total, m, m * m, total * here.loss.item(), self.repeats]
             return (theta, here), here.loss.new_tensor(sums, dtype=torch.float64)
 
-        like = self.vector.params[0].new_zeros(4, dtype=torch.float64)
+        like = first_sums(self.vector.params[0])
         (self.theta, here), sums = self.processes.total(look, like)
-        total, m, squares, loss = sums.tolist()
-        self.processes.require_same(self.theta, settings)
+        total, m, squares, loss, repeats = sums.tolist()
+        self.repeats = repeats == self.processes.size  # All take the same calls.
+        self.processes.require_same(self.theta, settings, state)
         if self.processes.size * squares != m * m:  # by Cauchy and Schwarz, unless all are equal
             raise ValueError("the processes of the group disagree on the number of constraints")
         if not total > 0:
@@ -317,6 +319,11 @@ class Objective:
     def _difference(self, one: Values, other: Values, promised: float) -> str:
         unit = math.sqrt(torch.finfo(self.theta.dtype).eps)
         return difference(one, other, unit, promised, self.info.delta or math.inf)
+
+
+def first_sums(p: Tensor) -> Tensor:
+    """Return a vector like that of the first reduction of every step."""
+    return torch.zeros(5, dtype=torch.float64, device=p.device)
 
 
 def finite_values(vector: ParameterVector) -> Tensor:

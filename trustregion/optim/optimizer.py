@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from types import MappingProxyType
 from typing import Any, ClassVar, ParamSpec, TypeVar
@@ -21,7 +21,7 @@ from ..status import Status
 from ..vector import ParameterVector
 from .closure import Evaluation
 from .info import StepInfo
-from .objective import Objective
+from .objective import Objective, first_sums
 from .options import OptionsT, SharedOptions, option_names, shared_options
 from .processes import Processes, ProcessGroup
 from .units import Units
@@ -116,6 +116,18 @@ class TrustRegionOptimizer(torch.optim.Optimizer):
         return shared_options(self.param_groups, kind)
 
     @contextmanager
+    def _told(self) -> Iterator[None]:
+        """If a step cannot begin, tell the other processes, which wait in their first reduction."""
+        try:
+            yield
+        except Exception:
+            # What is raised says more than a wrong or broken group.
+            with suppress(TypeError, ValueError, RuntimeError):
+                processes = Processes.of(self.process_group)
+                processes.tell_of_failure(first_sums(self.param_groups[0]["params"][0]))
+            raise
+
+    @contextmanager
     def _objective(
         self,
         closure: Callable[[], object],
@@ -126,20 +138,21 @@ class TrustRegionOptimizer(torch.optim.Optimizer):
 
         If anything is raised until then, nothing has changed.
         """
-        vector, processes = self._vector(), self._processes()
-        units = Units.of(self.param_groups, vector)
-        objective = Objective(
-            closure,
-            read,
-            vector,
-            processes,
-            units,
-            options.sign,
-            repeats=self._repeats,
-            modules=self._modules,
-        )
+        with self._told():
+            vector, processes = self._vector(), self._processes()
+            objective = Objective(
+                closure,
+                read,
+                vector,
+                processes,
+                Units.of(self.param_groups, vector),
+                options.sign,
+                repeats=self._repeats,
+                modules=self._modules,
+            )
         with self._undone_on_error(), objective:
-            objective.first(self._settled(options))
+            state = self._decisive(vector, options) if processes.size > 1 else None
+            objective.first(self._settled(options), state)
             yield objective
             self._commit(objective, options)
         if objective.info.status is Status.NOT_REPRODUCIBLE and not objective.repeats:
@@ -216,6 +229,12 @@ class TrustRegionOptimizer(torch.optim.Optimizer):
     def _settings(self) -> dict[str, str]:
         """Return the settings that are attributes and not options of the groups."""
         return {}
+
+    def _decisive(self, vector: ParameterVector, options: SharedOptions) -> object:
+        """Return what else all processes must agree on, since it decides how they solve."""
+        gate = self._gated()
+        kept = gate.state_dict() if isinstance(gate, Gated) else None
+        return kept, self._last_solution(vector, options)
 
     def _settled(self, options: SharedOptions) -> str:
         """Return everything besides the parameters that all processes must agree on."""

@@ -19,6 +19,8 @@ from replica_tasks import (
     ODD,
     Case,
     Mishap,
+    begin_unfit,
+    begin_with_other_state,
     differ,
     in_group,
     reductions,
@@ -190,6 +192,45 @@ def test_processes_that_differ_are_refused_before_they_wait_for_each_other(pair,
     for raised in pair.run(differ, case, what):
         assert raised.kind == "ValueError"
         assert words in raised.words
+
+
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        ("option", "lr must be"),
+        ("frozen", "all of them are frozen"),
+        ("NaN", "holds a NaN"),
+        ("scaler", "does not work with a GradScaler"),
+    ],
+)
+@pytest.mark.parametrize("case", [SEARCHED, NEWTON], ids=["natural", "newton"])
+def test_a_process_that_cannot_begin_a_step_tells_the_other_at_once(pair, case, how, words):
+    other, here = pair.run(begin_unfit, case, how)
+    assert words in here["words"]
+    assert TOLD in other["words"]
+    assert other["seconds"] < 10  # The group waits for 20.
+    assert not here["moved"]
+    assert not other["moved"]
+    assert_unharmed(pair)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"warm_start": 0.5}, {"preconditioner": "jacobi"}, {"preconditioner": "recycled"}],
+    ids=lambda options: next(iter(options)),
+)
+def test_other_states_of_the_optimizers_are_refused_in_words(pair, options):
+    for raised in pair.run(begin_with_other_state, Case(options=options)):
+        assert raised.kind == "ValueError"
+        assert "the states of the optimizers differ" in raised.words
+    assert_unharmed(pair)
+
+
+def test_a_process_whose_optimizer_is_new_takes_the_calls_of_the_others(pair):
+    first, second = pair.run(begin_with_other_state, SEARCHED)
+    assert not isinstance(first, Raised)
+    assert first == second
+    assert_unharmed(pair)
 
 
 # -- mishaps in one process
