@@ -13,6 +13,7 @@ from typing import Any, ClassVar, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
+from ..autodiff import out_of_memory
 from ..interrupts import deferred
 from ..operators.base import OperatorLike
 from ..preconditioners import KFAC, Gated, Preconditioner
@@ -42,6 +43,11 @@ DIFFERS = (
     "the closure does not repeat within a step, so the parameters were restored: {}. A step"
     " compares several calls: draw the batch before the step, outside the closure."
     " check_closure(closure, params) says what else differs"
+)
+OUT_OF_MEMORY = (
+    "The memory does not suffice for this step, which has changed nothing: take it again with a"
+    " smaller batch. NaturalTrustRegion also takes the curvature of fewer samples: see curvature= of"
+    " its step, and subsample"
 )
 
 
@@ -166,9 +172,11 @@ class TrustRegionOptimizer(torch.optim.Optimizer):
         before = gate.state_dict() if isinstance(gate, Gated) else None
         try:
             yield
-        except BaseException:
+        except BaseException as error:
             if isinstance(gate, Gated) and before is not None:
                 gate.load_state_dict(before)
+            if out_of_memory(error):
+                error.add_note(OUT_OF_MEMORY)
             raise
 
     def _commit(self, objective: Objective, options: SharedOptions) -> None:

@@ -24,6 +24,8 @@ from contract.problem import equal
 from optimizers import natural, newton
 from problems import closure_of, network
 from trustregion import KFAC, Jacobi, Nystrom
+from trustregion.operators.gauss_newton import GaussNewtonOperator
+from trustregion.operators.hessian import HessianOperator
 from trustregion.preconditioners import Recycled
 
 MAKERS = {
@@ -43,6 +45,7 @@ MAKERS = {
     ),
     "newton, jacobi": lambda _, params: newton(params, curvature="ggn", preconditioner=Jacobi()),
 }  # fmt: skip
+CPU = "[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: not enough memory"
 LAYERS = 3  # linear layers, each a group of parameters
 
 
@@ -223,5 +226,28 @@ def test_a_step_that_fails_leaves_all_of_the_state_as_it_was(kind, at):
 
     with pytest.raises(KeyboardInterrupt):
         side.step(3, befall)
+    assert equal(side.optimizer.state_dict(), before)
+    assert all(map(torch.equal, side.values(), values))
+
+
+@pytest.mark.parametrize("kind", MAKERS)
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA"), RuntimeError(CPU), MemoryError()]
+)
+def test_a_step_without_memory_for_a_product_changes_nothing_and_says_what_helps(
+    monkeypatch, kind, error
+):
+    side = Side(kind, 0)
+    side.step(1)
+    before, values = copy.deepcopy(side.optimizer.state_dict()), side.values()
+
+    def fail(operator, v):
+        raise error
+
+    for operator in (GaussNewtonOperator, HessianOperator):
+        monkeypatch.setattr(operator, "mv", fail)
+    with pytest.raises(type(error)) as raised:
+        side.step(2)
+    assert "smaller batch" in raised.value.__notes__[-1]
     assert equal(side.optimizer.state_dict(), before)
     assert all(map(torch.equal, side.values(), values))

@@ -23,6 +23,7 @@ from replica_tasks import (
     begin_with_other_state,
     differ,
     in_group,
+    interrupted_at_random,
     reductions,
     resumed,
     sharded,
@@ -311,6 +312,17 @@ def test_a_process_that_is_late_for_a_trial_finds_the_step_ended(own_pair):
         assert result["kind"] == "RuntimeError"
         assert GONE in result["words"]
         assert not result["moved"]
+
+
+@pytest.mark.faults
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("case", [Case(), NEWTON], ids=["natural", "newton"])
+def test_a_process_interrupted_at_random_moments_holds_the_parameters_of_the_other(pair, case):
+    first, second = pair.run(interrupted_at_random, case, 300)
+    assert [theta for _, theta in first] == [theta for _, theta in second]
+    assert {how.split(":")[0] for how, _ in second} <= {"KeyboardInterrupt", ""}
+    assert all(how == "" or TOLD in how for how, _ in first)
+    assert any(how for how, _ in first)
 
 
 # -- the example
