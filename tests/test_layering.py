@@ -19,6 +19,7 @@ LEVELS = {
             "interrupts",
             "recorded",
             "replay",
+            "settings",
             "status",
             "subsample",
             "vector",

@@ -5,19 +5,19 @@ from __future__ import annotations
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TypeAlias, TypeVar
 from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.nn.parameter import is_lazy
 
 from ..interrupts import deferred, poll
 from ..replay import generator_states, restore_generators
+from ..settings import Shared, math_attention
 
 T = TypeVar("T")
 Buffers: TypeAlias = "list[tuple[nn.Module, str, Tensor, int, Tensor]]"
@@ -218,44 +218,18 @@ def _without_validation() -> Iterator[None]:
         Distribution.set_default_validate_args(default)
 
 
-class _Shared:
-    """A setting of the process that overlapping scopes, in several threads, hold together.
-
-    The first scope makes the setting and the last one restores it.
-    """
-
-    def __init__(self, setting: Callable[[], AbstractContextManager[object]]) -> None:
-        self._setting = setting
-        self._lock, self._holders, self._stack = threading.Lock(), 0, ExitStack()
-
-    @contextmanager
-    def __call__(self) -> Iterator[None]:
-        """Hold the setting for the duration of a ``with`` block."""
-        with self._lock:
-            if not self._holders:
-                self._stack.enter_context(self._setting())
-            self._holders += 1
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._holders -= 1
-                if not self._holders:
-                    self._stack.close()
-
-
 @contextmanager
 def _kernels() -> Iterator[None]:
     fast_path = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with sdpa_kernel(SDPBackend.MATH), torch.compiler.set_stance("force_eager"):
+        with math_attention(), torch.compiler.set_stance("force_eager"):
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
 
 
-comparable_kernels = _Shared(_kernels)
+comparable_kernels = Shared(_kernels)
 """Run models on kernels that can be differentiated twice, for the duration of a step.
 
 Attention uses its math kernel, and compiled models run as they were written. The scope is the

@@ -41,13 +41,14 @@ def atomic(step: Callable[P, T]) -> Callable[P, T]:
 
 DIFFERS = (
     "the closure does not repeat within a step, so the parameters were restored: {}. A step"
-    " compares several calls: draw the batch before the step, outside the closure."
+    " compares several calls: draw the batch before the step, outside the closure, and let no"
+    " other thread draw random numbers meanwhile."
     " check_closure(closure, params) says what else differs"
 )
 OUT_OF_MEMORY = (
     "The memory does not suffice for this step, which has changed nothing: take it again with a"
-    " smaller batch. NaturalTrustRegion also takes the curvature of fewer samples: see curvature= of"
-    " its step, and subsample"
+    " smaller batch. NaturalTrustRegion.step also takes the curvature of fewer samples, as"
+    " curvature=; see subsample"
 )
 
 
