@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import math
 import os
+import signal
+import threading
 import time
 from collections import Counter
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from random import Random
 from typing import Any
 
 import torch
@@ -240,6 +244,66 @@ def differ(rank: int, case: Case, what: str) -> None:
         for group in optimizer.param_groups:
             group[what] *= 0.5
     optimizer.step(closure)
+
+
+def begin_unfit(rank: int, case: Case, how: str) -> dict[str, Any]:
+    """Process 1 brings what it cannot take a step with; return how the step ended here."""
+    net, closure, _ = MODELS[case.model](rows_of(rank, case.parts))
+    optimizer = optimizer_of(case, net)
+    optimizer.step(closure)
+    if rank == 1 and how == "option":
+        optimizer.param_groups[0]["lr"] = -1.0
+    elif rank == 1 and how == "frozen":
+        net.requires_grad_(False)
+    elif rank == 1 and how == "NaN":
+        with torch.no_grad():
+            next(net.parameters())[0, 0] = math.nan
+    elif rank == 1:
+        optimizer.grad_scale = torch.ones(())  # as a GradScaler leaves it
+    before, words, begin = str(values(net)), "", time.monotonic()
+    try:
+        optimizer.step(closure)
+    except (RuntimeError, ValueError) as error:
+        words = str(error)
+    seconds = time.monotonic() - begin
+    return {"words": words, "seconds": seconds, "moved": str(values(net)) != before}
+
+
+def interrupted_at_random(rank: int, case: Case, count: int) -> list[tuple[str, list[float]]]:
+    """Process 1 takes SIGINT at random moments; return how each step ended and the parameters."""
+    net, closure, _ = MODELS[case.model](rows_of(rank, case.parts))
+    optimizer, ends, draw = optimizer_of(case, net), list[tuple[str, list[float]]](), Random(0)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    begin = time.perf_counter()
+    optimizer.step(closure)
+    theta, length = values(net), time.perf_counter() - begin
+    for _ in range(count):
+        nn.utils.vector_to_parameters(torch.tensor(theta, dtype=torch.double), net.parameters())
+        how = ""
+        send = threading.Timer(1.2 * length * draw.random(), signal.raise_signal, [signal.SIGINT])
+        try:
+            if rank == 1:
+                send.start()
+            optimizer.step(closure)
+        except (KeyboardInterrupt, RuntimeError) as error:
+            how = f"{type(error).__name__}: {error}"
+        while send.is_alive():
+            with suppress(KeyboardInterrupt):
+                send.join()
+        ends.append((how, values(net)))
+    return ends
+
+
+def begin_with_other_state(rank: int, case: Case) -> list[float]:
+    """Process 1 forgets the state of its optimizer; return the parameters after another step."""
+    net, closure, _ = MODELS[case.model](rows_of(rank, case.parts))
+    optimizer = optimizer_of(case, net)
+    for _ in range(3):
+        optimizer.step(closure)
+    if rank == 1:
+        optimizer = optimizer_of(case, net)
+    optimizer.step(closure)
+    return values(net)
 
 
 def sharded(rank: int, how: str) -> None:

@@ -13,7 +13,18 @@ ROOT = Path(__file__).parents[1]
 # lists the same levels with their jobs.
 LEVELS = {
     "trustregion": [
-        ["arguments", "autodiff", "recorded", "replay", "status", "subsample", "vector", "_clash"],
+        [
+            "arguments",
+            "autodiff",
+            "interrupts",
+            "recorded",
+            "replay",
+            "settings",
+            "status",
+            "subsample",
+            "vector",
+            "_clash",
+        ],
         ["distributions", "linearise"],
         ["operators"],
         ["solvers"],

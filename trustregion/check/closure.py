@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..interrupts import deferred
 from ..operators.fisher import FisherOperator
 from ..optim.closure import NaturalClosure, read_natural
 from ..optim.natural import NaturalTrustRegion
@@ -21,6 +22,7 @@ from .restore import REWOUND, restored
 from .subject import Subject, values_of
 
 
+@deferred
 @torch.no_grad()
 def check_closure(
     closure: NaturalClosure, params: Iterable[Any], *, seed: int = 0

@@ -11,6 +11,7 @@ from torch.nn.functional import mse_loss
 
 from ..arguments import REAL, is_number
 from ..autodiff import differentiate
+from ..interrupts import deferred, interruptible
 from ..optim.calls import comparable_kernels
 from ..vector import ParameterVector
 
@@ -83,10 +84,11 @@ class Point:
             raise ValueError(DETACHED)
         return y
 
+    @deferred
     def with_graph(self, call: Callable[[], T]) -> T:
         """Return what a call returns at the present point, with its graph."""
         with comparable_kernels(), torch.enable_grad():
-            return call()
+            return interruptible(call)
 
     def gradient(self, y: Tensor) -> Tensor:
         """Return the gradient of one number, shape ``(n,)``; its graph is kept."""

@@ -11,10 +11,11 @@ from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..autodiff import NOT_TWICE, out_of_memory, under_transform
+from ..interrupts import deferred, interruptible
 from ..replay import repeatable
+from ..settings import math_attention
 from ..vector import ParameterVector, dot, norm
 from .base import Linearisation, Unmoved, rounding_unit
 from .choose import BACKENDS
@@ -214,11 +215,13 @@ def from_function(
             "torch.inference_mode() lets nothing be differentiated: use torch.no_grad() instead"
         )
     vector = ParameterVector(params.values(), list(params))
-    model = repeatable(fn)  # one dropout mask in all runs
+    # One dropout mask in all runs.
+    model = repeatable(lambda p: interruptible(lambda: fn(p, *inputs)))
 
+    @deferred
     def run(p: Params) -> Any:
-        with sdpa_kernel(SDPBackend.MATH):  # The fused kernels have no double backward.
-            return model(p, *inputs)
+        with math_attention():
+            return model(p)
 
     def by_function() -> T:
         with _in_words():

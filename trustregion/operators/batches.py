@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import math
 import types
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from itertools import count, islice
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SequentialSampler
 
 from .. import recorded
+from ..autodiff import out_of_memory
 from ..replay import Replay, kept
 from ..vector import ParameterVector
 from .base import LinearOperator, product
+from .halves import halves
 
+T = TypeVar("T")
 Batches: TypeAlias = "Iterable[Any] | Callable[[], Iterable[Any]]"
 
 
@@ -36,6 +40,11 @@ class BatchedOperator(LinearOperator):
     The products are summed in float64. The operator of the first batch is also constructed at
     construction. For a subset of the samples, let ``make`` index the batch with :func:`subsample`,
     with a fixed seed.
+
+    Where the memory does not suffice for a product, what is kept is dropped and every batch is cut
+    into two halves from then on, with a warning, and the product is computed again. This needs
+    batches of tensors with one slice per sample, in a dict, list or tuple if there are several. If
+    the halves do not fit either, the error is raised.
 
     Each batch sees the same numbers from torch's global generators in every product. A model with
     dropout therefore has one mask per batch, and a data set with random augmentation returns the
@@ -63,6 +72,8 @@ class BatchedOperator(LinearOperator):
             that shuffles, the size of a batch is zero or unknown, the operators differ in shape or
             dtype, or the sizes differ from those of the first pass.
         RuntimeError: a parameter of a kept operator was modified in place.
+        torch.OutOfMemoryError, MemoryError: the memory does not suffice for half a batch, or for
+            one that cannot be cut.
 
     Example:
         >>> from torch.distributions import Normal
@@ -90,12 +101,10 @@ class BatchedOperator(LinearOperator):
         self._kept: list[tuple[LinearOperator, float]] = []
         self._versions: dict[int, tuple[Tensor, int]] = {}  # versions of their parameters
         self._room, self._seen, self._full = cache_bytes, set[tuple[str, int]](), cache_bytes == 0
-        self._replay = Replay()
+        self._replay, self._halved = Replay(), False
         self.total: float | None = None
-        first = next(self._pass(), None)
-        if first is None:
-            raise ValueError("there are no batches: batches is empty")
-        operator, weight = self._operator(*first)
+        self._weights: list[float] = []
+        operator, weight = self._with_less_memory(self._first)
         super().__init__(operator.shape[0], operator.dtype, operator.device)
         self._weights = [weight]
 
@@ -112,7 +121,41 @@ class BatchedOperator(LinearOperator):
         """Return the products ``(n, k)``. Cost: one graph and k products for each batch."""
         return self._mean(V, lambda A: A.mm(V))
 
+    def _first(self) -> tuple[LinearOperator, float]:
+        first = next(self._pass(), None)
+        if first is None:
+            raise ValueError("there are no batches: batches is empty")
+        return self._operator(*first)
+
+    def _with_less_memory(self, compute: Callable[[], T]) -> T:
+        """Compute something, once more with halves of the batches if the memory is too small."""
+        try:
+            return compute()
+        except (RuntimeError, MemoryError) as error:
+            if self._halved or not out_of_memory(error):
+                raise
+            batch = next(self._pass(), None)
+            if batch is None or halves(batch[1]) is None:
+                raise
+            words = str(error) or type(error).__name__
+        # Out of the block, which keeps the tensors of the failed product alive.
+        warnings.warn(
+            f"the memory is too small for a product with a batch ({words}): it is computed again"
+            " with halves of the batches, and so are the products to come. Smaller batches avoid"
+            " this warning",
+            stacklevel=3,
+        )
+        self._halved = self._full = True
+        self._kept, self._versions, self._seen = [], {}, set()
+        self._weights, self.total = [], None
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
+        return compute()
+
     def _mean(self, like: Tensor, times: Callable[[LinearOperator], Tensor]) -> Tensor:
+        return self._with_less_memory(lambda: self._pass_mean(like, times))
+
+    def _pass_mean(self, like: Tensor, times: Callable[[LinearOperator], Tensor]) -> Tensor:
         out = torch.zeros_like(like, dtype=torch.float64)
         weights: list[float] = []
         with kept():
@@ -120,7 +163,7 @@ class BatchedOperator(LinearOperator):
                 out.add_(times(operator), alpha=weight)
                 weights.append(weight)
                 del operator  # frees its memory for the next one
-        known = self._weights if self.total else self._weights + weights[1:]
+        known = self._weights if self.total else self._weights + weights[len(self._weights) :]
         if weights != known:
             raise ValueError(
                 f"this pass had {len(weights)} batches, of sizes that begin with {weights[:3]}, and"
@@ -154,7 +197,11 @@ class BatchedOperator(LinearOperator):
             batch = self._replay.run(("load", i), lambda: next(batches, nothing))
             if batch is nothing:
                 return
-            yield i, batch
+            if not self._halved:
+                yield i, batch
+                continue
+            for part, half in enumerate(halves(batch) or (batch,)):
+                yield 2 * i + part, half
 
     def _operator(self, i: int, batch: Any) -> tuple[LinearOperator, float]:
         with torch.enable_grad():

@@ -8,6 +8,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from ..interrupts import poll
 from ..linearise import Linearisation
 from ..vector import ParameterVector, split_like
 from .base import LinearOperator
@@ -78,6 +79,7 @@ class GaussNewtonOperator(LinearOperator):
     @torch.no_grad()
     def mv(self, v: Tensor) -> Tensor:
         """Return the product of shape ``(n,)``. Cost: one product, no forward pass."""
+        poll()
         return self.vjp(self.apply_metric(self._linearisation.jvp(v))).div_(self._total)
 
     @property

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..autodiff import differentiate, edge_of, upstream
 from ..distributions import Prediction, joint_of
+from ..interrupts import poll
 from ..linearise.base import Unmoved
 from ..linearise.functional import Run, check_scalar, from_function, hessian
 from ..subsample import select
@@ -96,6 +97,7 @@ class _ScalarHessian(LinearOperator):
     @torch.no_grad()
     def mv(self, v: Tensor) -> Tensor:
         """Return the Hessian-vector product. Cost: one backward pass through the kept graph."""
+        poll()
         return self._product(v)
 
 

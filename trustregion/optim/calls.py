@@ -5,18 +5,19 @@ from __future__ import annotations
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TypeAlias, TypeVar
 from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.nn.parameter import is_lazy
 
+from ..interrupts import deferred, poll
 from ..replay import generator_states, restore_generators
+from ..settings import Shared, math_attention
 
 T = TypeVar("T")
 Buffers: TypeAlias = "list[tuple[nn.Module, str, Tensor, int, Tensor]]"
@@ -27,13 +28,24 @@ Buffers: TypeAlias = "list[tuple[nn.Module, str, Tensor, int, Tensor]]"
 _turn = threading.RLock()
 
 
+@contextmanager
+def _taken_turn() -> Iterator[None]:
+    while not _turn.acquire(timeout=0.1):
+        poll()  # The closure of another thread may take long.
+    try:
+        yield
+    finally:
+        _turn.release()
+
+
 class Calls:
     """Calls of one closure that all see the same random numbers and the same buffers.
 
     Dropout draws the same mask in each call, and batch normalization or a spectral norm starts from
     the same statistics, so that a line search compares like with like. After the step, torch's
     generators stand where one call left them, and the buffers where the call at the accepted
-    parameters left them. Only torch's own generators are replayed, not numpy's or the closure's.
+    parameters left them; after :meth:`undo` both are as before the step. Only torch's own
+    generators are replayed, not numpy's or the closure's.
 
     Args:
         modules: The modules that earlier steps have called; the first call adds its own.
@@ -45,6 +57,7 @@ class Calls:
         self.modules = WeakSet[nn.Module]() if modules is None else modules
         self.left: Buffers = []
         self._start: list[Tensor] = []
+        self._origin: Buffers = []
         self._end: list[Tensor] | None = None
         self._before: Buffers = []
         self._after: Buffers = []
@@ -53,7 +66,7 @@ class Calls:
         """Make the first call, with a graph, and see what it draws and which buffers it moves."""
         self.count += 1
         found: Buffers = []
-        with _turn, torch.enable_grad(), _discovered(self.modules, found, new=self._new):
+        with _taken_turn(), torch.enable_grad(), _discovered(self.modules, found, new=self._new):
             known, self._start = _snapshot(self.modules), generator_states()
             try:
                 return call()
@@ -62,7 +75,7 @@ class Calls:
                 self._end = None if all(map(torch.equal, end, self._start)) else end
                 # torch.func.functional_call may have lent a module other tensors.
                 own = [entry for entry in found if getattr(entry[0], entry[1], None) is entry[2]]
-                self._before = [entry for entry in known + own if _has_moved(*entry)]
+                self._origin = self._before = [e for e in known + own if _has_moved(*e)]
                 self._after = self.left = _read(self._before)
 
     def again(self, call: Callable[[], T], buffers: Buffers | None = None) -> T:
@@ -77,18 +90,18 @@ class Calls:
 
         """
         self.count += 1
-        with torch.no_grad(), _turn, _without_validation():
+        with torch.no_grad(), _taken_turn(), _without_validation():
             return self._replayed(call, buffers)
 
     def beside(self, call: Callable[[], T]) -> T:
         """Run something else, with a graph, under the same random numbers and buffers."""
-        with torch.enable_grad(), _turn:
+        with torch.enable_grad(), _taken_turn():
             return self._replayed(call)
 
     def first_again(self, call: Callable[[], T]) -> T:
         """Make the first call once more, from where the last call left the buffers."""
         self.count += 1
-        with torch.enable_grad(), _turn:
+        with torch.enable_grad(), _taken_turn():
             self._before = self._after = self.left
             result = self._replayed(call)
             self.leave(self.left)
@@ -98,6 +111,13 @@ class Calls:
         """Leave the buffers as the call at the accepted parameters left them."""
         self._after = buffers
         _write(buffers)
+
+    def undo(self) -> None:
+        """Put buffers and generators back as they were before the first call."""
+        if self._start:
+            with _turn:  # Nothing may raise here.
+                restore_generators(self._start)
+                _write(self._origin)
 
     def _replayed(self, call: Callable[[], T], buffers: Buffers | None = None) -> T:
         if self._end is not None:
@@ -128,6 +148,10 @@ def _discovered(modules: WeakSet[nn.Module], buffers: Buffers, *, new: bool) -> 
     def collect(module: nn.Module, _: object) -> None:
         if module in modules or threading.get_ident() != here:
             return
+        find(module)
+
+    @deferred  # An interrupt must not leave a module known and its buffers not.
+    def find(module: nn.Module) -> None:
         # A scripted or exported module runs its parts without calling them.
         parts = [part for part in module.modules() if part not in modules]
         modules.update(parts)
@@ -194,44 +218,18 @@ def _without_validation() -> Iterator[None]:
         Distribution.set_default_validate_args(default)
 
 
-class _Shared:
-    """A setting of the process that overlapping scopes, in several threads, hold together.
-
-    The first scope makes the setting and the last one restores it.
-    """
-
-    def __init__(self, setting: Callable[[], AbstractContextManager[object]]) -> None:
-        self._setting = setting
-        self._lock, self._holders, self._stack = threading.Lock(), 0, ExitStack()
-
-    @contextmanager
-    def __call__(self) -> Iterator[None]:
-        """Hold the setting for the duration of a ``with`` block."""
-        with self._lock:
-            if not self._holders:
-                self._stack.enter_context(self._setting())
-            self._holders += 1
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._holders -= 1
-                if not self._holders:
-                    self._stack.close()
-
-
 @contextmanager
 def _kernels() -> Iterator[None]:
     fast_path = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with sdpa_kernel(SDPBackend.MATH), torch.compiler.set_stance("force_eager"):
+        with math_attention(), torch.compiler.set_stance("force_eager"):
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
 
 
-comparable_kernels = _Shared(_kernels)
+comparable_kernels = Shared(_kernels)
 """Run models on kernels that can be differentiated twice, for the duration of a step.
 
 Attention uses its math kernel, and compiled models run as they were written. The scope is the

@@ -6,7 +6,6 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..operators.base import OperatorLike
@@ -23,7 +22,7 @@ from .derivatives import (
     without_autocast,
 )
 from .info import StepInfo
-from .optimizer import TrustRegionOptimizer, uncompiled
+from .optimizer import TrustRegionOptimizer, atomic
 from .options import Adapt, NaturalOptions, Search, flat
 from .processes import ProcessGroup
 from .search import search
@@ -43,7 +42,10 @@ class NaturalTrustRegion(TrustRegionOptimizer):
     where ``g`` is the gradient of the loss and ``F`` the Fisher matrix of the model's predicted
     distribution, then shortens ``s`` until the *measured* loss has fallen and the *measured*
     KL(old || new) is at most ``delta``. A step that cannot have both leaves every parameter bit
-    for bit as it was, and :attr:`info` says why.
+    for bit as it was, and :attr:`info` says why. A step that raises leaves parameters, buffers,
+    torch's random numbers and the state of the optimizer as they were. Ctrl-C, or another signal
+    with a handler in Python, ends it inside the closure or at a product; one that comes when the
+    parameters have been chosen is handled after the step, which is then whole and counted.
 
     The closure returns ``(loss, distribution)`` without calling ``backward()``. It is called once
     with grad enabled and then once per trial under ``no_grad``; a closure that differentiates
@@ -105,6 +107,7 @@ class NaturalTrustRegion(TrustRegionOptimizer):
         ValueError: An option is out of range, or groups disagree on a shared option.
 
     Example:
+        >>> import torch
         >>> from torch.distributions import Categorical
         >>> _ = torch.manual_seed(0)
         >>> model = torch.nn.Linear(4, 3)
@@ -156,8 +159,7 @@ class NaturalTrustRegion(TrustRegionOptimizer):
         }
         super().__init__(params, defaults, preconditioner, process_group)
 
-    @uncompiled
-    @torch.no_grad()
+    @atomic
     def step(  # pyright: ignore[reportIncompatibleMethodOverride] # the closure returns a pair
         self, closure: NaturalClosure | None = None, *, curvature: CurvatureClosure | None = None
     ) -> Tensor | None:
@@ -184,7 +186,8 @@ class NaturalTrustRegion(TrustRegionOptimizer):
         """
         if closure is None:
             return self._nothing_to_do("(loss, distribution)")
-        o, solves, fall = self._options(NaturalOptions), [], None
+        with self._told():
+            o, solves, fall = self._options(NaturalOptions), [], None
         with self._objective(closure, read_natural, o) as objective:
             objective.note(delta=o.delta, penalty=o.penalty)
             with without_autocast(objective):
@@ -203,38 +206,38 @@ class NaturalTrustRegion(TrustRegionOptimizer):
             objective.release()  # the graph, before the search
             if steps:
                 search(objective, steps, o, fall)  # a lower loss, and KL(old || new) <= delta
-                self._follow(o, objective.info)
-        if o.warm_start and solves:
-            self._keep_solution(objective.vector, solves[0].x)
+                objective.options.update(_followed(o, objective.info))
+            objective.solution = solves[0].x if solves else None
         return objective.returned
 
-    def _follow(self, o: NaturalOptions, info: StepInfo) -> None:
-        """Let delta, damping and penalty follow what the search measured."""
-        rho = info.rho if info.accepted else -math.inf
-        if info.status in (Status.RECOVERING, Status.NOT_REPRODUCIBLE):
-            return  # Such a step says nothing about the loss.
-        if o.max_delta is not None:
-            edge = info.accepted and info.kl >= 0.8 * o.delta
-            radius = classic_radius(
-                math.sqrt(o.delta),
-                rho,
-                on_boundary=edge,
-                shrink=0.5,
-                grow=math.sqrt(2),
-                largest=math.sqrt(o.max_delta),
-            )
-            floor = min(o.delta, SMALLEST * o.max_delta)
-            self._write("delta", max(min(radius**2, o.max_delta), floor))
-        if o.damping_factor is not None:
-            factor = o.damping_factor
-            damping = levenberg_marquardt_damping(o.dampings[0], rho, factor=factor)
-            self._write("damping", damping)
-        if o.kl_target is not None and o.penalty is not None:
-            # The model's KL of a rejected step: its predicted reduction is s'Fs / C at scale 1.
-            predicted = info.predicted_reduction / (2 * o.penalty * info.scale)
-            kl = info.kl if info.accepted else predicted
-            beyond = 1.5 if info.accepted else SMALLEST
-            if kl > beyond * o.kl_target:
-                self._write("penalty", 2 * o.penalty)
-            elif info.accepted and kl < o.kl_target / 1.5:
-                self._write("penalty", o.penalty / 2)
+
+def _followed(o: NaturalOptions, info: StepInfo) -> dict[str, float]:
+    """Return new values of delta, damping and penalty, from what the search measured."""
+    rho, new = info.rho if info.accepted else -math.inf, dict[str, float]()
+    if info.status in (Status.RECOVERING, Status.NOT_REPRODUCIBLE):
+        return new  # Such a step says nothing about the loss.
+    if o.max_delta is not None:
+        edge = info.accepted and info.kl >= 0.8 * o.delta
+        radius = classic_radius(
+            math.sqrt(o.delta),
+            rho,
+            on_boundary=edge,
+            shrink=0.5,
+            grow=math.sqrt(2),
+            largest=math.sqrt(o.max_delta),
+        )
+        floor = min(o.delta, SMALLEST * o.max_delta)
+        new["delta"] = max(min(radius**2, o.max_delta), floor)
+    if o.damping_factor is not None:
+        factor = o.damping_factor
+        new["damping"] = levenberg_marquardt_damping(o.dampings[0], rho, factor=factor)
+    if o.kl_target is not None and o.penalty is not None:
+        # The model's KL of a rejected step: its predicted reduction is s'Fs / C at scale 1.
+        predicted = info.predicted_reduction / (2 * o.penalty * info.scale)
+        kl = info.kl if info.accepted else predicted
+        beyond = 1.5 if info.accepted else SMALLEST
+        if kl > beyond * o.kl_target:
+            new["penalty"] = 2 * o.penalty
+        elif info.accepted and kl < o.kl_target / 1.5:
+            new["penalty"] = o.penalty / 2
+    return new

@@ -6,7 +6,6 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..operators.base import LinearOperator, OperatorLike
@@ -26,7 +25,7 @@ from .derivatives import (
     without_autocast,
 )
 from .objective import Objective
-from .optimizer import TrustRegionOptimizer, uncompiled
+from .optimizer import TrustRegionOptimizer, atomic
 from .options import NewtonOptions, Region, flat
 from .processes import ProcessGroup
 from .quadratic import Minimizer, Model, TrialStep, minimizer
@@ -110,6 +109,7 @@ class NewtonTrustRegion(TrustRegionOptimizer):
         ValueError: An option is out of range, or groups disagree on a shared option.
 
     Example:
+        >>> import torch
         >>> x = torch.tensor([-1.2, 1.0], dtype=torch.float64, requires_grad=True)
         >>> optimizer = NewtonTrustRegion([x], gtol=1e-6)
         >>> def rosenbrock():
@@ -173,8 +173,7 @@ class NewtonTrustRegion(TrustRegionOptimizer):
         }
         super().__init__(params, defaults, preconditioner, process_group)
 
-    @uncompiled
-    @torch.no_grad()
+    @atomic
     def step(  # pyright: ignore[reportIncompatibleMethodOverride] # the closure may return a pair
         self, closure: NewtonClosure | None = None
     ) -> Tensor | None:
@@ -199,7 +198,8 @@ class NewtonTrustRegion(TrustRegionOptimizer):
         """
         if closure is None:
             return self._nothing_to_do("the loss")
-        o = self._options(NewtonOptions)
+        with self._told():
+            o = self._options(NewtonOptions)
         with self._objective(closure, read_newton, o) as objective:
             objective.note(radius=o.radius, damping=o.damping)
             if not is_finite(objective):  # info.status says why
@@ -232,8 +232,7 @@ class NewtonTrustRegion(TrustRegionOptimizer):
             with without_autocast(objective):
                 step = minimize(o.damping)
             rho = shorten(objective, step, limit)
-            if o.warm_start:
-                self._keep_solution(objective.vector, step.s)
+            objective.solution = step.s
             changes = self._next_damping(o, rho)
         elif o.radius == math.inf:
             raised = lambda damping, rho, _: _marquardt(damping, rho, o)  # noqa: E731
@@ -245,8 +244,7 @@ class NewtonTrustRegion(TrustRegionOptimizer):
         if objective.info.status in FAILED:
             objective.compare_start(objective.info.predicted_reduction)
         if objective.info.status is not Status.NOT_REPRODUCIBLE:  # Then no trial says anything.
-            for name, value in changes.items():
-                self._write(name, value)
+            objective.options.update(changes)
 
     def _next_radius(self, radius: float, rho: float, step: TrialStep) -> float:
         if self.rule == "gould":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any, Self, TypeVar
 from weakref import WeakSet
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from ..arguments import finite
 from ..distributions import Joint
+from ..interrupts import interruptible
 from ..status import Status
 from ..vector import ParameterVector
 from .calls import Buffers, Calls, comparable_kernels
@@ -30,9 +32,13 @@ T = TypeVar("T")
 class Objective:
     """The loss, the prediction and the constraints of a closure at any parameters.
 
-    Used as a context, it leaves the parameters bit for bit as they were, whatever is raised, unless
-    :meth:`keep` was called. All values and derivatives are means over the samples of all processes.
-    :attr:`info` collects what the step has to report.
+    Used as a context, it leaves the parameters bit for bit as they were, unless :meth:`keep` was
+    called. If anything is raised, parameters, buffers and torch's generators are as before. All
+    values and derivatives are means over the samples of all processes.
+
+    :attr:`info` collects what the step has to report, :attr:`options` the new values of options
+    that follow the steps, and :attr:`solution` is where the next warm start begins. The optimizer
+    writes them when the step is over.
 
     Args:
         closure: The user's closure.
@@ -65,6 +71,8 @@ class Objective:
         self._here: Evaluation | None = None
         self._old: Joint | None = None
         self._moved = self._kept = False
+        self.options: dict[str, float] = {}
+        self.solution: Tensor | None = None
         self._buffers_matter = True
 
     def __enter__(self) -> Self:
@@ -73,17 +81,20 @@ class Objective:
         return self
 
     def __exit__(self, *error: Any) -> None:
-        try:
-            if self._moved and not self._kept:
-                self.vector.assign(self.theta)
-        finally:
-            self._scope.__exit__(*error)
+        failed = error[0] is not None
+        with ExitStack() as stack:  # Each of these happens even if another one fails.
+            stack.push(self._scope.__exit__)
+            if failed:
+                stack.callback(self._calls.undo)
+            if self._moved and (failed or not self._kept):
+                stack.callback(self.vector.assign, self.theta)
 
-    def first(self, settings: str = "") -> None:
+    def first(self, settings: str = "", state: object = None) -> None:
         """Call the closure at the present parameters and keep its graph.
 
         Args:
-            settings: Everything that decides the step and has to agree between the processes.
+            settings: The options, which have to agree between the processes.
+            state: Everything else that decides the step and has to agree.
 
         Raises:
             RuntimeError: No graph can be recorded.
@@ -97,13 +108,14 @@ class Objective:
             if self._calls.left and not self.repeats:
                 here = self._settled_start(here)
             total, m = here.total, len(here.constraints)
-            sums = [total, m, m * m, total * here.loss.item()]
+            sums = [total, m, m * m, total * here.loss.item(), self.repeats]
             return (theta, here), here.loss.new_tensor(sums, dtype=torch.float64)
 
-        like = self.vector.params[0].new_zeros(4, dtype=torch.float64)
+        like = first_sums(self.vector.params[0])
         (self.theta, here), sums = self.processes.total(look, like)
-        total, m, squares, loss = sums.tolist()
-        self.processes.require_same(self.theta, settings)
+        total, m, squares, loss, repeats = sums.tolist()
+        self.repeats = repeats == self.processes.size  # All take the same calls.
+        self.processes.require_same(self.theta, settings, state)
         if self.processes.size * squares != m * m:  # by Cauchy and Schwarz, unless all are equal
             raise ValueError("the processes of the group disagree on the number of constraints")
         if not total > 0:
@@ -130,7 +142,7 @@ class Objective:
         }
 
     def _call(self) -> Evaluation:
-        return self._read(self._closure())
+        return self._read(interruptible(self._closure))
 
     def _settled_start(self, here: Evaluation) -> Evaluation:
         """Let the buffers of a model settle before the first step of an optimizer.
@@ -172,8 +184,8 @@ class Objective:
         return StepInfo(**self._report)
 
     def beside(self, call: Callable[[], T]) -> T:
-        """Run something else, with a graph, under the random numbers of the closure's calls."""
-        return self._calls.beside(call)
+        """Run another function of the user, with a graph, on the closure's random numbers."""
+        return self._calls.beside(lambda: interruptible(call))
 
     def release(self) -> None:
         """Free the graph of the first evaluation; its prediction is kept in float64."""
@@ -307,6 +319,11 @@ class Objective:
     def _difference(self, one: Values, other: Values, promised: float) -> str:
         unit = math.sqrt(torch.finfo(self.theta.dtype).eps)
         return difference(one, other, unit, promised, self.info.delta or math.inf)
+
+
+def first_sums(p: Tensor) -> Tensor:
+    """Return a vector like that of the first reduction of every step."""
+    return torch.zeros(5, dtype=torch.float64, device=p.device)
 
 
 def finite_values(vector: ParameterVector) -> Tensor:

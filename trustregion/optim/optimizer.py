@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import replace
-from typing import Any, ClassVar
+from types import MappingProxyType
+from typing import Any, ClassVar, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
+from ..autodiff import out_of_memory
+from ..interrupts import deferred
 from ..operators.base import OperatorLike
 from ..preconditioners import KFAC, Gated, Preconditioner
 from ..preconditioners.gate import check_preconditioner
@@ -19,20 +22,33 @@ from ..status import Status
 from ..vector import ParameterVector
 from .closure import Evaluation
 from .info import StepInfo
-from .objective import Objective
+from .objective import Objective, first_sums
 from .options import OptionsT, SharedOptions, option_names, shared_options
 from .processes import Processes, ProcessGroup
 from .units import Units
 
 # A compiled training loop calls the step uncompiled, as it does with torch's own optimizers. The
 # public torch.compiler.disable does the same, but takes a second to import.
+P = ParamSpec("P")
+T = TypeVar("T")
 uncompiled = torch._disable_dynamo  # pyright: ignore[reportPrivateImportUsage] # see above
+
+
+def atomic(step: Callable[P, T]) -> Callable[P, T]:
+    """Return a method ``step`` that runs without grad, and that no signal leaves half-way."""
+    return uncompiled(deferred(torch.no_grad()(step)))
 
 
 DIFFERS = (
     "the closure does not repeat within a step, so the parameters were restored: {}. A step"
-    " compares several calls: draw the batch before the step, outside the closure."
+    " compares several calls: draw the batch before the step, outside the closure, and let no"
+    " other thread draw random numbers meanwhile."
     " check_closure(closure, params) says what else differs"
+)
+OUT_OF_MEMORY = (
+    "The memory does not suffice for this step, which has changed nothing: take it again with a"
+    " smaller batch. NaturalTrustRegion.step also takes the curvature of fewer samples, as"
+    " curvature=; see subsample"
 )
 
 
@@ -107,34 +123,76 @@ class TrustRegionOptimizer(torch.optim.Optimizer):
         return shared_options(self.param_groups, kind)
 
     @contextmanager
+    def _told(self) -> Iterator[None]:
+        """If a step cannot begin, tell the other processes, which wait in their first reduction."""
+        try:
+            yield
+        except Exception:
+            # What is raised says more than a wrong or broken group.
+            with suppress(TypeError, ValueError, RuntimeError):
+                processes = Processes.of(self.process_group)
+                processes.tell_of_failure(first_sums(self.param_groups[0]["params"][0]))
+            raise
+
+    @contextmanager
     def _objective(
         self,
         closure: Callable[[], object],
         read: Callable[[Any], Evaluation],
         options: SharedOptions,
     ) -> Iterator[Objective]:
-        """Enter a step at the present parameters; on leaving it, keep its report and count it."""
-        vector, processes = self._vector(), self._processes()
-        units = Units.of(self.param_groups, vector)
-        objective = Objective(
-            closure,
-            read,
-            vector,
-            processes,
-            units,
-            options.sign,
-            repeats=self._repeats,
-            modules=self._modules,
-        )
-        with objective:
-            objective.first(self._settled(options))
+        """Enter a step at the present parameters; on leaving it, keep its report and count it.
+
+        If anything is raised until then, nothing has changed.
+        """
+        with self._told():
+            vector, processes = self._vector(), self._processes()
+            objective = Objective(
+                closure,
+                read,
+                vector,
+                processes,
+                Units.of(self.param_groups, vector),
+                options.sign,
+                repeats=self._repeats,
+                modules=self._modules,
+            )
+        with self._undone_on_error(), objective:
+            state = self._decisive(vector, options) if processes.size > 1 else None
+            objective.first(self._settled(options), state)
             yield objective
-        if objective.info.status is Status.NOT_REPRODUCIBLE and not self._repeats:
+            self._commit(objective, options)
+        if objective.info.status is Status.NOT_REPRODUCIBLE and not objective.repeats:
             # Torch's wrappers stand between this frame and the line of the user.
-            warnings.warn(DIFFERS.format(objective.info.detail), stacklevel=8)
+            warnings.warn(DIFFERS.format(objective.info.detail), stacklevel=9)
+
+    @contextmanager
+    def _undone_on_error(self) -> Iterator[None]:
+        """Put the preconditioner's state back if a step fails."""
+        gate = self._gated()
+        before = gate.state_dict() if isinstance(gate, Gated) else None
+        try:
+            yield
+        except BaseException as error:
+            if isinstance(gate, Gated) and before is not None:
+                gate.load_state_dict(before)
+            if out_of_memory(error):
+                error.add_note(OUT_OF_MEMORY)
+            raise
+
+    def _commit(self, objective: Objective, options: SharedOptions) -> None:
+        """Write what a step leaves besides the parameters; all of it is computed before."""
+        info = replace(objective.info, evaluations=objective.evaluations)
+        directions: dict[Tensor, Tensor] = {}
+        if options.warm_start and objective.solution is not None:
+            vector = objective.vector
+            parts = vector.unravel(objective.solution)
+            directions = {p: part.clone() for p, part in zip(vector.params, parts, strict=True)}
+        self._count_step(directions)
+        for group in self.param_groups:  # as a scheduler would
+            group.update(objective.options)
         self._repeats, self._modules = objective.repeats, objective.modules
-        self.info = replace(objective.info, evaluations=objective.evaluations)
-        self._count_step()
+        self.info = info
 
     def _nothing_to_do(self, returns: str) -> None:
         """Count a step without a closure, as checkpointing takes it; refuse one with gradients."""
@@ -181,6 +239,12 @@ class TrustRegionOptimizer(torch.optim.Optimizer):
         """Return the settings that are attributes and not options of the groups."""
         return {}
 
+    def _decisive(self, vector: ParameterVector, options: SharedOptions) -> object:
+        """Return what else all processes must agree on, since it decides how they solve."""
+        gate = self._gated()
+        kept = gate.state_dict() if isinstance(gate, Gated) else None
+        return kept, self._last_solution(vector, options)
+
     def _settled(self, options: SharedOptions) -> str:
         """Return everything besides the parameters that all processes must agree on."""
         lrs = [float(group["lr"]) for group in self.param_groups]
@@ -198,28 +262,26 @@ class TrustRegionOptimizer(torch.optim.Optimizer):
             " in the closure, which needs no scaling"
         )
 
-    def _count_step(self) -> None:
+    def _count_step(self, directions: Mapping[Tensor, Tensor] = MappingProxyType({})) -> None:
+        """Count a step, and keep the directions of a warm start by parameter."""
+        new: list[tuple[Tensor, dict[str, Tensor]]] = []
         for group in self.param_groups:
             for p in group["params"]:
-                state = self.state[p]
-                state["step"] = state.get("step", torch.zeros((), device="cpu")) + 1
-                if group.get("warm_start"):
-                    state.setdefault("direction", torch.zeros_like(p, requires_grad=False))
+                old = self.state.get(p, {})
+                state = {"step": old.get("step", torch.zeros((), device="cpu")) + 1}
+                if p in directions:
+                    state["direction"] = directions[p]
+                elif group.get("warm_start") and "direction" not in old:
+                    state["direction"] = torch.zeros_like(p, requires_grad=False)
+                new.append((p, state))
+        for p, state in new:
+            self.state[p].update(state)
 
     def _last_solution(self, vector: ParameterVector, options: SharedOptions) -> Tensor | None:
         """Return the last step's solution for a warm start, zero before the first."""
         if not options.warm_start:
             return None
         return vector.ravel([self.state.get(p, {}).get("direction") for p in vector.params])
-
-    def _keep_solution(self, vector: ParameterVector, x: Tensor) -> None:
-        for p, part in zip(vector.params, vector.unravel(x), strict=True):
-            self.state[p]["direction"] = part.clone()
-
-    def _write(self, option: str, value: float) -> None:
-        """Write an option that follows the steps to all groups, as a scheduler would."""
-        for group in self.param_groups:
-            group[option] = value
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what deepcopy and pickle keep: the base class's state and these attributes.

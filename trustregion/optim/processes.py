@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -96,19 +96,30 @@ class Processes:
             return compute()
         return self._reduced(lambda: compute().nan_to_num(nan=torch.inf), like, dist.ReduceOp.MAX)
 
-    def require_same(self, theta: Tensor, settings: str) -> None:
-        """Raise unless parameters and settings agree bit for bit in all processes.
+    def require_same(self, theta: Tensor, settings: str, state: object = None) -> None:
+        """Raise unless parameters, settings and state agree bit for bit in all processes.
 
-        Steps from different parameters would end at different ones, and different settings would
-        leave processes waiting for each other. Cost: one reduction.
+        Steps from different parameters would end at different ones, and different settings or
+        states would leave processes waiting for each other. Cost: one reduction.
+
+        Args:
+            theta: The parameters, shape ``(n,)``.
+            settings: The options, in words.
+            state: Everything else that decides a step: tensors and numbers in any structure.
+
         """
         if self.size == 1:
             return
-        crc = theta.new_tensor([zlib.crc32(settings.encode())], dtype=torch.int64)
-        here = torch.cat([_checksum(theta), crc])
+        tensors, words = list[Tensor](), list[str]()
+        _collect(state, tensors, words)
+        crcs = [zlib.crc32(text.encode()) for text in (settings, " ".join(words))]
+        sums = [_checksum(t.to(theta.device)) for t in (theta, *tensors)]
+        # The sums of several tensors are summed up with other weights in turn, too.
+        kept = sum((s * (2 * i + 3) for i, s in enumerate(sums[1:])), torch.zeros_like(sums[0]))
+        here = torch.cat([sums[0], theta.new_tensor(crcs, dtype=torch.int64), kept])
         both = torch.cat([here, -here])
         top, bottom = self.largest(lambda: both, both).chunk(2)
-        same_theta, same_settings = (top == -bottom).tolist()
+        same_theta, same_settings, *same_state = (top == -bottom).tolist()
         if not same_theta:
             raise ValueError(
                 "the parameters differ between the processes of the group: load the same ones in"
@@ -119,6 +130,19 @@ class Processes:
                 "the options differ between the processes of the group, and they must take the same"
                 f" step: a schedule has to write the same values in each. Here they are {settings}"
             )
+        if not all(same_state):
+            raise ValueError(
+                "the states of the optimizers differ between the processes of the group (the last"
+                " solution or the preconditioner): load the same state in each, or start afresh in"
+                " each"
+            )
+
+    def tell_of_failure(self, like: Tensor) -> None:
+        """Fail in a reduction like ``like``, where the other processes wait for this one."""
+        if self.size > 1:
+            packed = like.new_zeros(like.numel() + 1)
+            packed[-1] = 1.0
+            self._reduce(packed, dist.ReduceOp.SUM)
 
     def operator(self, A: LinearOperator, share: float) -> LinearOperator:
         """Return the mean of the operators of all processes; each product costs one reduction."""
@@ -132,9 +156,11 @@ class Processes:
         except BaseException as error:  # It is raised again below.
             failure = error
             packed[-1] = 1.0
-        self._reduce(packed, op)
-        if failure is not None:
-            raise failure
+        try:
+            self._reduce(packed, op)
+        finally:
+            if failure is not None:  # It says more than that another process is gone.
+                raise failure
         if packed[-1].item() > 0:
             raise RuntimeError(
                 "another process of the group raised an error in this step and reports it there;"
@@ -167,11 +193,29 @@ class _Mean(LinearOperator):
         return self._processes.mean(lambda: self._A.mv(v), v, self._share)
 
 
+def _collect(state: object, tensors: list[Tensor], words: list[str]) -> None:
+    """Add the tensors of a structure to a list, and everything else to another one."""
+    if isinstance(state, Tensor):
+        tensors.append(state)
+    elif isinstance(state, Mapping):
+        for key, part in state.items():
+            words.append(str(key))
+            _collect(part, tensors, words)
+    elif isinstance(state, (list, tuple)):
+        for part in state:
+            _collect(part, tensors, words)
+    else:
+        words.append(repr(state))
+
+
 def _checksum(values: Tensor) -> Tensor:
     """Return a position-weighted sum over all bits, shape ``(1,)``, int64, which wraps around.
 
     The weights are odd, so changing any one number changes the sum.
     """
+    if values.dtype not in (torch.float32, torch.float64):
+        values = values.double()  # exact but for integers beyond 2^53
+    values = values.detach().reshape(-1).contiguous()
     bits = values.view(torch.int64 if values.dtype == torch.float64 else torch.int32).long()
     weights = torch.arange(1, 2 * len(bits), 2, device=bits.device)
     return (bits * weights).sum().reshape(1)

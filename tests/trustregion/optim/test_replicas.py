@@ -19,8 +19,11 @@ from replica_tasks import (
     ODD,
     Case,
     Mishap,
+    begin_unfit,
+    begin_with_other_state,
     differ,
     in_group,
+    interrupted_at_random,
     reductions,
     resumed,
     sharded,
@@ -192,6 +195,45 @@ def test_processes_that_differ_are_refused_before_they_wait_for_each_other(pair,
         assert words in raised.words
 
 
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        ("option", "lr must be"),
+        ("frozen", "all of them are frozen"),
+        ("NaN", "holds a NaN"),
+        ("scaler", "does not work with a GradScaler"),
+    ],
+)
+@pytest.mark.parametrize("case", [SEARCHED, NEWTON], ids=["natural", "newton"])
+def test_a_process_that_cannot_begin_a_step_tells_the_other_at_once(pair, case, how, words):
+    other, here = pair.run(begin_unfit, case, how)
+    assert words in here["words"]
+    assert TOLD in other["words"]
+    assert other["seconds"] < 10  # The group waits for 20.
+    assert not here["moved"]
+    assert not other["moved"]
+    assert_unharmed(pair)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"warm_start": 0.5}, {"preconditioner": "jacobi"}, {"preconditioner": "recycled"}],
+    ids=lambda options: next(iter(options)),
+)
+def test_other_states_of_the_optimizers_are_refused_in_words(pair, options):
+    for raised in pair.run(begin_with_other_state, Case(options=options)):
+        assert raised.kind == "ValueError"
+        assert "the states of the optimizers differ" in raised.words
+    assert_unharmed(pair)
+
+
+def test_a_process_whose_optimizer_is_new_takes_the_calls_of_the_others(pair):
+    first, second = pair.run(begin_with_other_state, SEARCHED)
+    assert not isinstance(first, Raised)
+    assert first == second
+    assert_unharmed(pair)
+
+
 # -- mishaps in one process
 
 
@@ -270,6 +312,17 @@ def test_a_process_that_is_late_for_a_trial_finds_the_step_ended(own_pair):
         assert result["kind"] == "RuntimeError"
         assert GONE in result["words"]
         assert not result["moved"]
+
+
+@pytest.mark.faults
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("case", [Case(), NEWTON], ids=["natural", "newton"])
+def test_a_process_interrupted_at_random_moments_holds_the_parameters_of_the_other(pair, case):
+    first, second = pair.run(interrupted_at_random, case, 300)
+    assert [theta for _, theta in first] == [theta for _, theta in second]
+    assert {how.split(":")[0] for how, _ in second} <= {"KeyboardInterrupt", ""}
+    assert all(how == "" or TOLD in how for how, _ in first)
+    assert any(how for how, _ in first)
 
 
 # -- the example

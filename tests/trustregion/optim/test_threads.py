@@ -5,24 +5,11 @@ import threading
 import pytest
 import torch
 from torch import nn
-from torch.distributions import Distribution
 
+from interrupted import process_settings
 from optimizers import natural, newton
 from problems import closure_of, network
 from trustregion import Status
-
-
-def settings():
-    cuda = torch.backends.cuda
-    return (
-        Distribution._validate_args,
-        torch.backends.mha.get_fastpath_enabled(),
-        cuda.flash_sdp_enabled(),
-        cuda.mem_efficient_sdp_enabled(),
-        cuda.math_sdp_enabled(),
-        cuda.cudnn_sdp_enabled(),
-        str(torch._dynamo.eval_frame._stance),
-    )
 
 
 class Interrupted(Exception):
@@ -39,7 +26,7 @@ def steps(index, model, failing, outcomes):
         if failing and len(calls) == 7:
             raise Interrupted
         # They hold until the last of the overlapping steps has ended.
-        assert settings()[1:5] == (False, False, False, True)
+        assert process_settings()[1:5] == (False, False, False, True)
         return compute()
 
     optimizer = (natural if index % 2 else newton)(model.parameters())
@@ -57,7 +44,7 @@ X, Y = torch.randn(64, 4, generator=DRAW), torch.randint(3, (64,), generator=DRA
 
 @pytest.mark.parametrize("failing", [(), (3,), (0, 1, 2, 3)])
 def test_steps_in_four_threads_leave_the_settings_and_repeat_their_calls(failing):
-    before = settings()
+    before = process_settings()
     outcomes = [[] for _ in range(4)]
     # Only steps take turns: a model that is initialized meanwhile would draw between their calls.
     models = [network(4, 16, 3, nn.Dropout(0.5)) for _ in outcomes]
@@ -69,7 +56,7 @@ def test_steps_in_four_threads_leave_the_settings_and_repeat_their_calls(failing
         thread.start()
     for thread in threads:
         thread.join()
-    assert settings() == before
+    assert process_settings() == before
     for index, outcome in enumerate(outcomes):
         assert Status.NOT_REPRODUCIBLE not in outcome
         if index in failing:
@@ -81,12 +68,12 @@ def test_steps_in_four_threads_leave_the_settings_and_repeat_their_calls(failing
 
 @pytest.mark.parametrize("kind", [natural, newton])
 def test_inside_a_closure_the_settings_are_those_of_a_step_and_outside_they_are_back(kind):
-    before, seen = settings(), []
+    before, seen = process_settings(), []
     model = network(4, 8, 3)
     compute = closure_of(model, X, Y)
 
     def closure():
-        seen.append(settings())
+        seen.append(process_settings())
         return compute()
 
     kind(model.parameters()).step(closure)
@@ -95,7 +82,7 @@ def test_inside_a_closure_the_settings_are_those_of_a_step_and_outside_they_are_
     assert trials
     for now in trials:
         assert now[0] is False
-        assert now[1:] == first[1:]
+        assert now[1:7] == first[1:7]
     assert first[1:4] == (False, False, False)
     assert first[4] is True
-    assert settings() == before
+    assert process_settings() == before
