@@ -100,13 +100,14 @@ for agent in (whole, other):
 print("equal", sums[0] == sums[1], sums[0][:16])
 """
 SB3_RESUME = """
+import gymnasium
 import torch
 from sb3_contrib import TRPO
 make = lambda: TRPO("MlpPolicy", "{env}", n_steps=512, seed=0, device="cpu")
 whole = make().learn(2048)
 half = make().learn(1024); half.save("agent")
-other = TRPO.load("agent", env="{env}", device="cpu")
-other.set_env(other.env); other.learn(1024, reset_num_timesteps=False)
+other = TRPO.load("agent", env=gymnasium.make("{env}"), device="cpu")
+other.learn(1024, reset_num_timesteps=False)
 pairs = zip(whole.policy.parameters(), other.policy.parameters())
 print("equal", all(torch.equal(p, q) for p, q in pairs))
 """
@@ -133,7 +134,13 @@ def started(arguments: list[str], folder: Path, **extra: str) -> Iterator[tuple]
         [sys.executable, *arguments],
         cwd=folder,
         text=True,
-        env={**os.environ, **extra, MARK: mark, "PYTHONPATH": f"{Path.cwd()}:{folder}"},
+        env={
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            **extra,
+            MARK: mark,
+            "PYTHONPATH": f"{Path.cwd()}:{folder}",
+        },
         stdout=(folder / "out").open("w"),
         stderr=(folder / "err").open("w"),
     )
@@ -193,6 +200,74 @@ def environments() -> None:
 
 
 ERROR = re.compile(r"^(?:\w+\.)*(\w+(?:Error|Fault|Arguments))(?=:|$)")
+OURS_STOPPED = """
+import sys
+from rl.__main__ import main
+command = ["train", "CartPole-v1", "--out", "run", "--total-timesteps", "100000000"]
+sys.exit(main([*command, "--log-every", "1", "--save-every", "0.05"]))  # minutes
+"""
+SB3_STOPPED = """
+from sb3_contrib import TRPO
+from stable_baselines3.common.callbacks import BaseCallback, CheckpointCallback
+class Steps(BaseCallback):
+    def _on_step(self): return True
+    def _on_rollout_end(self): print(self.num_timesteps, flush=True)
+agent = TRPO("MlpPolicy", "CartPole-v1", device="cpu")
+agent.learn(100_000_000, callback=[Steps(), CheckpointCallback(3 * 2500, "run")])  # some 3 s
+agent.save("run/rl_model_0_steps")
+"""
+LOADED = """
+import sys
+from rl.run.folder import load_newest
+from rl import load
+from pathlib import Path
+print(load_newest(Path("run"), load)[0].num_timesteps)
+"""
+
+
+def stopped(script: str, name: str, seconds: float) -> tuple[int, int, int]:
+    """Send a signal to a training after some seconds; return steps made and kept, and its code."""
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        (folder / "script.py").write_text(script)
+        with started(["script.py"], folder) as (process, _):
+            while not re.search(r"^ *[\d,]+ ", (folder / "out").read_text() + " ", re.M):
+                time.sleep(0.05)
+            time.sleep(seconds)
+            process.send_signal(getattr(signal, name))
+            code = process.wait(LIMIT)
+        rows = re.findall(r"^ *([\d,]+)\b", (folder / "out").read_text(), re.M)
+        steps = int(rows[-1].replace(",", ""))
+        if "rl.__main__" in script:
+            loaded = subprocess.run(
+                [sys.executable, "-c", LOADED],
+                cwd=folder,
+                capture_output=True,
+                text=True,
+                env={**os.environ, "PYTHONPATH": str(Path.cwd())},
+                check=False,
+            ).stdout
+            kept = int(loaded or 0)
+        else:
+            found = [re.findall(r"_(\d+)_steps", p.name) for p in folder.glob("run/*.zip")]
+            kept = max((int(steps) for (steps,) in found), default=0)
+        return steps, kept, code
+
+
+def stops(runs: int = 5) -> None:
+    """Print the work that is lost when a training is stopped."""
+    print("\n| signal | ours: steps lost of those made | exit | stable-baselines3 | exit |")
+    print("| --- | ---: | ---: | ---: | ---: |")
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGKILL"):
+        cells = []
+        for script in (OURS_STOPPED, SB3_STOPPED):
+            found = [stopped(script, name, 3.0 + 1.7 * i) for i in range(runs)]
+            made, lost = (sum(x) for x in ([f[0] for f in found], [f[0] - f[1] for f in found]))
+            codes = ", ".join(str(code) for code in sorted({f[2] for f in found}))
+            cells.append(f"{max(lost, 0) / made:.0%} | {codes}")
+        print(f"| {name} | {cells[0]} | {cells[1]} |", flush=True)
+
+
 RESUMED = "CartPole-v1 Acrobot-v1 Pendulum-v1 MountainCarContinuous-v0 LunarLander-v3"
 RESUMED += " Hopper-v5 HalfCheetah-v5"
 
@@ -221,9 +296,10 @@ def resumes() -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", choices=["environments", "resumes"])
+    parser.add_argument("--only", choices=["environments", "resumes", "stops"])
     only = parser.parse_args().only
-    if only != "resumes":
-        environments()
-    if only != "environments":
-        resumes()
+    # what a shell starts in the background ignores it, and so would the processes started here
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for name, table in (("environments", environments), ("stops", stops), ("resumes", resumes)):
+        if only in (None, name):
+            table()

@@ -211,5 +211,5 @@ def test_many_damaged_and_forged_files(files, capsys):
     grown = peak_memory() - before
     with capsys.disabled():
         lines = (f"{kind}: {n} {result}" for (kind, result), n in sorted(counts.items()))
-        print(*lines, f"peak memory: {grown / 2**20:.0f} MiB more", sep="\n")  # noqa: T201 # a report
+        print(*lines, f"peak memory: {grown / 2**20:.0f} MiB more", sep="\n")  # a report
     assert grown < 2**28

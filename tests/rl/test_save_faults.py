@@ -74,7 +74,7 @@ def test_many_processes_killed_while_they_save_leave_a_whole_file(path, capsys):
     assert new > 100
     assert left
     with capsys.disabled():
-        print(f"500 kills, 500 whole files, {new} of them new, {len(left)} left aside")  # noqa: T201 # a report
+        print(f"500 kills, 500 whole files, {new} of them new, {len(left)} left aside")  # a report
 
 
 def test_a_full_disk_leaves_the_file_of_before(path):
