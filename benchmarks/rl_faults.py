@@ -231,7 +231,7 @@ def stopped(script: str, name: str, seconds: float) -> tuple[int, int, int]:
         folder = Path(temporary)
         (folder / "script.py").write_text(script)
         with started(["script.py"], folder) as (process, _):
-            while not re.search(r"^ *[\d,]+ ", (folder / "out").read_text() + " ", re.M):
+            while not re.search(r"^ *[\d,]+\b", (folder / "out").read_text(), re.M):
                 time.sleep(0.05)
             time.sleep(seconds)
             process.send_signal(getattr(signal, name))

@@ -189,14 +189,6 @@ class Training:
                 " two updates"
             )
 
-    def renew(self) -> None:
-        """Have the next path start new episodes, in new environments unless some were passed in."""
-        if self.collector is not None:
-            left = _state_of(self.collector)
-            self._left["collector"] = None if left is None else left | {"environments": None}
-        self.collector = None
-        self.agent.close()
-
     def state_dict(self) -> dict[str, Any]:
         """Return the training as plain values and tensors.
 
@@ -207,7 +199,9 @@ class Training:
         if self.collector is not None:
             state = _state_of(self.collector)
             if state is None or state["environments"] is None:
-                self.renew()
+                self._left["collector"] = state  # the statistics of episodes
+                self.agent.close()  # and new environments, unless they were passed in
+                self.collector = None
         states = [(type(c).__qualname__, _state_of(c)) for c in self._callbacks]
         scale = self.agent.reward_scale
         return {
@@ -230,7 +224,7 @@ class Training:
         self._left = {"collector": state["collector"], "callbacks": state["callbacks"]}
         if state["n_envs"] != self.agent.config.n_envs:
             self._left["collector"] = None  # episodes of other copies
-        elif state["running_rewards"] is not None:
+        elif state["running_rewards"] is not None and self.agent.reward_scale is not None:
             self.agent.reward_scale.running.copy_(state["running_rewards"])
 
 

@@ -153,6 +153,13 @@ def test_other_arguments_of_the_environment_start_new_episodes(tmp_path):
     assert {env.unwrapped.g for env in agent.envs.envs} == {5.0}
 
 
+def test_rewards_need_not_be_normalised_any_more(tmp_path):
+    agent = TRPO("CartPole-v1", normalise_rewards=True, **SMALL).learn(64, progress=False)
+    agent.save(tmp_path / "agent.zip")
+    other = TRPO.load(tmp_path / "agent.zip", normalise_rewards=False)
+    assert other.learn(64, progress=False).reward_scale is None
+
+
 def test_another_number_of_copies_starts_new_episodes(tmp_path):
     TRPO("CartPole-v1", **SMALL).learn(64, progress=False).save(tmp_path / "agent.zip")
     agent = TRPO.load(tmp_path / "agent.zip", n_envs=4).learn(64, progress=False)
