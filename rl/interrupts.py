@@ -14,19 +14,21 @@ def deferred_interrupts() -> Iterator[None]:
     """Have an interrupt wait for the end of the block; a second one acts at once.
 
     Python acts on signals between any two steps of its main thread, also where a context manager
-    has turned a switch of the process and not yet noted to turn it back.
+    has changed a setting of the process and not yet reached the code that restores it. A third
+    interrupt is ignored: the second one may be undoing what the block did. A handler whose
+    attribute ``immediate`` is true is called at once.
     """
     before = signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or not callable(before):
+    here = threading.current_thread() is threading.main_thread()
+    if not (here and callable(before)) or getattr(before, "immediate", False):
         yield
         return
     came: list[FrameType | None] = []
 
     def wait(number: int, frame: FrameType | None) -> None:
         came.append(frame)
-        if len(came) > 1:
-            for _ in came:
-                before(number, frame)
+        if len(came) == 2:
+            before(number, frame)
 
     signal.signal(signal.SIGINT, wait)
     try:

@@ -50,6 +50,17 @@ def stops(answers: Iterable[object]) -> bool:
     return any(isinstance(each, bool | np.bool_) and not each for each in answers)
 
 
+def state_of(part: Any) -> Any:
+    """Return the state of a callback or collector; None where it has none to keep."""
+    return part.state_dict() if hasattr(part, "state_dict") else None
+
+
+def give_state(part: Any, state: Any) -> None:
+    """Give a callback or collector the state of another one, if it takes any."""
+    if state is not None and hasattr(part, "load_state_dict"):
+        part.load_state_dict(state)
+
+
 def progress_log(agent: Any, episodes: Any, steps: int, elapsed: float) -> Log:
     """Return what to log of a call of ``learn``, after some steps and seconds of it."""
     return {

@@ -15,9 +15,10 @@ import torch
 from .build import environment_seed
 from .envs.stepper import Stepper
 from .experience.collector import Collector
+from .experience.path import Path
 from .interrupts import deferred_interrupts
 from .matching import check_types
-from .reports import Callback, Log, progress_log, stops
+from .reports import Callback, Log, give_state, progress_log, state_of, stops
 from .threads import few_threads
 from .undo import undone_on_error
 
@@ -92,16 +93,20 @@ class Training:
         try:
             while made < call.total:
                 collector = self._collecting()
-                log = self._iterate(collector)
-                made = agent.num_timesteps - call.first
-                call.elapsed = before + time.perf_counter() - started
-                bar.update(min(made, call.total) - bar.n)
-                log = progress_log(agent, collector.episodes, made, call.elapsed) | log
-                if np.any(restarts := getattr(agent.envs, "renewals", 0)):
-                    log["time/env_restarts"] = int(np.sum(restarts))
-                answers = [callback(agent, log) for callback in callbacks]
-                for write in loggers:
-                    write(agent, log)
+                with few_threads(agent.policy, agent.critic):
+                    rows = agent.config.steps_per_update // agent.config.n_envs
+                    path = collector.collect(agent.policy, rows, version=agent.iterations)
+                with deferred_interrupts():  # an update that is made is also reported
+                    log = self._update(path)
+                    made = agent.num_timesteps - call.first
+                    call.elapsed = before + time.perf_counter() - started
+                    bar.update(min(made, call.total) - bar.n)
+                    log = progress_log(agent, collector.episodes, made, call.elapsed) | log
+                    if np.any(restarts := getattr(agent.envs, "renewals", 0)):
+                        log["time/env_restarts"] = int(np.sum(restarts))
+                    answers = [callback(agent, log) for callback in callbacks]
+                    for write in loggers:
+                        write(agent, log)
                 if stops(answers):
                     break
         finally:
@@ -109,32 +114,28 @@ class Training:
             self.thread = None
             bar.close()
 
-    def _iterate(self, collector: Collector) -> Log:
-        """Collect a path and learn from it: wholly, or not at all.
-
-        An interrupt waits for the end of the update; a second one undoes it.
+    def _update(self, path: Path) -> Log:
+        """Learn from a path: wholly, or not at all.
 
         The moments of observations move after the update: the surrogate sees those that the actions
         were chosen from. The scale of rewards moves first: the critic is to know it from its first
         fit on.
         """
         agent = self.agent
-        rows, scale = agent.config.steps_per_update // agent.config.n_envs, agent.reward_scale
+        scale = agent.reward_scale
         networks = (agent.policy, agent.critic, *([] if scale is None else [scale]))
-        with few_threads(agent.policy, agent.critic):
-            path = collector.collect(agent.policy, rows, version=agent.iterations)
-            with (
-                deferred_interrupts(),
-                undone_on_error(*networks, optimizers=agent.optimizers().values()),
-            ):
-                if scale is not None:
-                    scale.update(path)
-                log = agent.update(path if scale is None else scale(path))
-                if agent.observation_norm is not None:
-                    agent.observation_norm.update(path.rows[:, agent.layout.vector_columns])
-                steps = agent.num_timesteps + path.steps
-                # no call lies between these, and so no interrupt
-                agent.num_timesteps, agent.iterations = steps, agent.iterations + 1
+        with (
+            few_threads(agent.policy, agent.critic),
+            undone_on_error(*networks, optimizers=agent.optimizers().values()),
+        ):
+            if scale is not None:
+                scale.update(path)
+            log = agent.update(path if scale is None else scale(path))
+            if agent.observation_norm is not None:
+                agent.observation_norm.update(path.rows[:, agent.layout.vector_columns])
+            steps = agent.num_timesteps + path.steps
+            # no call lies between these, and so no interrupt
+            agent.num_timesteps, agent.iterations = steps, agent.iterations + 1
         return log
 
     def _begin(self, total_timesteps: int | None, callbacks: list[Callback]) -> Call:
@@ -162,7 +163,7 @@ class Training:
             found = [entry for entry in states if entry[0] == type(callback).__qualname__]
             if found:
                 states.remove(found[0])
-                _load(callback, found[0][1])
+                give_state(callback, found[0][1])
 
     def _collecting(self) -> Collector:
         """Return what collects, made when it is first needed."""
@@ -175,10 +176,10 @@ class Training:
             self._left["collector"] = None
             if state is not None:
                 try:
-                    _load(collector, state)
+                    give_state(collector, state)
                 except _MISFIT as error:
                     warnings.warn(f"all episodes start anew: {error}", stacklevel=4)
-                    _load(collector, state | {"environments": None})
+                    give_state(collector, state | {"environments": None})
         return self.collector
 
     def check_thread(self) -> None:
@@ -197,18 +198,18 @@ class Training:
         """
         state = self._left["collector"]
         if self.collector is not None:
-            state = _state_of(self.collector)
+            state = state_of(self.collector)
             if state is None or state["environments"] is None:
                 self._left["collector"] = state  # the statistics of episodes
                 self.agent.close()  # and new environments, unless they were passed in
                 self.collector = None
-        states = [(type(c).__qualname__, _state_of(c)) for c in self._callbacks]
+        states = [(type(c).__qualname__, state_of(c)) for c in self._callbacks]
         scale = self.agent.reward_scale
         return {
             "n_envs": self.agent.config.n_envs,
             "call": None if self.call is None else asdict(self.call),
             "collector": state,
-            "callbacks": [entry for entry in states if entry[1] is not None],
+            "callbacks": [e for e in states if e[1] is not None] + self._left["callbacks"],
             "running_rewards": None if scale is None else scale.running,
         }
 
@@ -226,13 +227,3 @@ class Training:
             self._left["collector"] = None  # episodes of other copies
         elif state["running_rewards"] is not None and self.agent.reward_scale is not None:
             self.agent.reward_scale.running.copy_(state["running_rewards"])
-
-
-def _state_of(part: Any) -> Any:
-    """Return the state of a callback or collector; None where it has none to keep."""
-    return part.state_dict() if hasattr(part, "state_dict") else None
-
-
-def _load(part: Any, state: Any) -> None:
-    if hasattr(part, "load_state_dict"):
-        part.load_state_dict(state)

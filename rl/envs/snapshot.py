@@ -9,8 +9,11 @@ import gymnasium
 import numpy as np
 from gymnasium.vector import SyncVectorEnv, VectorEnv
 
+from ..json_tree import to_json
 from .copies import Copies
 from .state import HiddenStateError, assign, give, state_of, values_of
+
+_MOST = 2**18  # bytes of JSON for one environment
 
 
 def snapshot(envs: VectorEnv) -> list[Any] | None:
@@ -25,7 +28,7 @@ def snapshot(envs: VectorEnv) -> list[Any] | None:
         states = [_state_or_none(env) for env in envs.envs]
     else:
         try:
-            return [values_of(envs)]
+            return [_storable(values_of(envs, []))]
         except HiddenStateError:
             return None
     return None if None in states else states
@@ -51,6 +54,17 @@ def restore(envs: VectorEnv, states: Sequence[Any], ended: np.ndarray) -> None:
 
 def _state_or_none(env: gymnasium.Env[Any, Any]) -> Any:
     try:
-        return state_of(env)
+        return _storable(state_of(env))
     except HiddenStateError:
         return None
+
+
+def _storable(state: dict[str, Any]) -> dict[str, Any]:
+    """Return a state that a checkpoint can hold, and that leaves room for others."""
+    try:
+        tree, _ = to_json(state)
+    except (TypeError, ValueError) as error:
+        raise HiddenStateError(str(error)) from error
+    if len(tree) > _MOST:
+        raise HiddenStateError(f"the state is {len(tree):,} bytes of JSON")
+    return state

@@ -19,12 +19,13 @@ import numpy as np
 import torch
 from gymnasium import Space
 from gymnasium.envs.registration import EnvSpec
-from gymnasium.wrappers import PassiveEnvChecker
+from gymnasium.wrappers import OrderEnforcing, PassiveEnvChecker, TimeLimit
 
 Env: TypeAlias = "gymnasium.Env[Any, Any]"
-_FIXED = {"env", "metadata", "model", "mujoco_renderer", "spec", "_ezpickle_args", "_saved_kwargs"}
-_FIXED |= {"_ezpickle_kwargs", "_cached_spec"}  # what the constructor makes, and nothing changes
-_ARRAYS = "biuf"  # kinds of numbers that a file holds
+# what the constructor makes, and nothing changes
+_FIXED = {"metadata", "spec", "_ezpickle_args", "_ezpickle_kwargs", "_saved_kwargs", "_cached_spec"}
+_FIXED_KINDS = {"MjModel", "MujocoRenderer"}
+_KEEP_NOTHING = (TimeLimit, OrderEnforcing, PassiveEnvChecker)  # beyond an episode
 
 
 class HiddenStateError(TypeError):
@@ -42,7 +43,8 @@ def state_of(env: Env) -> dict[str, Any]:
     for layer in layers:
         if isinstance(layer, Replayed):
             return layer.episode()
-    return {"layers": [values_of(layer) for layer in layers]}
+    held: list[Any] = []
+    return {"layers": [values_of(layer, held) for layer in layers]}
 
 
 def give(env: Env, state: Mapping[str, Any]) -> None:
@@ -77,9 +79,11 @@ class Replayed(gymnasium.Wrapper[Any, Any, Any, Any]):
 
     @staticmethod
     def where_needed(env: Env) -> Env:
-        """Return the environment, wrapped if it is a lunar lander."""
+        """Return the environment, wrapped if it is a lunar lander without wrappers of its own."""
         hidden = type(env.unwrapped).__module__ == "gymnasium.envs.box2d.lunar_lander"
-        return Replayed(env) if hidden else env
+        *wrappers, _ = _layers(env)
+        repeats = all(isinstance(layer, _KEEP_NOTHING) for layer in wrappers)
+        return Replayed(env) if hidden and repeats else env
 
     def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[Any, dict[str, Any]]:
         """Start a new episode."""
@@ -99,7 +103,8 @@ class Replayed(gymnasium.Wrapper[Any, Any, Any, Any]):
         """Return how the episode began, its actions and its last observation."""
         if not self._episode:
             raise HiddenStateError("there is no episode yet")
-        parts = {**self._episode, "actions": self._actions, "seen": self._seen}
+        actions = np.array(self._actions)  # one array: a tensor each would be a long list
+        parts = {**self._episode, "actions": actions, "seen": self._seen}
         return {name: _encode(part, []) for name, part in parts.items()}
 
     def replay(self, episode: Mapping[str, Any]) -> None:
@@ -139,13 +144,24 @@ def _pass_checks(env: Env) -> None:
         env = env.env
 
 
-def values_of(layer: Any) -> dict[str, Any]:
-    """Return the attributes of an environment or wrapper that may change."""
-    held: list[Any] = []
+def values_of(layer: Any, held: list[Any]) -> dict[str, Any]:
+    """Return the attributes of an environment or wrapper that may change.
+
+    Args:
+        layer: the environment or wrapper.
+        held: what may be shared with the layers above, and is added to.
+
+    Raises:
+        HiddenStateError: one of them cannot be read.
+
+    """
+    fixed = {*_FIXED, "env"} if isinstance(layer, gymnasium.Wrapper) else _FIXED
     values = {
         name: _encode(value, held)
         for name, value in vars(layer).items()
-        if name not in _FIXED and not isinstance(value, Space | EnvSpec)
+        if name not in fixed
+        and not isinstance(value, Space | EnvSpec)
+        and type(value).__name__ not in _FIXED_KINDS
     }
     return {"class": type(layer).__qualname__, "values": values}
 
@@ -180,16 +196,23 @@ def assign(layer: Any, saved: Mapping[str, Any]) -> None:
             setattr(layer, name, _decode(value))
 
 
+def _fits(dtype: np.dtype[Any]) -> bool:
+    """Say whether a file holds such numbers."""
+    return dtype.kind in "biuf" and dtype.itemsize <= 8 and dtype.isnative
+
+
 def _encode(value: Any, held: list[Any]) -> Any:
     """Return a value as a file can hold it; what could be shared must be met only once."""
-    if value is None or isinstance(value, bool | int | float | str):
+    if value is None or type(value) in (bool, int, float, str):
         return value
-    if isinstance(value, np.generic) and value.dtype.kind in _ARRAYS:
+    if type(value) is tuple:  # nothing of it changes but what it holds
+        return {"tuple": [_encode(item, held) for item in value]}
+    if isinstance(value, np.generic) and _fits(value.dtype):
         return {"scalar": torch.from_numpy(np.array(value))}
     if any(value is other or _share_memory(value, other) for other in held):
         raise HiddenStateError(f"{value!r:.100} is held twice")
     held.append(value)
-    if isinstance(value, np.ndarray) and value.dtype.kind in _ARRAYS:
+    if isinstance(value, np.ndarray) and _fits(value.dtype):
         return torch.from_numpy(value.copy())
     if isinstance(value, np.random.Generator) and type(value.bit_generator) is np.random.PCG64:
         return {"pcg64": value.bit_generator.state}
@@ -197,7 +220,7 @@ def _encode(value: Any, held: list[Any]) -> Any:
 
 
 def _encode_parts(value: Any, held: list[Any]) -> dict[str, Any]:
-    if type(value) in (list, tuple, deque):
+    if type(value) in (list, deque):
         items = [_encode(item, held) for item in value]
         return {type(value).__name__: items, "maxlen": getattr(value, "maxlen", None)}
     if type(value) is dict:
@@ -246,7 +269,7 @@ def _fixed_arrays(data: Any) -> list[tuple[str, np.ndarray]]:
     return [
         (name, now)
         for name, before, now in both
-        if isinstance(now, np.ndarray) and now.dtype.kind in _ARRAYS and now.shape == before.shape
+        if isinstance(now, np.ndarray) and _fits(now.dtype) and now.shape == before.shape
     ]
 
 

@@ -17,6 +17,7 @@ from functools import partial
 from importlib.util import find_spec
 from numbers import Real
 from pathlib import Path
+from typing import Any
 
 import gymnasium
 from gymnasium.vector import VectorEnv
@@ -26,7 +27,7 @@ from ..agent import Agent
 from ..envs.make import EnvSource, make_envs
 from ..envs.snapshot import snapshot
 from ..options import check_counts
-from ..reports import Callback, Log, as_callbacks, stops
+from ..reports import Callback, Log, as_callbacks, give_state, state_of, stops
 from .evaluation import evaluate
 from .logs import writable
 
@@ -63,13 +64,15 @@ class Every:
         self._next += self.steps * ((done - self._next) // self.steps + 1)  # an update may be long
         return not stops([call(agent, log) for call in self.callbacks])
 
-    def state_dict(self) -> dict[str, float | None]:
-        """Return when the next call is due."""
-        return {"next": self._next}
+    def state_dict(self) -> dict[str, Any]:
+        """Return when the next call is due, and the states of the callbacks."""
+        return {"next": self._next, "callbacks": [state_of(call) for call in self.callbacks]}
 
-    def load_state_dict(self, state: dict[str, float | None]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where another one was."""
         self._agent, self._next = None, state["next"]
+        for call, its in zip(self.callbacks, state["callbacks"], strict=False):
+            give_state(call, its)
 
 
 class SaveCheckpoint:
@@ -93,18 +96,18 @@ class SaveCheckpoint:
     def __call__(self, agent: Agent, log: Log) -> None:  # noqa: ARG002 # the protocol's
         """Save it."""
         name = f"{agent.num_timesteps}.zip"
+        self._names = [*(n for n in self._names if n != name), name]
         agent.save(self.folder / name)
-        self._names.append(name)
         while self.keep is not None and len(self._names) > self.keep:
             (self.folder / self._names.pop(0)).unlink(missing_ok=True)
 
     def state_dict(self) -> dict[str, list[str]]:
         """Return the names of the files that are kept."""
-        return {"names": self._names}
+        return {"names": list(self._names)}
 
     def load_state_dict(self, state: dict[str, list[str]]) -> None:
         """Go on where another one was."""
-        self._names = state["names"]
+        self._names = list(state["names"])
 
 
 class KeepCheckpoint:
@@ -126,6 +129,7 @@ class KeepCheckpoint:
         self._last = time.monotonic()
         self._hidden: bool | None = None
         self._part = 0  # of twenty
+        self._saved: int | None = None  # after how many steps
 
     def __call__(self, agent: Agent, log: Log) -> None:
         """Save it if that is due."""
@@ -138,12 +142,14 @@ class KeepCheckpoint:
             self._last = now
             try:
                 self.save(agent)
-            except OSError as error:
+            except (OSError, TypeError, ValueError) as error:
                 what = f"no checkpoint was written, the training goes on: {error}"
                 warnings.warn(what, stacklevel=2)
 
     def save(self, agent: Agent) -> None:
-        """Save it now."""
+        """Save it now, if it has learnt something since the last time."""
+        if agent.num_timesteps == self._saved:
+            return
         if self.path.exists():
             link = self.before.with_name(f".{self.before.name}.new")
             link.unlink(missing_ok=True)
@@ -153,6 +159,7 @@ class KeepCheckpoint:
                 shutil.copy2(self.path, link)
             os.replace(link, self.before)
         agent.save(self.path)
+        self._saved = agent.num_timesteps
 
     def state_dict(self) -> dict[str, int]:
         """Return which twentieth was saved."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -17,6 +18,7 @@ import trustregion
 
 from ..agent import Agent
 from ..algorithms import ALGORITHMS, load
+from ..checkpoint import CheckpointError, read
 from ..envs.faults import EnvironmentFault
 from ..envs.make import describe
 from ..options import check_counts, check_positive
@@ -100,11 +102,19 @@ def _resumed(command: Train[Any], env: Any, out: Path) -> Agent:
     """
     saved, total = read_config(out), command.total_timesteps
     options = json.loads(json.dumps(command.config.to_dict()))
-    changed = {key: value for key, value in options.items() if saved.get(key) != value}
-    algorithm = ALGORITHMS[command.algo]
-    agent, path, faults = load_newest(out, lambda path: algorithm.load(path, env, **changed))
+    options["env_kwargs"] = env_keywords(command.env_kwargs)
+    changed = {k: v for k, v in options.items() if saved.get(k, {}) != v}
+
+    def load_with_options(path: Path) -> Agent:
+        own = read(path)["config"]  # which is older than the run's, where that was changed before
+        other = {k: v for k, v in options.items() if k in own and own[k] != v}
+        return ALGORITHMS[command.algo].load(path, env, **other)
+
+    agent, path, faults = load_newest(out, load_with_options)
     for fault in faults:
         _note(fault)
+    if path.name == BEFORE and (out / CHECKPOINT).exists():  # it shall not replace the good one
+        os.replace(out / CHECKPOINT, out / "checkpoint-damaged.zip")
     steps, call = agent.num_timesteps, agent.training.call
     if steps >= total:
         raise ValueError(
@@ -148,27 +158,44 @@ def _learn(agent: Agent, command: Train[Any], out: Path) -> int:
     table = Table(command.log_every)
     keep = KeepCheckpoint(out / CHECKPOINT, out / BEFORE, 60 * command.save_every)
     board = TensorBoardLog(out / "tensorboard") if command.tensorboard else None
-    loggers = [CSVLog(out / LOG, strict=False), board, table, keep]
+    loggers, best = [CSVLog(out / LOG, strict=False), board, table, keep], _best(out / BEST)
     goes_on = command.resume is not None and agent.training.call is not None
     progress = command.progress and sys.stderr.isatty()
-    try:
-        with stop_request(_note) as stop:
+    interrupted = False
+    with stop_request(_note) as stop:
+        try:
             total = None if goes_on else command.total_timesteps
-            agent.learn(total, progress, [SaveBest(out / BEST), stop], loggers)
-    except KeyboardInterrupt:
+            agent.learn(total, progress, [best, stop], loggers)
+        except KeyboardInterrupt:
+            interrupted = True
+        finally:
+            keep.save(agent)
+            table.finish()
+    if interrupted:
         print(f"interrupted: what was learnt is kept in {out}", file=sys.stderr)
         return _STOPPED
-    finally:
-        keep.save(agent)
-        table.finish()
     if stop.number is None:
         return 0
-    print(f"stopped: python -m rl train --resume {out} goes on", file=sys.stderr)
+    if agent.progress < 1:
+        named = f"{command.env_id} " if ":" in command.env_id else ""
+        print(f"stopped: python -m rl train {named}--resume {out} goes on", file=sys.stderr)
     return 128 + stop.number
+
+
+def _best(path: Path) -> SaveBest:
+    """Return what keeps the best agent; a file that is damaged is put aside."""
+    try:
+        return SaveBest(path)
+    except CheckpointError as error:
+        _note(error)
+        os.replace(path, path.with_name("best-damaged.zip"))
+        return SaveBest(path)
 
 
 def _summarise(agent: Agent, command: Train[Any], out: Path) -> None:
     columns = read_csv(out / LOG)
+    if not columns:  # the disk was full
+        return
     title = f"{type(agent).__name__} on {command.env_id}, seed {command.config.seed}"
     plot_learning_curve(columns, out / CURVE, title=title)
     speed, seconds = columns["time/fps"][-1], columns["time/time_elapsed"][-1]

@@ -3,12 +3,15 @@
 import warnings
 
 import gymnasium
+import numpy as np
 import pytest
 import torch
 from gymnasium.vector import SyncVectorEnv
 
 from agents import SMALL, every_algorithm, same, weights
-from rl import PPO, TRPO, VPG, KLPenalty, load
+from rl import PPO, TRPO, VPG, KLPenalty, load, make_envs
+from rl.envs.snapshot import snapshot
+from rl.envs.state import HiddenStateError, give, state_of
 from rl.run.callbacks import Every, StopOnReward
 from toys import Clock, Slide
 
@@ -117,6 +120,54 @@ class Hidden(Slide):
 def test_where_the_state_is_hidden_both_runs_start_new_episodes(tmp_path):
     with pytest.warns(UserWarning, match="hide their state: all episodes start anew"):
         assert_exact(TRPO, Hidden, tmp_path / "agent.zip")
+
+
+class Counting(Slide):
+    """Keeps something."""
+
+    def __init__(self, kept):
+        super().__init__()
+        self.kept = kept
+
+
+@pytest.mark.parametrize(
+    "kept",
+    [{(1, 2): 3}, {np.int64(3): 1}, np.longdouble(1) * np.ones(2), ["x" * 100] * 10_000, Slide()],
+    ids=["pairs", "numpy's keys", "128 bits", "long", "an environment"],
+)
+def test_what_a_file_cannot_hold_is_hidden(kept):
+    env = Counting(kept)
+    assert snapshot(make_envs(lambda: Counting(kept), 1)) is None
+    env.kept = None
+    assert snapshot(SyncVectorEnv([lambda: env])) is not None
+
+
+def test_an_environment_within_an_environment_is_hidden():
+    class Adapter(Slide):
+        def __init__(self):
+            super().__init__()
+            self.env = Slide()
+
+    assert snapshot(SyncVectorEnv([Adapter])) is None
+    inner = SyncVectorEnv([Slide])
+    assert snapshot(gymnasium.vector.VectorWrapper(inner)) is None
+
+
+def test_numbers_of_numpy_stay_what_they_are():
+    env, other = Slide(), Slide()
+    env.kept = (np.float64(1.5), np.float32(2.5), np.int64(3), True, None, "x", (1, 2.0), ())
+    give(other, state_of(env))
+    assert other.kept == env.kept
+    assert [type(x) for x in other.kept] == [type(x) for x in env.kept]
+
+
+def test_what_two_layers_share_is_hidden():
+    """Given back, each would have its own."""
+    env = gymnasium.Wrapper(Slide())
+    env.reset(seed=0)
+    env.random = env.unwrapped.np_random
+    with pytest.raises(HiddenStateError, match="is held twice"):
+        state_of(env)
 
 
 def test_environments_that_were_passed_in_are_reset_alike(tmp_path):

@@ -51,7 +51,7 @@ def test_an_interrupt_with_worker_processes_is_one_line_and_keeps_what_was_learn
             break
     _, err = process.communicate(timeout=60)
     said = "note: SIGINT: this update is finished and saved; once more to stop at once\n"
-    said += "stopped: python -m rl train --resume run goes on\n"
+    said += "stopped: python -m rl train slow_env:Slow-v0 --resume run goes on\n"
     assert (process.returncode, err) == (130, said)
     assert checkpoint.read(tmp_path / "run" / "checkpoint.zip")["agent"]["iterations"] >= 1
 

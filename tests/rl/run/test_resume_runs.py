@@ -318,9 +318,63 @@ def test_the_best_agent_by_any_entry_of_the_log_is_kept(tmp_path):
 def test_a_file_is_replaced_by_the_next_and_kept_beside_it(tmp_path):
     keep = KeepCheckpoint(tmp_path / "new.zip", tmp_path / "old.zip", 1e9)
     agent = TRPO("CartPole-v1", n_envs=4, steps_per_update=64, hidden=(8,))
-    for iterations in range(3):
-        agent.iterations = iterations
+    for steps in (0, 1, 2, 2):  # nothing was learnt before the last one
+        agent.num_timesteps = steps
         keep.save(agent)
-    assert load(tmp_path / "new.zip").iterations == 2
-    assert load(tmp_path / "old.zip").iterations == 1
+    assert load(tmp_path / "new.zip").num_timesteps == 2
+    assert load(tmp_path / "old.zip").num_timesteps == 1
     assert len([*tmp_path.iterdir()]) == 2
+
+
+# -- what goes wrong on the way
+
+
+def test_a_change_that_no_checkpoint_has_seen_is_not_lost(tmp_path, monkeypatch):
+    """The process dies between the change of the options and the first checkpoint with them."""
+    out = tmp_path / "run"
+    undo = signalled(monkeypatch, signal.SIGINT, at=4)
+    train("--out", str(out), *TINY)
+    undo()
+    before = (out / "checkpoint.zip").read_bytes()
+    assert resume(out, "--delta", "0.002", "--total-timesteps", "1400") == 0
+    (out / "checkpoint.zip").write_bytes(before)
+    assert resume(out) == 0
+    assert load(out / "checkpoint.zip").config.delta == 0.002
+    assert {row["trust/delta"] for row in rows(out)[5:]} == {"0.002"}
+
+
+def test_a_damaged_file_does_not_replace_the_good_one(tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    undo = signalled(monkeypatch, signal.SIGINT, at=4)
+    train("--out", str(out), "--save-every", "1e-9", *TINY)
+    undo()
+    good = (out / "checkpoint-before.zip").read_bytes()
+    (out / "checkpoint.zip").write_bytes(b"damaged")
+    (out / "best.zip").write_bytes(b"damaged")
+    full(monkeypatch, (checkpoint, "write"))
+    assert resume(out) == 1
+    assert (out / "checkpoint-before.zip").read_bytes() == good
+    assert (out / "checkpoint-damaged.zip").read_bytes() == b"damaged"
+    assert (out / "best-damaged.zip").read_bytes() == b"damaged"
+
+
+def test_arguments_of_the_environment_can_be_changed_and_are_kept(tmp_path):
+    out = tmp_path / "run"
+    assert train("--out", str(out), "--env-kwargs", "g=9.0", *TINY, env="Pendulum-v1") == 0
+    assert resume(out, "--env-kwargs", "g=5.0", "--total-timesteps", "1500") == 0
+    config = json.loads((out / "config.json").read_text())
+    assert config["env_kwargs"] == {"g": 5.0}
+    assert config["resumed"][0]["changed"] == {"env_kwargs": {"g": 5.0}}
+
+
+def test_a_closed_terminal_ends_no_update(tmp_path, monkeypatch):
+    """A note that nobody can read any more is not an error."""
+
+    def dead(message):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr("rl.run.cli._note", dead)
+    monkeypatch.setattr(os, "dup2", lambda *_: None)  # of the tests' own streams
+    signalled(monkeypatch, signal.SIGHUP, at=2)
+    assert train("--out", str(tmp_path / "run"), *TINY) == 129
+    assert len(rows(tmp_path / "run")) == 3
