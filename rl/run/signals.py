@@ -80,7 +80,7 @@ def stop_request(tell: Callable[[str], None]) -> Iterator[StopRequest]:
     if threading.current_thread() is threading.main_thread():
         numbers = [getattr(signal, name) for name in _NAMES if hasattr(signal, name)]
         for number in numbers:
-            if signal.getsignal(number) not in (signal.SIG_IGN, None):  # None: not Python's
+            if signal.getsignal(number) not in (signal.SIG_IGN, None):  # None: it is not Python's
                 before[number] = signal.signal(number, _Handler(request))
     try:
         yield request
