@@ -77,8 +77,7 @@ class Train(Configured[C]):
     resume: Annotated[Path | None, _optional(metavar="RUN")] = None
     """Run folder to go on with, from its last checkpoint; other options change its options."""
     save_every: Annotated[float, arg(metavar="MINUTES")] = 5.0
-    """Minutes between two checkpoints, of which the last two are kept. Where the state of the
-    environments cannot be read, there is one after each twentieth of the training instead."""
+    """Minutes between two checkpoints. The last two are kept, and the best agent."""
     eval_episodes: int = 20
     """Episodes of the evaluation after training, with deterministic actions."""
     max_episode_steps: _Limit = None
