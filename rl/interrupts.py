@@ -1,10 +1,14 @@
-"""Ctrl-C held back over what must not be half done."""
+"""What must not be half done when Ctrl-C comes.
+
+Python acts on signals between any two steps of its main thread, also where a context manager has
+changed a setting of the process and not yet reached the code that restores it.
+"""
 
 from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
@@ -13,9 +17,7 @@ from types import FrameType
 def deferred_interrupts() -> Iterator[None]:
     """Have an interrupt wait for the end of the block; a second one acts at once.
 
-    Python acts on signals between any two steps of its main thread, also where a context manager
-    has changed a setting of the process and not yet reached the code that restores it. A third
-    interrupt is ignored: the second one may be undoing what the block did. A handler whose
+    A third interrupt is ignored: the second one may be undoing what the block did. A handler whose
     attribute ``immediate`` is true is called at once.
     """
     before = signal.getsignal(signal.SIGINT)
@@ -37,3 +39,12 @@ def deferred_interrupts() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
         if len(came) == 1:
             before(signal.SIGINT, came[0])
+
+
+def surely(restore: Callable[[], object]) -> None:
+    """Call a function that restores something, and once more if that is interrupted."""
+    try:
+        restore()
+    except BaseException:
+        restore()
+        raise

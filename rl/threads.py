@@ -11,7 +11,7 @@ import torch
 from threadpoolctl import ThreadpoolController
 from torch import nn
 
-from .interrupts import deferred_interrupts
+from .interrupts import surely
 
 # Parameters of a network whose products occupy several threads. Measured on two cores with two
 # hidden layers: of 64 (4,500 parameters) no gain, of 256 (67,000) 7 %, of 512 (265,000) 34 %.
@@ -35,14 +35,12 @@ def few_threads(*networks: nn.Module) -> Iterator[None]:
     """
     large, block = any(map(_is_large, networks)), object()
     try:
-        with deferred_interrupts():
-            _enter(block)
-            if not large:
-                torch.set_num_threads(1)
+        _enter(block)
+        if not large:
+            torch.set_num_threads(1)
         yield
     finally:
-        with deferred_interrupts():
-            _leave(block, large)
+        surely(lambda: _leave(block, large))
 
 
 def _is_large(network: nn.Module) -> bool:
@@ -78,9 +76,10 @@ def _leave(block: object, large: bool) -> None:
     """Put back what the block, if it was entered, has changed."""
     global _blas
     with _lock:
-        own = _blocks.pop(block, None)
-        if own is not None and not large:
-            torch.set_num_threads(own)
+        if block in _blocks:
+            if not large:
+                torch.set_num_threads(_blocks[block])
+            del _blocks[block]
         if not _blocks and _blas is not None:
             _blas.restore_original_limits()
             _blas = None

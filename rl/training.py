@@ -16,7 +16,7 @@ from .build import environment_seed
 from .envs.stepper import Stepper
 from .experience.collector import Collector
 from .experience.path import Path
-from .interrupts import deferred_interrupts
+from .interrupts import deferred_interrupts, surely
 from .matching import check_types
 from .reports import Callback, Log, give_state, progress_log, state_of, stops
 from .threads import few_threads
@@ -110,8 +110,9 @@ class Training:
                 if stops(answers):
                     break
         finally:
-            torch.set_grad_enabled(grad_enabled)  # an interrupt may come as no_grad turns it off
             self.thread = None
+            # an interrupt may come as no_grad turns it off
+            surely(lambda: torch.set_grad_enabled(grad_enabled))
             bar.close()
 
     def _update(self, path: Path) -> Log:

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from ..interrupts import deferred_interrupts
+from ..interrupts import surely
 
 
 @contextmanager
@@ -17,11 +17,13 @@ def evaluating(*networks: nn.Module) -> Iterator[None]:
     Dropout is off there, and batch normalisation uses its running statistics and leaves them alone.
     """
     training = [module for network in networks for module in network.modules() if module.training]
-    try:
+
+    def set_all(value: bool) -> None:
         for module in training:
-            module.training = False
+            module.training = value
+
+    try:
+        set_all(False)
         yield
     finally:
-        with deferred_interrupts():
-            for module in training:
-                module.training = True
+        surely(lambda: set_all(True))
