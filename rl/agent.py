@@ -141,7 +141,7 @@ class Agent(abc.ABC):
     def close(self) -> None:
         """Close the environments, unless a vector environment was passed in.
 
-        ``learn`` makes them anew.
+        ``learn`` recreates them.
         """
         if self.has_envs and not isinstance(self.source, VectorEnv):
             self.training.collector = None
@@ -285,7 +285,7 @@ class Agent(abc.ABC):
             path: the file.
             notes: plain values to keep with them.
             run: also what ``learn()`` needs to go on: episodes, schedules, callbacks. Environments
-                whose state cannot be read are made anew, with a warning.
+                whose state cannot be read are recreated, with a warning.
 
         Raises:
             RuntimeError: another thread is in :meth:`learn`.

@@ -179,7 +179,7 @@ class Training:
                 try:
                     give_state(collector, state)
                 except _MISFIT as error:
-                    warnings.warn(f"all episodes start anew: {error}", stacklevel=4)
+                    warnings.warn(f"all episodes restart: {error}", stacklevel=4)
                     give_state(collector, state | {"environments": None})
         return self.collector
 
@@ -194,7 +194,7 @@ class Training:
     def state_dict(self) -> dict[str, Any]:
         """Return the training as plain values and tensors.
 
-        Where the state of the environments is hidden, all episodes start anew: the run that goes on
+        Where the state of the environments is hidden, all episodes restart: the run that goes on
         and a run that is resumed then start the same ones.
         """
         state = self._left["collector"]

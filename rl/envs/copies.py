@@ -29,7 +29,7 @@ _RESET: _Question = ("reset", (None, None))
 class Copies(VectorEnv):
     """Copies of an environment with next-step autoreset; a fault is an :class:`EnvironmentFault`.
 
-    A reset makes those anew that have failed, or that were interrupted while they owed an answer.
+    A reset recreates those that have failed, or that were interrupted while they owed an answer.
     A new copy that would be reset without a seed gets one that follows from that of the old one.
 
     Args:
@@ -43,7 +43,7 @@ class Copies(VectorEnv):
     Attributes:
         limit: as above. It may be assigned.
         autoreset: bool ``(N,)``: which copies the next step resets. It may be assigned.
-        renewals: how often each copy was made anew, ``(N,)``.
+        renewals: how often each copy was recreated, ``(N,)``.
 
     """
 
@@ -239,9 +239,9 @@ class Copies(VectorEnv):
     def _count(self, i: int, fault: EnvironmentFault) -> None:
         self._in_a_row[i] += 1
         if self._in_a_row[i] > _AT_MOST:
-            fault.add_note(f"It was made anew {_AT_MOST} times without a good step in between.")
+            fault.add_note(f"It was recreated {_AT_MOST} times without a good step in between.")
             raise fault
-        words = f"{fault}. It is made anew, and its episode counts as truncated"
+        words = f"{fault}. It is recreated, and its episode counts as truncated"
         warnings.warn(words, RuntimeWarning, stacklevel=2)
 
 

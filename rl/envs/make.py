@@ -50,10 +50,10 @@ def make_envs(
             answer when it is made, reset, stepped or closed. None for no limit. Nothing can end one
             that hangs in this process.
         on_env_error: what to do where a copy raises, gives an answer that is not of its spaces or
-            not finite, or, in a process of its own, dies or hangs. ``"raise"`` an
-            :class:`EnvironmentFault`; the next reset makes that copy anew. ``"restart"``: make it
-            anew at once, with a warning; its episode ends as truncated where it was before. The
-            fourth fault of a copy without a good step in between is raised.
+            not finite, or, in a process of its own, dies or hangs. ``"raise"`` raises an
+            :class:`EnvironmentFault`, and the next reset recreates that copy. ``"restart"``
+            recreates it at once, with a warning; its episode ends as truncated where it was before.
+            The fourth fault of a copy without a good step in between is raised.
 
     Raises:
         ValueError: there is no such environment.

@@ -128,7 +128,7 @@ class EnvCollector:
         environments = None if row is None else self.stepper.state_dict()
         if row is not None and environments is None:
             warnings.warn(
-                "the environments hide their state: all episodes start anew at this checkpoint,"
+                "the environments hide their state: all episodes restart at this checkpoint,"
                 " here and in a run that is resumed from it",
                 stacklevel=6,
             )

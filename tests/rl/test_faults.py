@@ -117,7 +117,7 @@ def test_kill_at_random_moments_leaves_a_run_that_goes_on(tmp_path, capsys):
         kills += 1
         if not (out / "checkpoint.zip").exists() and not (out / "checkpoint-before.zip").exists():
             none += 1
-            for path in out.glob("*"):  # nothing was saved yet: begin anew
+            for path in out.glob("*"):  # nothing was saved yet: start again
                 path.unlink()
             if out.exists():
                 (out / ".lock").unlink(missing_ok=True)

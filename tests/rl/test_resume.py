@@ -118,7 +118,7 @@ class Hidden(Slide):
 
 
 def test_where_the_state_is_hidden_both_runs_start_new_episodes(tmp_path):
-    with pytest.warns(UserWarning, match="hide their state: all episodes start anew"):
+    with pytest.warns(UserWarning, match="hide their state: all episodes restart"):
         assert_exact(TRPO, Hidden, tmp_path / "agent.zip")
 
 
@@ -178,7 +178,7 @@ def test_environments_that_were_passed_in_are_reset_alike(tmp_path):
 
     envs = [SyncVectorEnv([hidden] * 4) for _ in range(2)]
     agent = TRPO(envs[0], **SMALL).learn(64, progress=False)
-    with pytest.warns(UserWarning, match="hide their state: all episodes start anew"):
+    with pytest.warns(UserWarning, match="hide their state: all episodes restart"):
         agent.save(tmp_path / "agent.zip")
     other = TRPO.load(tmp_path / "agent.zip", envs[1])
     assert same(*(weights(a.learn(64, progress=False)) for a in (agent, other)))
@@ -199,7 +199,7 @@ def test_other_arguments_of_the_environment_start_new_episodes(tmp_path):
 
     TRPO(of(10.0), **SMALL).learn(64, progress=False).save(tmp_path / "agent.zip")
     agent = TRPO.load(tmp_path / "agent.zip", of(5.0))
-    with pytest.warns(UserWarning, match="all episodes start anew: .* other arguments"):
+    with pytest.warns(UserWarning, match="all episodes restart: .* other arguments"):
         agent.learn(64, progress=False)
     assert {env.unwrapped.g for env in agent.envs.envs} == {5.0}
 

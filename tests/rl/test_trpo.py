@@ -32,7 +32,7 @@ def test_the_curvature_may_be_that_of_some_states():
     some = agent.curvature(path)()
     assert some.batch_shape == (path.steps // 4,)
     agent.iterations += 1
-    assert not torch.equal(agent.curvature(path)().logits, some.logits)  # drawn anew
+    assert not torch.equal(agent.curvature(path)().logits, some.logits)  # another draw
     assert TRPO("CartPole-v1", curvature_fraction=1, **MEDIUM).curvature(path) is None
 
 

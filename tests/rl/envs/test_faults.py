@@ -356,19 +356,19 @@ def test_a_reset_that_fails_is_repeated_from_another_seed():
 def test_faults_without_a_good_step_in_between_are_raised_in_the_end():
     envs = make_envs(lambda: Faulty("reset", raises(KeyError)), 2, "sync", on_env_error="restart")
     with (
-        pytest.warns(RuntimeWarning, match="It is made anew") as warned,
+        pytest.warns(RuntimeWarning, match="It is recreated") as warned,
         pytest.raises(EnvironmentFault, match="environment 0 failed") as caught,
     ):
         envs.reset()
     assert len(warned) == 3
-    assert "made anew 3 times without a good step in between" in caught.value.__notes__[0]
+    assert "recreated 3 times without a good step in between" in caught.value.__notes__[0]
 
 
 def test_good_steps_count_against_faults():
     """Each episode ends in a fault, after one good step."""
     envs = make_envs(lambda: Faulty("step", raises(KeyError)), 1, "sync", on_env_error="restart")
     envs.reset()
-    with pytest.warns(RuntimeWarning, match="It is made anew") as warned:
+    with pytest.warns(RuntimeWarning, match="It is recreated") as warned:
         truncated = [envs.step(NOTHING[:1])[3][0] for _ in range(15)]
     assert truncated == [False, True, False] * 5
     assert len(warned) == 5
