@@ -17,7 +17,7 @@ def check_types(value: Any, kinds: Any, name: str = "the state") -> None:
     Args:
         value: what to check.
         kinds: a type, a tuple of types, or a dict of these by key; other keys may be there, too.
-        name: of the value, for the error.
+        name: what the error calls the value.
 
     Example:
         >>> check_types({"a": 1, "b": None}, {"a": int, "b": (str, type(None))})

@@ -124,17 +124,18 @@ class EnvCollector:
 
     def state_dict(self) -> dict[str, Any]:
         """Return where the next path starts; no ``environments`` if it starts with a reset."""
-        row = self._row
-        environments = None if row is None else self.stepper.state_dict()
-        if row is not None and environments is None:
-            warnings.warn(
-                "the environments hide their state: all episodes restart at this checkpoint,"
-                " here and in a run that is resumed from it",
-                stacklevel=6,
-            )
-        elif row is not None and environments is not None:
-            environments["row"] = torch.from_numpy(row)
-            environments["starts"] = torch.from_numpy(self._starts.copy())
+        row, environments = self._row, None
+        if row is not None:
+            environments = self.stepper.state_dict()
+            if environments is None:
+                warnings.warn(
+                    "the environments hide their state: all episodes restart at this checkpoint,"
+                    " here and in a run that is resumed from it",
+                    stacklevel=6,
+                )
+            else:
+                environments["row"] = torch.from_numpy(row)
+                environments["starts"] = torch.from_numpy(self._starts.copy())
         return {"episodes": self.episodes.state_dict(), "environments": environments}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -8,8 +8,6 @@ the training; anything else lets it go on. If there are several, all are called.
 from __future__ import annotations
 
 import math
-import os
-import shutil
 import time
 import warnings
 from collections.abc import Iterable
@@ -26,6 +24,7 @@ from .. import checkpoint
 from ..agent import Agent
 from ..envs.make import EnvSource, make_envs
 from ..envs.snapshot import snapshot
+from ..files import replace_file
 from ..options import check_counts
 from ..reports import Callback, Log, as_callbacks, give_state, state_of, stops
 from .evaluation import evaluate
@@ -95,9 +94,13 @@ class SaveCheckpoint:
 
     def __call__(self, agent: Agent, log: Log) -> None:  # noqa: ARG002 # the protocol's
         """Save it."""
-        name = f"{agent.num_timesteps}.zip"
-        self._names = [*(n for n in self._names if n != name), name]
-        agent.save(self.folder / name)
+        name, before = f"{agent.num_timesteps}.zip", self._names
+        self._names = [*(n for n in before if n != name), name]  # the file holds its own name
+        try:
+            agent.save(self.folder / name)
+        except BaseException:
+            self._names = before
+            raise
         while self.keep is not None and len(self._names) > self.keep:
             (self.folder / self._names.pop(0)).unlink(missing_ok=True)
 
@@ -151,13 +154,8 @@ class KeepCheckpoint:
         if agent.num_timesteps == self._saved:
             return
         if self.path.exists():
-            link = self.before.with_name(f".{self.before.name}.new")
-            link.unlink(missing_ok=True)
-            try:
-                os.link(self.path, link)
-            except OSError:  # a file system without links
-                shutil.copy2(self.path, link)
-            os.replace(link, self.before)
+            old = self.path.read_bytes()
+            replace_file(self.before, lambda file: file.write(old))
         agent.save(self.path)
         self._saved = agent.num_timesteps
 
