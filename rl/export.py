@@ -80,9 +80,7 @@ def export_policy(agent: Any, path: str | Path) -> None:
         example, shapes = (*example, torch.ones(2, *mask.shape, dtype=torch.int8)), (*shapes, batch)
     try:
         exported = torch.export.export(program, example, dynamic_shapes=shapes)
-    except (
-        Exception
-    ) as error:  # a policy of one's own may do what cannot be traced, or a fixed size
+    except Exception as error:  # a policy of one's own may do anything
         raise ValueError(
             f"{type(agent.policy).__name__} cannot be exported for batches of any size:"
             f" {' '.join(str(error).split())[:300]}"

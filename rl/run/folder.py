@@ -7,7 +7,6 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import datetime
-from itertools import count
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,16 +22,15 @@ def new_folder(env_id: str, name: str) -> Path:
     """Make ``runs/ENV_ID/NAME-TIME``; runs that start at the same time get a number, too."""
     # not every system allows other characters, or dots at the ends
     env = [re.sub(r"[^\w.-]", "-", part).strip(".") for part in env_id.split("/")]
-    stem = f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
-    for number in count(2):
-        path = Path("runs", *env, stem)
+    first = path = Path("runs", *env, f"{name}-{datetime.now():%Y%m%d-%H%M%S}")
+    number = 1
+    while True:
         try:
             path.mkdir(parents=True)
-        except FileExistsError:
-            stem = f"{stem.removesuffix(f'-{number - 1}')}-{number}"
-        else:
             return path
-    raise AssertionError  # there are numbers enough
+        except FileExistsError:
+            number += 1
+            path = first.with_name(f"{first.name}-{number}")
 
 
 @contextmanager
